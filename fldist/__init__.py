@@ -1,0 +1,34 @@
+"""fldist: federated learning that really runs distributed, with every byte counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "run"]
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int = 1,
+    output: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run a configuration and return what `result.json` holds.
+
+    config: a YAML file's path, or the mapping that it would hold; overrides: `"key.sub=value"` strings;
+    nproc: 1 runs in this process, N > 1 starts N - 1 hosts as children and makes this process the server;
+    output: the run's directory itself (default: a new one under `output.root`).
+    Raises ValueError for what is wrong with the configuration, `RunStopped` when the run cannot go on.
+    """
+    from fldist.config import load
+    from fldist.runner import run_here
+
+    return run_here(load(config, overrides), nproc=nproc, output=output, progress=progress)
