@@ -1,0 +1,266 @@
+"""Folds: how the replies of a call become one value, in any order of arrival with the same bits.
+
+`Mean` and `Sum` add contributions as 64-bit fixed-point integers on a scale taken from the reference (the
+tensor that was sent). Integer addition is associative, so arrival order, placement and topology cannot change
+the result. `collect` keeps every reply. Folds know nothing of rounds, clients' whereabouts or bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fldist.params import Params
+
+Integers = Literal["mean", "max", "keep"]
+
+CHUNK = 1 << 16
+"""Elements worked on at a time: 512 kB of int64, inside a core's second-level cache."""
+
+_HEADROOM = 64.0
+_INT_LIMIT = 2**62
+
+
+class Refused(ValueError):
+    """A contribution that was not taken; the fold is as it was before. `reason` is `range`, `nan` or `shape`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class FoldContext:
+    """What a call knows before the first reply comes.
+
+    reference: the argument that was sent (None: nothing to take a scale from);
+    weight_bound: no client's weight, nor the sum of all weights, exceeds it; integers: rule for integer blocks.
+    """
+
+    reference: Params | None
+    weight_bound: float
+    integers: Integers = "mean"
+
+
+class Accumulator(ABC):
+    """The growing value of one fold in one call."""
+
+    @abstractmethod
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Take a contribution, or raise `Refused` and be unchanged."""
+
+    @abstractmethod
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        """Take back a contribution that was added; exact."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """The folded value."""
+
+
+class Fold(ABC):
+    """A way to fold one reply field."""
+
+    by: str | None = None
+    """The reply field that holds a contribution's weight; None weighs all alike."""
+
+    @abstractmethod
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start a fold for one call."""
+
+
+@dataclass(frozen=True)
+class Mean(Fold):
+    """Weighted mean: sum_k w_k y_k / sum_k w_k over the replies that came; w_k is the reply field `by`, or 1.
+
+    like: the argument that the scale is taken from (default: the only one of the same kind);
+    bound: a number that no sum of weights exceeds (default for `n`: the task's training examples).
+    """
+
+    by: str | None = None
+    like: str | None = None
+    bound: float | None = None
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start a mean."""
+        return FixedPoint(context, divide=True)
+
+
+@dataclass(frozen=True)
+class Sum(Fold):
+    """Unweighted sum over the replies that came; integer blocks are summed."""
+
+    like: str | None = None
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start a sum."""
+        return FixedPoint(context, divide=False)
+
+
+@dataclass(frozen=True)
+class Collect(Fold):
+    """Keep every reply: the result is {client: value} in client order. Memory grows with the clients."""
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start an empty collection."""
+        return _Collected()
+
+
+def collect() -> Collect:
+    """Keep every reply of a field: `fold={"y": collect()}` gives {client: value}."""
+    return Collect()
+
+
+class _Collected(Accumulator):
+    def __init__(self) -> None:
+        self.values: dict[int, Any] = {}
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        self.values[client] = value
+
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        del self.values[client]
+
+    def result(self) -> dict[int, Any]:
+        return dict(sorted(self.values.items()))
+
+
+def scale_exponent(limit: float) -> int:
+    """The largest k with limit * 2^k < 2^62."""
+    mantissa, exponent = math.frexp(limit)  # limit = mantissa 2^exponent, 1/2 <= mantissa < 1
+    return 62 - exponent if mantissa < 1.0 else 61 - exponent
+
+
+def fold_limit(reference: Tensor) -> float:
+    """L = 64 max(1, max|reference|): the largest magnitude that a contribution's element may have."""
+    largest = float(reference.abs().max()) if reference.numel() else 0.0
+    return _HEADROOM * max(1.0, largest)
+
+
+class FixedPoint(Accumulator):
+    """Order-free sum of float blocks in int64 fixed point, and of integer blocks exactly.
+
+    A contribution is rint(float64(x) (w / w_bound) 2^k) with one k for the whole block; |x| <= L.
+    """
+
+    def __init__(self, context: FoldContext, *, divide: bool) -> None:
+        if context.reference is None:
+            raise ValueError(
+                "Mean and Sum take their scale from the argument that was sent, and this call sent none of the "
+                "same kind: name one with like=..., or use collect()"
+            )
+        if not (math.isfinite(context.weight_bound) and context.weight_bound > 0):
+            raise ValueError(f"the bound on the weights must be positive and finite, got {context.weight_bound}")
+        self.reference = context.reference
+        self.bound = float(context.weight_bound)
+        self.integers: Integers = context.integers if divide else "mean"
+        self.divide = divide
+        self.limit = fold_limit(self.reference.floats)
+        if not math.isfinite(self.limit):
+            raise ValueError("the model that was sent holds NaN or infinity; nothing can be folded on its scale")
+        self.exponent = scale_exponent(self.limit)
+        self.floats = torch.zeros(self.reference.floats.numel(), dtype=torch.int64)
+        self.ints = torch.zeros(self.reference.ints.numel(), dtype=torch.int64)
+        self.weights: dict[int, float] = {}
+        self._largest_ints: dict[int, Tensor] = {}
+        size = min(CHUNK, max(1, self.floats.numel()))
+        self._work = torch.empty(size, dtype=torch.float64)
+        self._whole = torch.empty(size, dtype=torch.int64)
+
+    def add(self, client: int, value: Params, weight: float) -> None:
+        """Add one contribution; refuse NaN, elements beyond the limit and impossible weights."""
+        if value.layout != self.reference.layout:
+            raise Refused("shape", f"{value} does not fit the reference {self.reference}")
+        if math.isnan(weight):
+            raise Refused("nan", "the weight is NaN")
+        if not 0.0 <= weight <= self.bound - math.fsum(self.weights.values()):
+            raise Refused("range", f"weight {weight} takes the sum of weights out of 0 to {self.bound:g}")
+        self._check_ints(value.ints, weight)
+        done = self._accumulate(value.floats, weight, +1, value.floats.numel())
+        if done is not None:
+            chunk_start, reason = done
+            self._accumulate(value.floats, weight, -1, chunk_start)
+            detail = f"an element of the float block is beyond {self.limit:g}" if reason == "range" else "NaN"
+            raise Refused(reason, detail)
+        self._add_ints(client, value.ints, weight, +1)
+        self.weights[client] = weight
+
+    def remove(self, client: int, value: Params, weight: float) -> None:
+        """Subtract what `add` added; exact, since both are integers."""
+        self._accumulate(value.floats, weight, -1, value.floats.numel())
+        self._add_ints(client, value.ints, weight, -1)
+        del self.weights[client]
+
+    def _accumulate(self, block: Tensor, weight: float, sign: int, end: int) -> tuple[int, str] | None:
+        """Add sign * contribution for elements [0, end); return where and why a chunk cannot be taken."""
+        factor = math.ldexp(weight / self.bound, self.exponent)
+        for start in range(0, end, CHUNK):
+            stop = min(start + CHUNK, end)
+            work = self._work[: stop - start]
+            work.copy_(block[start:stop])
+            if sign > 0:
+                low, high = (float(v) for v in torch.aminmax(work))
+                if math.isnan(low) or math.isnan(high):
+                    return start, "nan"
+                if low < -self.limit or high > self.limit:
+                    return start, "range"
+            work.mul_(factor).round_()
+            whole = self._whole[: stop - start]
+            whole.copy_(work)
+            self.floats[start:stop].add_(whole, alpha=sign)
+        return None
+
+    def _check_ints(self, ints: Tensor, weight: float) -> None:
+        if not ints.numel() or self.integers != "mean":
+            return
+        if not float(weight).is_integer():
+            raise Refused(
+                "range",
+                f"weight {weight} is not whole, and the mean of integer buffers needs whole weights; "
+                "set aggregation.integers to max or keep",
+            )
+        most = max(int(ints.max()), -int(ints.min()))
+        if most * max(1, int(self.bound)) >= _INT_LIMIT:
+            raise Refused("range", f"integer entry {most} times the weights' bound {self.bound:g} exceeds 2^62")
+
+    def _add_ints(self, client: int, ints: Tensor, weight: float, sign: int) -> None:
+        if not ints.numel():
+            return
+        if self.integers == "mean":
+            self.ints.add_(ints, alpha=sign * (int(weight) if self.divide else 1))
+        elif self.integers == "max":
+            if sign > 0:
+                self._largest_ints[client] = ints.clone()
+            else:
+                del self._largest_ints[client]
+
+    def result(self) -> Params:
+        """The mean or sum as float32, integers by the declared rule (means truncated towards 0)."""
+        total = math.fsum(self.weights[c] for c in sorted(self.weights))
+        if self.divide and total <= 0.0:
+            raise ValueError("the weights of all replies sum to 0; a mean needs at least one positive weight")
+        back = self.bound / total if self.divide else self.bound
+        floats = torch.empty(self.floats.numel(), dtype=torch.float32)
+        for start in range(0, floats.numel(), CHUNK):
+            stop = min(start + CHUNK, floats.numel())
+            work = self._work[: stop - start]
+            work.copy_(self.floats[start:stop])
+            # the power of two first: exact, so the only roundings are int64 -> float64 and the last product
+            floats[start:stop].copy_(work.mul_(math.ldexp(1.0, -self.exponent)).mul_(back))
+        return Params(self.reference.layout, floats, self._int_result(total))
+
+    def _int_result(self, total: float) -> Tensor:
+        if not self.ints.numel() or self.integers == "keep":
+            return self.reference.ints.clone()
+        if self.integers == "max":
+            if not self._largest_ints:
+                return self.reference.ints.clone()
+            return torch.stack(list(self._largest_ints.values())).amax(dim=0)
+        if not self.divide:
+            return self.ints.clone()
+        return torch.div(self.ints, int(total), rounding_mode="trunc")
