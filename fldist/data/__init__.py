@@ -1,0 +1,1 @@
+"""Data sets, partitions, and what a client sees of its data."""
