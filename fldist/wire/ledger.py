@@ -1,0 +1,284 @@
+"""The ledger: every byte counted once, at the server, by kind, direction, client, round and phase.
+
+messages.jsonl has two kinds of rows. `row: kind`, one per message and kind: logical and encoded bytes, times
+and status. `row: message`, one per message: framing and wire bytes. Several clients of a host may share a part
+(or a frame): its framing and wire bytes are booked on the first of them, the others carry 0 there and name it
+in `shared_with`.
+
+    logical  tensor bytes as if the client were alone on its own link (8 for a number)
+    encoded  after the codec
+    framing  heads without the payload that rides in them
+    wire     what the sending process handed to the transport: framing and every distinct part once
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from fldist.kinds import Form, Kind, Schema
+from fldist.wire.codec import _NO_PART, Frame, Status
+
+Direction = Literal["up", "down"]
+Outcome = Literal["delivered", "late", "lost", "resent", "refused", "open"]
+
+UNTRAINED_PHASES = frozenset({"setup", "select", "evaluate"})
+"""Phases that are not training; `bytes.logical` and `bytes.by_kind` leave them out."""
+
+ROTATE_BYTES = 256 * 10**6
+
+
+@dataclass
+class Booked:
+    """One message in the ledger; `settle` gives it its outcome."""
+
+    round: int
+    attempt: int
+    call: int
+    phase: str
+    client: int
+    rank: int
+    direction: Direction
+    kinds: dict[Kind, tuple[int, int]]  # kind -> (logical, encoded)
+    framing_bytes: int
+    wire_bytes: int
+    shared_with: int | None
+    ready_ns: int = 0
+    sent_ns: int = 0
+    done_ns: int = 0
+    status: Outcome = "open"
+
+    @property
+    def logical_bytes(self) -> int:
+        """Logical bytes of all kinds."""
+        return sum(logical for logical, _ in self.kinds.values())
+
+    def settle(self, status: Outcome, done_ns: int = 0) -> None:
+        """Give the outcome; only the first one counts, except that a delivered message may prove late or refused."""
+        if self.status in ("open", "delivered"):
+            self.status = status
+            self.done_ns = done_ns or self.done_ns
+
+
+def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]]:
+    """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame."""
+    booked: dict[int, int] = {}  # part -> client that carries its wire bytes
+    payload_in_head = sum(p.bytes for p in frame.parts if p.inline)
+    result: list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]] = []
+    for number, message in enumerate(frame.messages):
+        kinds: dict[Kind, tuple[int, int]] = {}
+        distinct = 0
+        shared_with: int | None = frame.messages[0].client if number else None
+        fields = [] if message.status is Status.ERROR else message.fields
+        for spec, value in zip(schema.fields, fields, strict=False):
+            logical, encoded = kinds.get(spec.kind, (0, 0))
+            if value.form in (Form.FLOAT, Form.INT):
+                kinds[spec.kind] = (logical + 8, encoded + 8)
+                payload_in_head += 8
+                distinct += 8
+                continue
+            for index in value.parts:
+                if index == _NO_PART:
+                    continue
+                part = frame.parts[index]
+                logical, encoded = logical + part.logical_bytes, encoded + part.bytes
+                if index in booked:
+                    shared_with = booked[index]
+                else:
+                    booked[index] = message.client
+                    distinct += part.bytes
+            if value.form is not Form.NONE:
+                kinds[spec.kind] = (logical, encoded)
+        result.append((kinds, 0, distinct, shared_with))
+    if result:
+        framing = frame.head_bytes - payload_in_head
+        kinds, _, distinct, shared = result[0]
+        result[0] = (kinds, framing, framing + distinct, shared)
+    return result
+
+
+def _by_direction() -> dict[str, int]:
+    return {"up": 0, "down": 0}
+
+
+@dataclass
+class Totals:
+    """Sums of the ledger; `as_dict` is `bytes` of result.json."""
+
+    logical: dict[str, int] = field(default_factory=_by_direction)
+    encoded: dict[str, int] = field(default_factory=_by_direction)
+    framing: dict[str, int] = field(default_factory=_by_direction)
+    wire: dict[str, int] = field(default_factory=_by_direction)
+    by_kind: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
+    by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
+    wasted: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
+    transport: dict[str, int] = field(default_factory=_by_direction)
+
+    def add(self, message: Booked) -> None:
+        """Count one settled message."""
+        way = message.direction
+        self.wire[way] += message.wire_bytes
+        self.framing[way] += message.framing_bytes
+        logical = message.logical_bytes
+        if message.status != "delivered":
+            self.wasted[message.status][way] += logical
+            return
+        self.by_phase[message.phase][way] += logical
+        if message.phase in UNTRAINED_PHASES:
+            return
+        self.logical[way] += logical
+        for kind, (bytes_logical, bytes_encoded) in message.kinds.items():
+            self.by_kind[kind.label][way] += bytes_logical
+            self.encoded[way] += bytes_encoded
+
+    def add_transport(self, up: int, down: int) -> None:
+        """Count heartbeats, joins, acknowledgements and the like; part of wire."""
+        self.transport["up"] += up
+        self.transport["down"] += down
+        self.wire["up"] += up
+        self.wire["down"] += down
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries in a fixed order."""
+        return {
+            "logical": dict(self.logical),
+            "encoded": dict(self.encoded),
+            "framing": dict(self.framing),
+            "wire": dict(self.wire),
+            "by_kind": {k: dict(v) for k, v in sorted(self.by_kind.items())},
+            "by_phase": {k: dict(v) for k, v in sorted(self.by_phase.items())},
+            "wasted": {k: dict(v) for k, v in sorted(self.wasted.items())},
+            "transport": dict(self.transport),
+        }
+
+
+class Ledger:
+    """Books messages as they are posted and received; writes and counts them when they are settled."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.totals = Totals()
+        self.round_totals = Totals()
+        self._open: list[Booked] = []
+        self._path = path
+        self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+
+    def book(
+        self,
+        frame: Frame,
+        schema: Schema,
+        *,
+        direction: Direction,
+        phase: str,
+        rank: int,
+        times: Iterable[tuple[int, int, int]],
+    ) -> list[Booked]:
+        """Enter a frame's messages as open; `times` has (ready, sent, done) for each."""
+        head = frame.head
+        entered = []
+        for message, cost, (ready, sent, done) in zip(frame.messages, costs(frame, schema), times, strict=True):
+            kinds, framing, wire, shared_with = cost
+            entered.append(
+                Booked(
+                    round=head.round,
+                    attempt=head.attempt,
+                    call=head.call,
+                    phase=phase,
+                    client=message.client,
+                    rank=rank,
+                    direction=direction,
+                    kinds=kinds,
+                    framing_bytes=framing,
+                    wire_bytes=wire,
+                    shared_with=shared_with,
+                    ready_ns=ready,
+                    sent_ns=sent,
+                    done_ns=done,
+                )
+            )
+        self._open += entered
+        return entered
+
+    def flush(self, *, final: bool = False) -> None:
+        """Write and count what is settled, in order of call, direction and client; `final`: the rest is lost."""
+        if final:
+            for message in self._open:
+                if message.status == "open":
+                    message.settle("lost")
+        settled = [m for m in self._open if m.status != "open"]
+        self._open = [m for m in self._open if m.status == "open"]
+        settled.sort(key=lambda m: (m.round, m.attempt, m.call, m.direction, m.client))
+        lines = []
+        for message in settled:
+            self.totals.add(message)
+            self.round_totals.add(message)
+            lines += _rows(message)
+        if self._file is not None and self._path is not None:
+            self._file.writelines(lines)
+            self._file.flush()
+            if self._file.tell() > ROTATE_BYTES:
+                self._rotate()
+
+    def take_round(self) -> Totals:
+        """The totals since the last call of this."""
+        totals, self.round_totals = self.round_totals, Totals()
+        return totals
+
+    def add_transport(self, up: int, down: int) -> None:
+        """Count transport bytes."""
+        self.totals.add_transport(up, down)
+
+    def close(self) -> None:
+        """Settle everything and close the file."""
+        self.flush(final=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _rotate(self) -> None:
+        assert self._file is not None and self._path is not None
+        self._file.close()
+        number = len(list(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))) + 1
+        self._path.rename(self._path.with_name(f"{self._path.stem}-{number:04d}{self._path.suffix}"))
+        self._file = self._path.open("a", encoding="utf-8")
+
+
+def _rows(message: Booked) -> list[str]:
+    common = {
+        "round": message.round,
+        "attempt": message.attempt,
+        "call": message.call,
+        "phase": message.phase,
+        "client": message.client,
+        "rank": message.rank,
+        "direction": message.direction,
+    }
+    rows: list[dict[str, Any]] = [
+        {
+            "row": "kind",
+            **common,
+            "kind": kind.label,
+            "codec": "raw",
+            "logical_bytes": logical,
+            "encoded_bytes": encoded,
+            "ready_ns": message.ready_ns,
+            "sent_ns": message.sent_ns,
+            "done_ns": message.done_ns,
+            "status": message.status,
+        }
+        for kind, (logical, encoded) in message.kinds.items()
+    ]
+    rows.append(
+        {
+            "row": "message",
+            **common,
+            "framing_bytes": message.framing_bytes,
+            "wire_bytes": message.wire_bytes,
+            "shared_with": message.shared_with,
+            "status": message.status,
+        }
+    )
+    return [json.dumps(r) + "\n" for r in rows]
