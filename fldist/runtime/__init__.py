@@ -1,0 +1,1 @@
+"""The runtime: server loop, hosts, cohorts, placement, state, launch. Knows no algorithm by name."""

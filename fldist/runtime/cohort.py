@@ -1,0 +1,427 @@
+"""Calls: the server calls a client method on a cohort, the replies are folded as they arrive.
+
+`Caller` owns everything between an algorithm's `call` and the link: placement, frames, deadlines, folds, what
+is missing and why, the ledger's entries, the verdict on the clients' staged writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fldist.algorithm import NoReplies
+from fldist.fold import Accumulator, Collect, Fold, FoldContext, Mean, Refused, Sum
+from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
+from fldist.params import Params
+from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.placement import Placement
+from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
+from fldist.wire.ledger import Booked, Ledger
+from fldist.wire.link import Lost, Received, Sent, ServerLink
+
+log = logging.getLogger("fldist.server")
+
+
+class ClientCodeFailed(RuntimeError):
+    """Every client of a call failed with an exception of its own: the algorithm's code cannot work."""
+
+
+class Replies:
+    """See `fldist.algorithm.Replies`."""
+
+    def __init__(
+        self, values: dict[str, Any], clients: list[int], missing: dict[int, str], seconds: dict[int, float]
+    ) -> None:
+        self._values = values
+        self.clients = clients
+        self.missing = missing
+        self.seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self._values[name]
+        except KeyError:
+            known = ", ".join(self._values) or "no fields"
+            raise AttributeError(f"the replies have no {name!r}; they have {known}") from None
+
+
+class CallsClients(Protocol):
+    """What a cohort needs of a caller."""
+
+    def call(
+        self,
+        ids: Sequence[int],
+        method: Callable[..., Any],
+        fold: dict[str, Fold],
+        phase: str | None,
+        arguments: dict[str, Any],
+    ) -> Replies:
+        """Call a client method on these clients."""
+
+
+class Cohort:
+    """Some clients and the caller that reaches them."""
+
+    def __init__(self, caller: CallsClients, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        self._caller = caller
+
+    def call(
+        self,
+        method: Callable[..., Any],
+        *,
+        fold: Mapping[str, Fold] | None = None,
+        phase: str | None = None,
+        **arguments: Any,
+    ) -> Replies:
+        """See `fldist.algorithm.Cohort.call`."""
+        return self._caller.call(self.ids, method, dict(fold or {}), phase, arguments)
+
+
+@dataclass
+class RoundFacts:
+    """What one round's calls showed; the server writes it into rounds.jsonl."""
+
+    called: set[int] = field(default_factory=set)
+    replied: set[int] = field(default_factory=set)
+    missing: dict[int, str] = field(default_factory=dict)
+    compute_s: dict[int, float] = field(default_factory=dict)  # by rank
+    wire_s: dict[int, float] = field(default_factory=dict)  # by rank
+    encode_s: float = 0.0
+
+
+class Caller:
+    """Makes the calls of one run. One thread uses it: the round loop."""
+
+    def __init__(
+        self,
+        job: Job,
+        link: ServerLink,
+        ledger: Ledger,
+        placement: Placement,
+        on_lost: Callable[[int, str, list[int]], None],
+    ) -> None:
+        self.job = job
+        self._on_lost = on_lost  # rank, reason, clients whose state is lost
+        self.link = link
+        self.ledger = ledger
+        self.placement = placement
+        self.offsets: dict[int, int] = {}
+        self.facts = RoundFacts()
+        self._methods = {m.name: m for m in job.methods.values()}
+        self._key = (0, 0)
+        self._stage = 0
+        self._call = 0
+        self._deadline: float | None = None
+        self._default_phase: str | None = None
+        self._accepted: dict[int, int] = {}  # accepted calls up to the first one that was not
+        self._broken: set[int] = set()  # clients with a call that was not accepted
+        self._verdicts: dict[int, list[dict[str, Any]]] = {}  # by rank: not sent yet
+        self._posted: dict[int, list[Booked]] = {}  # by sequence number: not acknowledged yet
+
+    # ---- rounds
+    def begin_round(self, number: int, attempt: int, stage: int, phase: str | None = None) -> None:
+        """Start a round; `phase` is the phase of its calls that name none (default: the method's name)."""
+        self._key = (number, attempt)
+        self._stage = stage
+        self._call = 0
+        self._default_phase = phase
+        limit = self.job.round_deadline_s
+        self._deadline = time.monotonic() + limit if limit is not None else None
+        self._accepted.clear()
+        self._broken.clear()
+        self.facts = RoundFacts()
+        self.placement.begin_round()
+
+    def end_round(self, commit: bool) -> None:
+        """Give the verdict on the round; it travels with the next frame to each host that was called."""
+        number, attempt = self._key
+        hosts = self.placement.this_round
+        for rank in sorted(set(hosts.values()) & set(self.placement.alive)):
+            short = [[c, self._accepted.get(c, 0)] for c in sorted(self._broken) if hosts.get(c) == rank]
+            self._verdicts.setdefault(rank, []).append(
+                {"round": number, "attempt": attempt, "commit": commit, "accepted": short}
+            )
+        if commit:
+            self.placement.commit(c for c, calls in self._accepted.items() if calls)
+
+    def send_verdicts(self) -> None:
+        """Send what verdicts are still waiting, in frames of their own."""
+        for rank in sorted(self._verdicts):
+            if rank in self.placement.alive:
+                self._post(rank, Frame(Head(FrameType.VERDICT)))
+        self._verdicts.clear()
+
+    def digests(self) -> dict[int, str]:
+        """SHA-256 of every client's committed state, asked of the hosts that hold them."""
+        self.send_verdicts()
+        waiting = {}
+        for rank, clients in self.placement.homes().items():
+            self._post(rank, Frame(Head(FrameType.DIGEST), note={"clients": clients}))
+            waiting[rank] = clients
+        found: dict[int, str] = {}
+        while waiting:
+            event = self.link.next_event(None)
+            if isinstance(event, Received) and event.frame.head.type is FrameType.DIGEST:
+                waiting.pop(event.rank, None)
+                found.update({int(c): str(d) for c, d in event.frame.note["digests"].items()})
+            elif event is not None:
+                self._aside(event)
+                if isinstance(event, Lost):
+                    waiting.pop(event.rank, None)
+        return found
+
+    def _post(self, rank: int, frame: Frame) -> None:
+        verdicts = self._verdicts.pop(rank, None)
+        if verdicts:
+            frame.note["verdicts"] = verdicts
+        self.link.post(rank, frame)
+
+    # ---- calls
+    def call(
+        self,
+        ids: Sequence[int],
+        method: Callable[..., Any],
+        fold: dict[str, Fold],
+        phase: str | None,
+        arguments: dict[str, Any],
+    ) -> Replies:
+        """Call a client method on these clients and wait for their replies."""
+        spec = self._method(method)
+        phase = phase or self._default_phase or spec.phase
+        self._call += 1
+        began = time.monotonic()
+        running = _Running(spec, phase, self._accumulators(spec, fold, arguments), set(ids))
+        running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
+        self._send(spec, phase, running, sorted(ids), arguments)
+        self.facts.encode_s += time.monotonic() - began
+        self._wait(running)
+        self.facts.missing.update(running.missing)
+        replied = sorted(running.replied)
+        self.facts.replied.update(replied)
+        if not replied:
+            errors = [r for r in running.missing.values() if r.startswith("error")]
+            if errors and len(errors) == len(running.missing):
+                raise ClientCodeFailed(f"{spec.name} failed on every client it was called on; the first: {errors[0]}")
+            raise NoReplies(spec.name, running.missing)
+        began = time.monotonic()
+        values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
+        self.facts.encode_s += time.monotonic() - began
+        return Replies(values, replied, running.missing, running.seconds)
+
+    def _method(self, method: Callable[..., Any]) -> ClientMethod:
+        name = getattr(method, "__name__", repr(method))
+        if name not in self._methods or getattr(method, "__self__", None) is not self.job.algorithm:
+            raise ValueError(f"{name} is not a client method of this algorithm; mark it with @on_client")
+        return self._methods[name]
+
+    def _accumulators(
+        self, spec: ClientMethod, fold: dict[str, Fold], arguments: dict[str, Any]
+    ) -> dict[str, Accumulator]:
+        names = [f.name for f in spec.call.fields]
+        if set(arguments) != set(names):
+            raise ValueError(f"{spec.name} takes the arguments {names}; it was called with {sorted(arguments)}")
+        unknown = set(fold) - {f.name for f in spec.reply.fields}
+        if unknown:
+            raise ValueError(
+                f"{spec.name} has no reply field {sorted(unknown)}; it has {[f.name for f in spec.reply.fields]}"
+            )
+        made: dict[str, Accumulator] = {}
+        for reply_field in spec.reply.fields:
+            how = fold.get(reply_field.name)
+            if how is None:
+                if reply_field.form not in (Form.FLOAT, Form.INT):
+                    raise ValueError(
+                        f"{spec.name}: the reply field {reply_field.name!r} ({reply_field.kind.label}) needs a fold: "
+                        "Mean, Sum, or collect() to keep every reply"
+                    )
+                how = Collect()
+            made[reply_field.name] = how.begin(self._fold_context(spec.call, reply_field, how, arguments))
+        return made
+
+    def _fold_context(self, call: Schema, reply_field: Field, how: Fold, arguments: dict[str, Any]) -> FoldContext:
+        like = getattr(how, "like", None)
+        reference_field = call.fields[call.index(like)] if like else reference_for(reply_field, call)
+        reference = plain(arguments[reference_field.name]) if reference_field is not None else None
+        bound = float(self.job.task.num_clients)
+        if isinstance(how, Mean) and how.bound is not None:
+            bound = how.bound
+        elif isinstance(how, Mean) and how.by == "n":
+            bound = float(self.job.task.num_train)
+        elif isinstance(how, Mean) and how.by is not None:
+            raise ValueError(f"Mean(by={how.by!r}) needs bound=..., a number that no sum of the weights exceeds")
+        reference = reference if isinstance(reference, Params) else None
+        return FoldContext(reference, bound, self.job.integers if not isinstance(how, Sum) else "mean")
+
+    def _send(
+        self, spec: ClientMethod, phase: str, running: _Running, ids: list[int], arguments: dict[str, Any]
+    ) -> None:
+        number, attempt = self._key
+        self.facts.called.update(ids)
+        groups: dict[int, list[int]] = {}
+        if self.placement.alive:
+            for client, rank in self.placement.place(ids).items():
+                groups.setdefault(rank, []).append(client)
+        for rank, clients in sorted(groups.items()):
+            if rank not in self.placement.alive:
+                for client in clients:
+                    self._miss(running, client, f"host {rank} is lost")
+                continue
+            head = Head(
+                FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
+            )
+            builder = FrameBuilder(head, share=self.job.share)
+            for client in sorted(clients):
+                values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
+                versions = {n: a.version for n, a in arguments.items() if isinstance(a, Once)}
+                builder.add(Message(client), spec.call, values, versions)
+            ready = time.monotonic_ns()
+            self._post(rank, builder.frame)
+            booked = self.ledger.book(
+                builder.frame, spec.call, direction="down", phase=phase, rank=rank, times=[(ready, 0, 0)] * len(clients)
+            )
+            self._posted[builder.frame.head.seq] = booked
+            running.outstanding.update(dict.fromkeys(clients, rank))
+        for client in set(ids) - set(running.outstanding) - set(running.missing):
+            self._miss(running, client, "no host is left")
+
+    def _wait(self, running: _Running) -> None:
+        while running.outstanding:
+            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            event = self.link.next_event(timeout)
+            if event is None:
+                for client in sorted(running.outstanding):
+                    self._miss(running, client, "deadline")
+                break
+            if isinstance(event, Received) and self._current(event.frame.head):
+                self._take(running, event)
+            else:
+                self._aside(event)
+                if isinstance(event, Lost):
+                    for client in [c for c, r in running.outstanding.items() if r == event.rank]:
+                        self._miss(running, client, f"host {event.rank} lost: {event.reason}")
+
+    def _current(self, head: Head) -> bool:
+        return head.type is FrameType.REPLY and (head.round, head.attempt, head.call) == (*self._key, self._call)
+
+    def _miss(self, running: _Running, client: int, reason: str) -> None:
+        running.outstanding.pop(client, None)
+        running.missing[client] = reason
+        self._broken.add(client)
+
+    def _aside(self, event: object) -> None:
+        """Events that no call waits for: acknowledgements, lost hosts, late replies."""
+        if isinstance(event, Sent):
+            for booked in self._posted.pop(event.seq, []):
+                booked.sent_ns = event.sent_ns
+                booked.settle("delivered", event.done_ns)
+            wire_s = (event.done_ns - event.sent_ns) / 1e9
+            self.facts.wire_s[event.rank] = self.facts.wire_s.get(event.rank, 0.0) + wire_s
+        elif isinstance(event, Lost):
+            for booked_list in self._posted.values():
+                for booked in booked_list:
+                    if booked.rank == event.rank:
+                        booked.settle("lost")
+            self._verdicts.pop(event.rank, None)
+            if event.rank in self.placement.alive:
+                self._on_lost(event.rank, event.reason, self.placement.lose(event.rank))
+        elif isinstance(event, Received):
+            method = self.job.method(event.frame.head.method)
+            if event.frame.head.type is FrameType.REPLY and method is not None:
+                for booked in self._book_up(event, method, "late"):
+                    booked.settle("late", event.done_ns)
+            event.release()
+
+    def _book_up(self, event: Received, spec: ClientMethod, phase: str) -> list[Booked]:
+        offset = self.offsets.get(event.rank, 0)
+        head = event.frame.head
+        times = [(m.ready_ns + offset, head.sent_ns + offset, event.done_ns) for m in event.frame.messages]
+        return self.ledger.book(event.frame, spec.reply, direction="up", phase=phase, rank=event.rank, times=times)
+
+    def _take(self, running: _Running, event: Received) -> None:
+        began = time.monotonic()
+        frame, rank = event.frame, event.rank
+        wire_s = (event.done_ns - frame.head.sent_ns - self.offsets.get(rank, 0)) / 1e9
+        self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + max(0.0, wire_s)
+        for message, booked in zip(frame.messages, self._book_up(event, running.spec, running.phase), strict=True):
+            client = message.client
+            if running.outstanding.get(client) != rank:
+                log.warning("round %d: host %d sent a reply of client %d unasked; refused", self._key[0], rank, client)
+                booked.settle("refused", event.done_ns)
+                continue
+            seconds = (message.ready_ns - message.started_ns) / 1e9
+            self.facts.compute_s[rank] = self.facts.compute_s.get(rank, 0.0) + seconds
+            if message.status is Status.ERROR:
+                booked.settle("delivered", event.done_ns)
+                self._miss(running, client, f"error: {message.error}")
+                continue
+            refusal = self._fold(running, message, frame)
+            if refusal is not None:
+                booked.settle("refused", event.done_ns)
+                self._miss(running, client, refusal)
+                continue
+            booked.settle("delivered", event.done_ns)
+            running.outstanding.pop(client)
+            running.replied.add(client)
+            running.seconds[client] = seconds
+            if client not in self._broken:
+                self._accepted[client] = self._accepted.get(client, 0) + 1
+        event.release()
+        self.facts.encode_s += time.monotonic() - began
+
+    def _fold(self, running: _Running, message: Message, frame: Frame) -> str | None:
+        """Fold a reply's fields, all or none; returns why not."""
+        values = values_of(frame, message, self.job.layout(message.client))
+        named = {f.name: v for f, v in zip(running.spec.reply.fields, values, strict=True)}
+        done: list[tuple[Accumulator, Any, float]] = []
+        for name, accumulator in running.accumulators.items():
+            by = running.weights.get(name)
+            weight = float(named[by]) if by is not None else 1.0
+            try:
+                accumulator.add(message.client, named[name], weight)
+            except Refused as error:
+                for other, value, other_weight in done:
+                    other.remove(message.client, value, other_weight)
+                return f"refused: {name}: {error}"
+            done.append((accumulator, named[name], weight))
+        return None
+
+
+@dataclass
+class _Running:
+    """One call under way."""
+
+    spec: ClientMethod
+    phase: str
+    accumulators: dict[str, Accumulator]
+    called: set[int]
+    weights: dict[str, str] = field(default_factory=dict)  # fold -> reply field that holds its weight
+    outstanding: dict[int, int] = field(default_factory=dict)  # client -> rank
+    missing: dict[int, str] = field(default_factory=dict)
+    replied: set[int] = field(default_factory=set)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+
+def plain(argument: Any) -> Any:
+    """An argument without its wrapping; of `Each` the first value."""
+    if isinstance(argument, Once):
+        return argument.value
+    if isinstance(argument, Each):
+        return next(iter(argument.values.values()), None)
+    return argument
+
+
+def argument_for(argument: Any, client: int, name: str) -> Any:
+    """What one client is sent as this argument."""
+    if isinstance(argument, Once):
+        return argument.value
+    if isinstance(argument, Each):
+        if client not in argument.values:
+            raise ValueError(f"argument {name!r}: Each has no value for client {client}")
+        return argument.values[client]
+    return argument

@@ -1,0 +1,77 @@
+"""What every rank of a run has built from the configuration: algorithm, selector, task, and the method table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fldist.algorithm import Algorithm
+from fldist.data.task import Task
+from fldist.fold import Integers
+from fldist.kinds import Schema, call_schema, reply_schema, reply_type
+from fldist.params import Layout
+from fldist.selection import Selector
+from fldist.wire.codec import Expected
+from fldist.wire.link import Limits
+
+
+@dataclass(frozen=True)
+class ClientMethod:
+    """A client half with its wire number and both schemas."""
+
+    number: int
+    name: str
+    run: Callable[..., Any]
+    call: Schema
+    reply: Schema
+    reply_type: type[tuple[Any, ...]] | None
+
+    @property
+    def phase(self) -> str:
+        """The phase of a call that names none: `train` for `update`, else the method's name."""
+        return "train" if self.name == "update" else self.name
+
+
+@dataclass
+class Job:
+    """One run as its ranks see it; equal at every rank."""
+
+    algorithm: Algorithm
+    selector: Selector
+    task: Task
+    seed: int
+    rounds: int
+    per_round: int
+    name: str = "run"
+    integers: Integers = "mean"
+    share: bool = True
+    checksum: bool = False
+    limits: Limits = field(default_factory=Limits)
+    round_deadline_s: float | None = None
+    eval_every: int = 1
+    methods: dict[str, ClientMethod] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.methods = {}
+        for number, (name, method) in enumerate(self.algorithm.client_methods().items(), start=1):
+            self.methods[name] = ClientMethod(
+                number, name, method, call_schema(method), reply_schema(method), reply_type(method)
+            )
+        self._by_number = {m.number: m for m in self.methods.values()}
+
+    def method(self, number: int) -> ClientMethod | None:
+        """The client method with this wire number."""
+        return self._by_number.get(number)
+
+    def layout(self, client: int) -> Layout:
+        """The layout of a client's model."""
+        return self.task.layout
+
+    def calls(self) -> Expected:
+        """What a host may receive."""
+        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout)
+
+    def replies(self) -> Expected:
+        """What the server may receive."""
+        return Expected(lambda n: m.reply if (m := self.method(n)) else None, self.layout)

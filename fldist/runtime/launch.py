@@ -1,0 +1,118 @@
+"""Who are we and who are the others: one process, children of our own, torchrun, or mpirun.
+
+Finds rank and world size in the environment, starts and watches host processes, and says in words why one ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+Launcher = Literal["alone", "children", "torchrun", "mpi"]
+
+HOST_ENVIRONMENT = "FLDIST_HOST"
+"""Set for a child: `address port rank parent-pid`; the token stands in FLDIST_TOKEN."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run. Rank 0 is the server."""
+
+    rank: int
+    size: int
+    launcher: Launcher
+
+
+def find_world() -> World:
+    """Read rank and world size from the environment that torchrun or mpirun (srun) made."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
+    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if rank in env and size in env:
+            return World(int(env[rank]), int(env[size]), "mpi")
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), "mpi")
+    return World(0, 1, "alone")
+
+
+class Children:
+    """The hosts that this process has started."""
+
+    def __init__(self, num: int, address: tuple[str, int], token: str, logs: Path) -> None:
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._logs: list[IO[bytes]] = []
+        for rank in range(1, num + 1):
+            log = (logs / f"rank-{rank}.log").open("ab")
+            self._logs.append(log)
+            self._processes[rank] = subprocess.Popen(
+                [sys.executable, "-m", "fldist", "_host"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **host_environment(address, rank, token)},
+            )
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process id of each host."""
+        return {rank: p.pid for rank, p in self._processes.items()}
+
+    def explain(self, rank: int, reason: str) -> str:
+        """Why a host ended, from its exit code; `reason` where it has not ended (or the link knows better)."""
+        process = self._processes[rank]
+        if reason:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)  # the link may notice the end before the kernel lets us reap it
+        code = process.poll()
+        if code is None:
+            return reason
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}; its last words are in rank-{rank}.log"
+
+    def stop(self, deadline_s: float) -> None:
+        """Wait for all to end, then kill who has not."""
+        deadline = time.monotonic() + deadline_s
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for log in self._logs:
+            log.close()
+
+
+def host_environment(address: tuple[str, int], rank: int, token: str) -> dict[str, str]:
+    """What a host finds in its environment."""
+    return {HOST_ENVIRONMENT: f"{address[0]} {address[1]} {rank} {os.getpid()}", "FLDIST_TOKEN": token}
+
+
+def own_host_environment() -> tuple[tuple[str, int], int, str]:
+    """Address, rank and token of this host; ends with its parent and leaves Ctrl-C to it."""
+    text = os.environ.get(HOST_ENVIRONMENT)
+    if text is None:
+        raise ValueError("`fldist _host` is started by `fldist run --nproc`, not by hand")
+    address, port, rank, parent = text.split()
+    die_with_parent(int(parent))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return (address, int(port)), int(rank), os.environ["FLDIST_TOKEN"]
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere the closed link ends it)."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

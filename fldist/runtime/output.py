@@ -1,0 +1,149 @@
+"""A run's directory: what is written, when, and in which form."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+import fldist
+from fldist.params import Params
+
+
+def prepare(directory: Path) -> Path:
+    """Make a new run's directory; refuse one that holds anything."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"output: {directory} exists and is not empty; nothing is overwritten: "
+            "name another with --output, or remove it"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {directory} cannot be made: {error.strerror}; name another with --output") from None
+    return directory
+
+
+def default_directory(root: Path, name: str) -> Path:
+    """A directory that does not exist yet, named after the run and the time."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    wanted = root / f"{name}-{stamp}"
+    number = 1
+    while wanted.exists():
+        number += 1
+        wanted = root / f"{name}-{stamp}-{number}"
+    return wanted
+
+
+class Output:
+    """Writes the files of one run; every write is complete when the call returns."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._rounds: TextIO = (directory / "rounds.jsonl").open("a", encoding="utf-8")
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the ledger's rows go."""
+        return self.directory / "messages.jsonl"
+
+    def config(self, resolved: dict[str, Any]) -> None:
+        """config.yaml: the resolved configuration."""
+        self._write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+
+    def environment(self, facts: dict[str, Any]) -> None:
+        """environment.json: versions, machine, launch."""
+        self._write("environment.json", json.dumps({**machine_facts(), **facts}, indent=2) + "\n")
+
+    def round(self, line: dict[str, Any]) -> None:
+        """One line of rounds.jsonl, flushed at once."""
+        self._rounds.write(json.dumps(line) + "\n")
+        self._rounds.flush()
+
+    def result(self, result: dict[str, Any]) -> None:
+        """result.json."""
+        self._write("result.json", json.dumps(result, indent=2) + "\n")
+
+    def arrays(self, rounds: list[dict[str, Any]]) -> None:
+        """run.h5: what tables and plots need, one array a column, sealed at the end of the run."""
+        import h5py
+        import numpy as np
+
+        temporary = self.directory / "run.h5.tmp"
+        with h5py.File(temporary, "w") as file:
+            group = file.create_group("rounds")
+            for name in ("round", "accuracy", "loss", "selected", "replied"):
+                group[name] = np.array([_number(r.get(name)) for r in rounds], dtype=np.float64)
+            for way in ("up", "down"):
+                group[f"logical_bytes_{way}"] = np.array([r["bytes"]["logical"][way] for r in rounds], dtype=np.int64)
+                group[f"wire_bytes_{way}"] = np.array([r["bytes"]["wire"][way] for r in rounds], dtype=np.int64)
+            for name in ("total", "compute", "encode", "wire", "wait", "evaluate"):
+                group[f"{name}_s"] = np.array([r["seconds"][name] for r in rounds], dtype=np.float64)
+        temporary.replace(self.directory / "run.h5")
+
+    def model(self, params: Params) -> None:
+        """model/model.safetensors: the final model by tensor name."""
+        from safetensors.torch import save_file
+
+        folder = self.directory / "model"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / "model.safetensors.tmp"
+        save_file({name: tensor.clone().contiguous() for name, tensor in params.named()}, temporary)
+        temporary.replace(folder / "model.safetensors")
+
+    def close(self) -> None:
+        """Close rounds.jsonl."""
+        self._rounds.close()
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.directory / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.directory / name)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions and machine, for environment.json."""
+    import numpy as np
+    import torch
+
+    return {
+        "fldist": fldist.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

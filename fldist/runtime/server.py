@@ -1,0 +1,408 @@
+"""The round loop: joins the hosts, runs the algorithm's stages, evaluates, records, and ends in good order."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+import fldist
+from fldist.algorithm import NoReplies, Stage, State
+from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
+from fldist.runtime.job import Job
+from fldist.runtime.output import Output, peak_rss_bytes
+from fldist.runtime.placement import Placement
+from fldist.runtime.state import hash_state
+from fldist.seeding import forked, generator
+from fldist.selection import Candidates
+from fldist.wire.ledger import Ledger
+from fldist.wire.link import Joined, Lost, ServerLink, Welcome
+
+log = logging.getLogger("fldist.server")
+
+SCHEMA = 1
+"""Version of result.json's form."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; what was finished is kept. The message says why and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class Observer(Protocol):
+    """Who wants to see a run while it goes."""
+
+    def started(self, facts: dict[str, Any]) -> None:
+        """All hosts have joined."""
+
+    def round(self, line: dict[str, Any]) -> None:
+        """A round has been committed; `line` is what rounds.jsonl got."""
+
+    def warning(self, text: str) -> None:
+        """Something a user should know."""
+
+    def finished(self, result: dict[str, Any]) -> None:
+        """The run has ended; `result` is what result.json holds."""
+
+
+class ServerView:
+    """The server half's view of a run; see `fldist.algorithm.Server`."""
+
+    _RESERVED = frozenset({"task", "round", "rng", "log", "state"})
+
+    def __init__(self, job: Job, state: State) -> None:
+        set_ = object.__setattr__
+        set_(self, "task", job.task)
+        set_(self, "state", state)
+        set_(self, "round", 0)
+        set_(self, "rng", generator(job.seed, "server", 0))
+        set_(self, "logged", {})
+
+    def enter(self, number: int, seed: int) -> None:
+        """Begin a round: its random stream, an empty log."""
+        set_ = object.__setattr__
+        set_(self, "round", number)
+        set_(self, "rng", generator(seed, "server", number))
+        self.logged.clear()
+
+    def replace(self, state: State) -> None:
+        """Put another state in place."""
+        object.__setattr__(self, "state", state)
+
+    def log(self, **values: float) -> None:
+        """Write numbers into this round's line of rounds.jsonl."""
+        self.logged.update({k: float(v) for k, v in values.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "state"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._RESERVED:
+            raise AttributeError(f"server.{name} is taken; choose another name for your state")
+        setattr(self.state, name, value)
+
+
+class ClientsView:
+    """All clients of a run; see `fldist.algorithm.Clients`."""
+
+    def __init__(self, job: Job, caller: CallsClients) -> None:
+        self.num = job.task.num_clients
+        self._job = job
+        self._caller = caller
+        self._round = 0
+        self._choice: list[int] | None = None
+        self._able = [c for c in range(self.num) if job.task.sizes[c] > 0]
+
+    def enter(self, number: int) -> None:
+        """Begin a round: nobody is selected yet."""
+        self._round = number
+        self._choice = None
+
+    @property
+    def choice(self) -> list[int]:
+        """This round's selection (empty when nobody asked for it)."""
+        return self._choice or []
+
+    def selected(self) -> Cohort:
+        """The selector's choice for this round, the same whenever it is asked for."""
+        if self._choice is None:
+            job = self._job
+            count = min(job.per_round, len(self._able))
+            candidates = Candidates(self._able, [job.task.sizes[c] for c in self._able], count)
+            rng = generator(job.seed, "select", self._round)
+            self._choice = job.selector.select(candidates, rng)
+        return Cohort(self._caller, self._choice)
+
+    def all(self) -> Cohort:
+        """Every client that holds samples."""
+        return Cohort(self._caller, self._able)
+
+    def only(self, ids: Sequence[int]) -> Cohort:
+        """The named clients."""
+        unknown = [c for c in ids if not 0 <= c < self.num]
+        if unknown:
+            raise ValueError(f"there is no client {unknown[0]}; clients are 0 to {self.num - 1}")
+        return Cohort(self._caller, sorted(set(ids)))
+
+
+class ServerLoop:
+    """One run at the server."""
+
+    def __init__(
+        self,
+        job: Job,
+        link: ServerLink,
+        output: Output,
+        observer: Observer,
+        *,
+        ranks: Sequence[int],
+        facts: dict[str, Any],
+        config: dict[str, Any],
+        explain_loss: Callable[[int, str], str] = lambda rank, reason: reason,
+        survives_loss: bool = True,
+    ) -> None:
+        self.job = job
+        self.link = link
+        self.output = output
+        self.observer = observer
+        self.ranks = list(ranks)
+        self.facts = facts
+        self.config = config
+        self._explain_loss = explain_loss
+        self._survives_loss = survives_loss
+        self._lines: list[dict[str, Any]] = []
+        self._seconds = dict.fromkeys(("total", "compute", "encode", "wire", "wait", "evaluate"), 0.0)
+        self._best: dict[str, Any] = {}
+        self._ledger = Ledger(output.ledger_path)
+        self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful)
+        self._caller = Caller(job, link, self._ledger, self._placement, self._lost_host)
+        self._clients = ClientsView(job, self._caller)
+        self._view: ServerView | None = None
+        self._transport = (0, 0)
+        self._began = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Run to the end and return the result; RunStopped and Interrupted leave a result.json that says so."""
+        status, reason = "finished", None
+        try:
+            self._join()
+            return self._run()
+        except RunStopped as error:
+            status, reason = "stopped", str(error)
+            raise
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "a signal asked the run to end"
+            raise
+        except BaseException as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if status != "finished":
+                self._ledger.flush(final=True)
+                self.output.result(self._result(status, reason, None))
+            self._ledger.close()
+            self.output.close()
+
+    # ---- start
+    def _join(self) -> None:
+        """Wait until every host has joined; the limit is on hosts of which nothing was heard."""
+        job, link = self.job, self.link
+        link.expected = job.replies()
+        link.admit(Welcome(secrets.token_bytes(16), 0, self.config))
+        waiting = set(self.ranks)
+        deadline = time.monotonic() + job.limits.join_s
+        while waiting:
+            event = link.next_event(0.1)
+            if isinstance(event, Joined):
+                waiting.discard(event.rank)
+                self._caller.offsets[event.rank] = event.offset_ns
+            elif isinstance(event, Lost):
+                reason = self._explain_loss(event.rank, event.reason)
+                raise RunStopped(f"host {event.rank} was lost while it joined: {reason}")
+            for rank in waiting:
+                why = self._explain_loss(rank, "")
+                if why:
+                    raise RunStopped(f"host {rank} ended before it joined: {why}")
+            silent = waiting - link.connected
+            if silent and time.monotonic() > deadline:
+                raise RunStopped(
+                    f"hosts {sorted(silent)} did not join within {job.limits.join_s:g} s (deadlines.join_s); "
+                    "are they started, and can they reach this machine?"
+                )
+
+    def _lost_host(self, rank: int, reason: str, state_lost: list[int]) -> None:
+        text = self._explain_loss(rank, reason)
+        log.warning("host %d lost: %s", rank, text)
+        kept = f"finished rounds are kept in {self.output.directory}"
+        if not self._survives_loss:
+            raise RunStopped(f"host {rank} lost ({text}); {self.link.survives}; {kept}")
+        if state_lost:
+            raise RunStopped(
+                f"host {rank} lost ({text}), and with it the state of clients {_ids(state_lost)}, which "
+                f"{type(self.job.algorithm).__name__} cannot do without; {kept}"
+            )
+        if not self._placement.alive:
+            raise RunStopped(f"host {rank} lost ({text}); it was the last one; {kept}")
+        self.observer.warning(
+            f"host {rank} lost ({text}); its replies of this round are missing; "
+            f"its clients move to host{'s' if len(self._placement.alive) > 1 else ''} {_ids(self._placement.alive)}"
+        )
+
+    # ---- rounds
+    def _run(self) -> dict[str, Any]:
+        job = self.job
+        with forked(job.seed, "init_server"):
+            state = job.algorithm.init_server(job.task)
+        view = self._view = ServerView(job, state)
+        self.observer.started({**self.facts, "survives": self.link.survives, "rounds": job.rounds})
+        empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
+        if empty:
+            self.observer.warning(f"clients {_ids(empty)} hold no samples and are never selected")
+        self._caller.begin_round(0, 0, 0, phase="setup")
+        with forked(job.seed, "setup"):
+            job.algorithm.setup(view, self._clients)
+        self._caller.end_round(commit=True)
+        self._ledger.flush()
+        self._ledger.take_round()
+        number = 0
+        for index, stage in enumerate(job.algorithm.stages(job.rounds)):
+            for _ in range(stage.rounds):
+                number += 1
+                self._round(number, index, stage, view)
+        return self._finish(view)
+
+    def _round(self, number: int, index: int, stage: Stage, view: ServerView) -> None:
+        began = time.monotonic()
+        job, caller = self.job, self._caller
+        before = view.state
+        view.replace(before.copy())
+        view.enter(number, job.seed)
+        self._clients.enter(number)
+        caller.begin_round(number, 0, index)
+        committed = True
+        try:
+            with forked(job.seed, "round", number):
+                stage.step(view, self._clients)
+        except NoReplies as error:
+            committed = False
+            view.replace(before)
+            some = next(iter(error.missing.items()), None)
+            why = f"; client {some[0]}: {some[1]}" if some else ""
+            self.observer.warning(f"round {number}: {error}; the state stays as it was{why}")
+        caller.end_round(commit=committed)
+        evaluated = time.monotonic()
+        scores = self._evaluate(number, view)
+        line = self._line(number, stage, caller.facts, scores, time.monotonic() - evaluated, began, committed)
+        if view.logged:
+            line["log"] = dict(view.logged)
+        refused = {c: r for c, r in caller.facts.missing.items() if r.startswith(("refused", "error"))}
+        if refused and committed:
+            client, reason = next(iter(sorted(refused.items())))
+            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            self.observer.warning(f"round {number}: client {client}'s reply was not used: {reason}{more}")
+        self._lines.append(line)
+        self.output.round(line)
+        self.observer.round(line)
+
+    def _evaluate(self, number: int, view: ServerView) -> dict[str, float] | None:
+        every = self.job.eval_every
+        if every == 0 or (number % every and number != self.job.rounds):
+            return None
+        scores = self.job.task.evaluate(self.job.algorithm.model(view))
+        if not self._best or scores.accuracy > self._best["accuracy"]:
+            self._best = {"round": number, "accuracy": scores.accuracy, "loss": scores.loss}
+        return {"accuracy": scores.accuracy, "loss": scores.loss}
+
+    def _line(
+        self,
+        number: int,
+        stage: Stage,
+        facts: RoundFacts,
+        scores: dict[str, float] | None,
+        evaluate_s: float,
+        began: float,
+        committed: bool,
+    ) -> dict[str, Any]:
+        self._ledger.flush()
+        self._count_transport()
+        seconds = {
+            "total": time.monotonic() - began,
+            "compute": max(facts.compute_s.values(), default=0.0),
+            "encode": facts.encode_s,
+            "wire": max(facts.wire_s.values(), default=0.0),
+            "evaluate": evaluate_s,
+        }
+        spent = sum(v for k, v in seconds.items() if k != "total")
+        seconds["wait"] = max(0.0, seconds["total"] - spent)
+        for name, value in seconds.items():
+            self._seconds[name] += value
+        return {
+            "round": number,
+            "attempt": 0,
+            "stage": stage.name,
+            "committed": committed,
+            "accuracy": scores["accuracy"] if scores else None,
+            "loss": scores["loss"] if scores else None,
+            "selected": len(facts.called),
+            "replied": len(facts.replied),
+            "missing": {str(c): r for c, r in sorted(facts.missing.items())},
+            "bytes": self._ledger.take_round().as_dict(),
+            "seconds": {k: round(v, 6) for k, v in seconds.items()},
+        }
+
+    def _count_transport(self) -> None:
+        up, down = self.link.transport_bytes()
+        self._ledger.add_transport(up - self._transport[0], down - self._transport[1])
+        self._transport = (up, down)
+
+    # ---- end
+    def _finish(self, view: ServerView) -> dict[str, Any]:
+        job = self.job
+        digests = self._caller.digests() if job.algorithm.stateful else {}
+        self._caller.send_verdicts()
+        state_hash = hash_state(
+            {
+                "server": view.state,
+                "clients": [digests.get(c, "") for c in range(job.task.num_clients)] if digests else [],
+            }
+        )
+        self._ledger.flush(final=True)
+        self._count_transport()
+        result = self._result("finished", None, state_hash)
+        self.output.model(job.algorithm.model(view))
+        self.output.arrays(self._lines)
+        self.output.result(result)
+        self.observer.finished(result)
+        return result
+
+    def _result(self, status: str, reason: str | None, state_hash: str | None) -> dict[str, Any]:
+        job = self.job
+        scored = [line for line in self._lines if line["accuracy"] is not None]
+        final = {k: scored[-1][k] for k in ("accuracy", "loss")} if scored else {"accuracy": None, "loss": None}
+        return {
+            "schema": SCHEMA,
+            "name": job.name,
+            "algorithm": self.config["algorithm"]["name"],
+            "seed": job.seed,
+            "rounds": len(self._lines),
+            "backend": self.facts["backend"],
+            "world_size": self.facts["world_size"],
+            "num_clients": job.task.num_clients,
+            "final": final,
+            "best": self._best or None,
+            "bytes": self._ledger.totals.as_dict(),
+            "seconds": {
+                **{k: round(v, 6) for k, v in self._seconds.items()},
+                "run": round(time.monotonic() - self._began, 6),
+            },
+            "peak_rss_bytes": peak_rss_bytes(),
+            "state_hash": state_hash,
+            "status": status,
+            "reason": reason,
+            "version": fldist.__version__,
+            "directory": str(self.output.directory),
+        }
+
+
+def _ids(ids: Sequence[int]) -> str:
+    """A list of ids that stays readable when it is long."""
+    shown = ", ".join(str(i) for i in ids[:20])
+    return shown if len(ids) <= 20 else f"{shown} and {len(ids) - 20} more"
+
+
+def fix_threads(threads: int) -> Callable[[], None]:
+    """Set torch's intra-op threads, which decide the order of sums; returns what puts the old number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return lambda: torch.set_num_threads(before)

@@ -1,0 +1,179 @@
+"""Client state that is transactional, and the hash of a state.
+
+What a client method writes is staged under (round, attempt). The verdict at the round's end says, per client,
+how many of its calls were accepted: their writes are committed in order, the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fldist.algorithm import State
+from fldist.params import Params
+
+RoundKey = tuple[int, int]
+"""(round, attempt)."""
+
+
+class ClientView:
+    """A client's `me` during one call: reads see its own staged writes, writes go into the call's own set."""
+
+    def __init__(self, client: int, layers: list[dict[str, Any]], scratch: State, may_write: bool) -> None:
+        set_ = object.__setattr__
+        set_(self, "client", client)
+        set_(self, "scratch", scratch)
+        set_(self, "_layers", layers)  # newest first
+        set_(self, "_may_write", may_write)
+        set_(self, "writes", {})
+        set_(self, "watched", Watch())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        layers: list[dict[str, Any]] = [self.writes, *object.__getattribute__(self, "_layers")]
+        for layer in layers:
+            if name in layer:
+                self.watched.add(f"me.{name}", layer[name])
+                return layer[name]
+        known = ", ".join(sorted({n for layer in layers for n in layer})) or "nothing"
+        raise AttributeError(f"client {self.client} has no state {name!r}; it holds {known}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not object.__getattribute__(self, "_may_write"):
+            raise AttributeError(
+                f"me.{name} cannot be set: the algorithm declares no client state; define init_client(self, task, "
+                "client), or use me.scratch for what lives within a round"
+            )
+        if name in ("client", "scratch", "writes", "watched"):
+            raise AttributeError(f"me.{name} is taken; choose another name")
+        self.writes[name] = value
+
+
+class Watch:
+    """Notices tensors that were changed in place although they are values that others share."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, Tensor, int]] = []
+
+    def add(self, name: str, value: Any) -> None:
+        """Remember the version of every tensor in `value`."""
+        for tensor in _tensors(value):
+            self._seen.append((name, tensor, tensor._version))
+
+    def changed(self) -> str | None:
+        """The name of a value that was changed in place, or None."""
+        return next((n for n, t, version in self._seen if t._version != version), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Params):
+        yield value.floats
+        yield value.ints
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+class ClientStates:
+    """The states of the clients that this host holds."""
+
+    def __init__(self, init: Callable[[int], State], stateful: bool) -> None:
+        self._init = init
+        self._stateful = stateful
+        self._committed: dict[int, dict[str, Any]] = {}
+        self._key: RoundKey = (0, 0)
+        self._staged: dict[int, list[dict[str, Any]]] = {}
+        self._scratch: dict[int, State] = {}
+
+    def begin(self, key: RoundKey) -> bool:
+        """Enter a round or an attempt; what was staged for another one is dropped. True if it is a new one."""
+        if key == self._key:
+            return False
+        self._key = key
+        self._staged.clear()
+        self._scratch.clear()
+        return True
+
+    def committed(self, client: int) -> dict[str, Any]:
+        """A client's committed values."""
+        if client not in self._committed:
+            self._committed[client] = dict(self._init(client).values) if self._stateful else {}
+        return self._committed[client]
+
+    def view(self, client: int) -> ClientView:
+        """`me` for one call."""
+        layers = [*reversed(self._staged.get(client, [])), self.committed(client)]
+        scratch = self._scratch.setdefault(client, State())
+        return ClientView(client, layers, scratch, self._stateful)
+
+    def stage(self, client: int, writes: dict[str, Any]) -> None:
+        """Keep a call's writes until the verdict."""
+        self._staged.setdefault(client, []).append(writes)
+
+    def verdict(self, key: RoundKey, commit: bool, accepted: dict[int, int]) -> None:
+        """End a round: commit the first `accepted[client]` calls of each client (all where it is not named)."""
+        if key != self._key:
+            return
+        if commit:
+            for client, calls in self._staged.items():
+                for writes in calls[: accepted.get(client, len(calls))]:
+                    self.committed(client).update(writes)
+        self._staged.clear()
+        self._scratch.clear()
+
+    def digest(self, client: int) -> str:
+        """SHA-256 of a client's committed state."""
+        return hash_state(self.committed(client))
+
+
+def hash_state(values: dict[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes, independent of the order in which values were set."""
+    digest = hashlib.sha256()
+    _feed(digest, values)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, State):
+        value = value.values
+    if isinstance(value, Params):
+        digest.update(b"P")
+        _feed(digest, value.floats)
+        _feed(digest, value.ints)
+    elif isinstance(value, Tensor):
+        digest.update(f"T{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    elif isinstance(value, dict):
+        digest.update(f"D{len(value)}".encode())
+        for key in sorted(value, key=str):
+            _feed(digest, str(key))
+            _feed(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"L{len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, bool) or value is None:
+        digest.update(f"B{value}".encode())
+    elif isinstance(value, int):
+        digest.update(f"I{value};".encode())
+    elif isinstance(value, float):
+        digest.update(b"F" + struct.pack("<d", value))
+    elif isinstance(value, str):
+        raw = value.encode()
+        digest.update(f"S{len(raw)};".encode() + raw)
+    else:
+        raise TypeError(
+            f"a state cannot hold {type(value).__name__}; use Params, tensors, numbers, strings, lists, dicts"
+        )
