@@ -1,0 +1,5 @@
+"""`python -m fldist`, which is also how torchrun and mpirun start a rank."""
+
+from fldist.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""The command line. Heavy imports are made inside the commands, so that `fldist --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Federated learning that really runs distributed, with every byte counted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Federated learning that really runs distributed, with every byte counted."""
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.")] = None,
+    nproc: Annotated[int, typer.Option(help="Ranks to run: this process as server and N-1 hosts.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="The run's directory itself; must be new or empty.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print configuration, rank map and predicted bytes; run nothing.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say of each client why its reply is missing.")
+    ] = False,
+) -> None:
+    """Run a configuration: alone, with --nproc, or under torchrun or mpirun."""
+    from fldist.config import load
+    from fldist.console import Progress
+    from fldist.runner import run_here
+
+    settings = load(config, overrides or [])
+    if dry_run:
+        from fldist.inspection import dry_run as show
+
+        typer.echo(show(settings, nproc))
+        return
+    run_here(settings, nproc=nproc, output=output, observer=Progress(settings.rounds, verbose))
+
+
+@app.command()
+def describe(algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing.")]) -> None:
+    """What an algorithm is, its fields, and what its messages carry."""
+    from fldist.inspection import describe as show
+
+    typer.echo(show(algorithm))
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine, what does not, and what to do about it."""
+    from fldist.inspection import doctor as show
+
+    text, healthy = show()
+    typer.echo(text)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one line, not a traceback."""
+    if sys.argv[1:] == ["_host"]:
+        _main_host()
+        return
+    try:
+        app(standalone_mode=False)
+    except Exception as error:
+        sys.exit(_code_of(error))
+    except KeyboardInterrupt as error:
+        number = getattr(error, "signal_number", 2)
+        print("fldist: ended by a signal; finished rounds are kept", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def _code_of(error: Exception) -> int:
+    """Print an error as it deserves; returns the exit code."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException, wherever typer keeps it
+        error.show()  # type: ignore[attr-defined]
+        return int(error.exit_code)  # type: ignore[attr-defined]
+    from fldist.runtime.cohort import ClientCodeFailed
+    from fldist.runtime.server import RunStopped
+    from fldist.wire.errors import TransportError
+
+    if isinstance(error, ValueError) and _is_ours(error):
+        print(f"fldist: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, RunStopped | TransportError | ClientCodeFailed):
+        print(f"fldist: {error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised it (a user's mistake), or some library did (a fault: show the traceback)."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and str(at.tb_frame.f_globals.get("__name__", "")).startswith("fldist")
+
+
+def _main_host() -> None:
+    from fldist.runner import child_host
+    from fldist.wire.errors import TransportError
+
+    try:
+        child_host()
+    except TransportError as error:
+        print(f"fldist host: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,338 @@
+"""Configurations: YAML and overrides in, validated settings out, and the job that they describe.
+
+What every algorithm shares stands outside the section `algorithm`, so that `algorithm.name=scaffold` alone
+switches a run. Errors name the key, the value and the remedy; an unknown key is answered with the nearest one
+of all sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fldist import resolve
+from fldist.algorithm import Algorithm
+from fldist.fold import Integers
+from fldist.models.train import LocalTraining
+from fldist.params import Travel
+from fldist.runtime.job import Job
+from fldist.selection import Selector
+from fldist.wire.link import Limits
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one problem a line."""
+
+
+def _named(value: Any) -> Any:
+    """`fedavg` is short for `{name: fedavg}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Component(BaseModel):
+    """Something chosen by name, with fields of its own."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The component's own fields."""
+        return dict(self.model_extra or {})
+
+
+Named = Annotated[Component, BeforeValidator(_named)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ClientsSection(Section):
+    """Who takes part: `fraction` of `num_clients` in each round, or `per_round` of them."""
+
+    num_clients: Annotated[int, Field(ge=1)] = 10
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    per_round: Annotated[int, Field(ge=1)] | None = None
+    rounding: Literal["floor", "ceil", "nearest"] = "floor"
+
+    def count(self) -> int:
+        """Clients per round, at least 1."""
+        if self.per_round is not None:
+            return self.per_round
+        exact = (1.0 if self.fraction is None else self.fraction) * self.num_clients
+        # 1e-9: 0.3 * 10 is 3, whatever binary fractions make of it
+        if self.rounding == "floor":
+            return max(1, math.floor(exact + 1e-9))
+        return math.ceil(exact - 1e-9) if self.rounding == "ceil" else max(1, math.floor(exact + 0.5))
+
+
+class TaskSection(Section):
+    """What is learnt: data, their partition among the clients, the model, and what of it travels."""
+
+    data: Named = Component(name="digits")
+    partition: Named = Component(name="iid")
+    partition_seed: int | None = None  # default: the run's seed
+    model: Named = Component(name="mlp")
+    travel: Travel = "all"
+
+
+class DeadlinesSection(Section):
+    """Limits on waiting, in seconds. `client_timeout_s` is on silence, heartbeats included."""
+
+    join_s: Seconds = 60.0
+    client_timeout_s: Seconds = 5.0
+    transfer_s: Seconds = 3600.0
+    round_deadline_s: Seconds | None = None
+
+
+class NetworkSection(Section):
+    """How messages travel: `share` sends what several clients of a host are sent once per host."""
+
+    share: bool = True
+    checksum: Literal["header", "full"] = "header"
+
+
+class AggregationSection(Section):
+    """How integer buffers (BatchNorm's counters) are averaged."""
+
+    integers: Integers = "mean"
+
+
+class EvalSection(Section):
+    """The global model on the global test set at the server, every k rounds and in the last one; 0: never."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+
+
+class OutputSection(Section):
+    """Where runs are written: a new directory under `root`, unless --output names it."""
+
+    root: str = "runs"
+
+
+class Settings(Section):
+    """A whole configuration."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Annotated[int, Field(ge=1)] = 10
+    clients: ClientsSection = ClientsSection()
+    task: TaskSection = TaskSection()
+    local: LocalTraining = LocalTraining()
+    algorithm: Named = Component(name="fedavg")
+    selection: Named = Component(name="random")
+    aggregation: AggregationSection = AggregationSection()
+    eval: EvalSection = EvalSection()
+    backend: Literal["auto", "in-process", "gloo", "mpi"] = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    network: NetworkSection = NetworkSection()
+    deadlines: DeadlinesSection = DeadlinesSection()
+    output: OutputSection = OutputSection()
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything spelt out, defaults included; loading it again gives the same settings."""
+        return TypeAdapter(Settings).dump_python(self, mode="json")  # type: ignore[no-any-return]
+
+
+# ---- loading
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file (or take a mapping), apply `key.sub=value` overrides, validate."""
+    raw = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    for override in overrides:
+        _override(raw, override)
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+    _check(settings)
+    return settings
+
+
+def _copied(value: Any) -> Any:
+    return {str(k): _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration {path}; see configs/ for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} must have the form key.sub=value")
+    *path, last = key.strip().split(".")
+    at = raw
+    for part in path:
+        inner = at.get(part)
+        if isinstance(inner, str):  # `algorithm: fedavg` with an override of algorithm.name or of a field
+            inner = at[part] = {"name": inner}
+        if inner is None:
+            inner = at[part] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {text!r}: {part!r} is {inner!r} and has no keys")
+        at = inner
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
+
+
+def known_keys() -> list[str]:
+    """Every key that a configuration may have, dotted, the fields of all packaged algorithms included."""
+    keys = list(_keys_of(Settings, ""))
+    for name in resolve.modules_of("fldist.algorithms"):
+        component = resolve.from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
+        keys += [f"algorithm.{f.name}" for f in dataclasses.fields(component)]
+    keys += ["task.partition.alpha", "task.model.hidden", "task.model.widths"]
+    return list(dict.fromkeys(keys))
+
+
+def _keys_of(section: Any, prefix: str) -> Iterator[str]:
+    if dataclasses.is_dataclass(section):
+        yield from (f"{prefix}{f.name}" for f in dataclasses.fields(section))
+        return
+    for name, info in section.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = info.annotation
+        if inner is Component:
+            yield f"{prefix}{name}.name"
+        elif isinstance(inner, type) and (issubclass(inner, BaseModel) or dataclasses.is_dataclass(inner)):
+            yield from _keys_of(inner, f"{prefix}{name}.")
+
+
+def unknown_key(key: str) -> str:
+    """The message for a key that means nothing, with the nearest known key of all sections."""
+    known = known_keys()
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.6)
+    best = near[0] if near else (by_leaf[leaf[0]] if leaf else None)
+    hint = f"did you mean {best}?" if best else f"known sections: {', '.join(Settings.model_fields)}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _explain(error: ValidationError, prefix: str = "") -> list[str]:
+    lines = []
+    for problem in error.errors():
+        key = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            lines.append(unknown_key(key))
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: a value is needed")
+        else:
+            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {problem['input']!r}")
+    return lines
+
+
+def _check(settings: Settings) -> None:
+    """Combinations that cannot be."""
+    clients = settings.clients
+    if clients.fraction is not None and clients.per_round is not None:
+        raise ConfigError(
+            f"clients: fraction ({clients.fraction}) and per_round ({clients.per_round}) exclude each other; remove one"
+        )
+    if clients.per_round is not None and clients.per_round > clients.num_clients:
+        raise ConfigError(
+            f"clients.per_round: {clients.per_round} of {clients.num_clients} clients cannot be selected; "
+            "lower it or raise clients.num_clients"
+        )
+    if settings.deadlines.join_s < settings.deadlines.client_timeout_s / 5:
+        raise ConfigError("deadlines.join_s: shorter than a heartbeat's period; raise it")
+
+
+# ---- from settings to objects
+def _component(kind: type, given: Component, key: str) -> Any:
+    """Build a component from its dataclass, checking its fields."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in given.fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {key}.{near[0]}?" if near else (
+                f"its fields: {', '.join(known)}" if known else "it has no fields"
+            )  # fmt: skip
+            raise ConfigError(f"{key}.{name}: {given.name} has no such field; {hint}")
+    try:
+        return TypeAdapter(kind).validate_python(given.fields)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, f"{key}."))) from None
+
+
+def _from_table(table: Mapping[str, str], given: Component, key: str) -> Any:
+    thing = resolve.from_table(table, given.name, f"{key}.name")
+    if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+        return _component(thing, given, key)
+    if given.fields:
+        raise ConfigError(f"{key}: {given.name} is no dataclass, so it takes no fields; got {sorted(given.fields)}")
+    return thing
+
+
+def make_algorithm(given: Component) -> Algorithm:
+    """The algorithm that the section `algorithm` names."""
+    kind = resolve.from_package("fldist.algorithms", given.name, Algorithm, "algorithm.name")
+    made: Algorithm = _component(kind, given, "algorithm")
+    return made
+
+
+def build(settings: Settings) -> Job:
+    """The job that settings describe; every rank builds the same."""
+    from fldist.data import datasets, partition
+    from fldist.data.task import Task
+    from fldist.models import NAMES as MODELS
+
+    algorithm = make_algorithm(settings.algorithm)
+    selector_type = resolve.from_package("fldist.selection", settings.selection.name, Selector, "selection.name")
+    selector: Selector = _component(selector_type, settings.selection, "selection")
+    section = settings.task
+    splitter = _from_table(partition.NAMES, section.partition, "task.partition")
+    model = _from_table(MODELS, section.model, "task.model")
+    data = _from_table(datasets.NAMES, section.data, "task.data")
+    make_model: Callable[..., Any] = model.build if hasattr(model, "build") else model
+    task = Task(
+        dataset=data.load() if hasattr(data, "load") else data(),
+        partition=splitter,
+        num_clients=settings.clients.num_clients,
+        build=make_model,
+        local=settings.local,
+        seed=settings.seed,
+        partition_seed=settings.seed if section.partition_seed is None else section.partition_seed,
+        travel=section.travel,
+    )
+    deadlines = settings.deadlines
+    return Job(
+        algorithm=algorithm,
+        selector=selector,
+        task=task,
+        seed=settings.seed,
+        rounds=settings.rounds,
+        per_round=settings.clients.count(),
+        name=settings.name,
+        integers=settings.aggregation.integers,
+        share=settings.network.share,
+        checksum=settings.network.checksum == "full",
+        limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
+        round_deadline_s=deadlines.round_deadline_s,
+        eval_every=settings.eval.every,
+    )

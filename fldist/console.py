@@ -1,0 +1,92 @@
+"""What a run looks like in a terminal: one line a round, warnings, and a table at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in decimal units: 1 kB is 1000 B."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds, minutes or hours, as suits."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """Prints a run as it goes. Plain lines, whether or not there is a terminal."""
+
+    def __init__(self, rounds: int, verbose: bool = False) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._rounds = rounds
+        self._verbose = verbose
+        self._began = time.monotonic()
+
+    def started(self, facts: dict[str, Any]) -> None:
+        """All hosts have joined."""
+        self._began = time.monotonic()
+        self._console.print(f"backend {facts['backend']}, {facts['world_size']} rank(s): {facts['survives']}")
+
+    def round(self, line: dict[str, Any]) -> None:
+        """One line a round."""
+        number = line["round"]
+        seconds = line["seconds"]
+        left = (time.monotonic() - self._began) / number * (self._rounds - number)
+        scored = "accuracy   -  " if line["accuracy"] is None else f"accuracy {line['accuracy']:.4f}"
+        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "encode", "wire", "wait", "evaluate"))
+        logical = line["bytes"]["logical"]
+        self._console.print(
+            f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
+            f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
+            f"{line['replied']}/{line['selected']} replies  {seconds['total']:.2f} s ({split})  "
+            f"ETA {seconds_text(left)}"
+        )
+        if self._verbose:
+            for client, reason in line["missing"].items():
+                self._console.print(f"    client {client}: {reason}", markup=False)
+
+    def warning(self, text: str) -> None:
+        """A line that stands out."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def finished(self, result: dict[str, Any]) -> None:
+        """The table of the whole run."""
+        table = Table(title=f"{result['name']}: {result['algorithm']}, {result['rounds']} rounds, {result['backend']}")
+        table.add_column("")
+        table.add_column("up", justify="right")
+        table.add_column("down", justify="right")
+        data = result["bytes"]
+        for kind, ways in data["by_kind"].items():
+            table.add_row(f"{kind} (logical)", *(f"{ways[w]:,} B" for w in ("up", "down")))
+        table.add_section()
+        for name in ("logical", "encoded", "wire"):
+            table.add_row(name, *(f"{data[name][w]:,} B" for w in ("up", "down")))
+        for status, ways in data["wasted"].items():
+            table.add_row(f"not used: {status}", *(f"{ways[w]:,} B" for w in ("up", "down")))
+        self._console.print(table)
+        seconds = result["seconds"]
+        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "encode", "wire", "wait", "evaluate"))
+        final = result["final"]
+        if final["accuracy"] is not None:
+            best = result["best"]
+            self._console.print(
+                f"accuracy {final['accuracy']:.4f} (best {best['accuracy']:.4f} in round {best['round']}), "
+                f"loss {final['loss']:.4f}"
+            )
+        self._console.print(f"seconds {seconds['total']:.2f} ({split})")
+        self._console.print(f"state_hash {result['state_hash']}")
+        self._console.print(f"results in {result['directory']}", markup=False)

