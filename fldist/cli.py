@@ -73,19 +73,20 @@ def main() -> None:
         _main_host()
         return
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except Exception as error:
         sys.exit(_code_of(error))
-    except KeyboardInterrupt as error:
-        number = getattr(error, "signal_number", 2)
+    except BaseException as error:
+        number = getattr(error, "signal_number", None)
+        if number is None:
+            raise
         print("fldist: ended by a signal; finished rounds are kept", file=sys.stderr)
         sys.exit(128 + number)
+    sys.exit(code if isinstance(code, int) else 0)  # what typer.Exit was given, or a command's None
 
 
 def _code_of(error: Exception) -> int:
     """Print an error as it deserves; returns the exit code."""
-    if isinstance(error, typer.Exit):
-        return error.exit_code
     if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException, wherever typer keeps it
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]

@@ -16,9 +16,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import nn
 
-from fldist import resolve
+from fldist import models, resolve
 from fldist.algorithm import Algorithm
+from fldist.data import datasets, partition
+from fldist.data.datasets import Dataset
+from fldist.data.task import Partition, Task
 from fldist.fold import Integers
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
@@ -156,6 +160,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error))) from None
     _check(settings)
+    components(settings)
     return settings
 
 
@@ -227,9 +232,10 @@ def unknown_key(key: str) -> str:
     """The message for a key that means nothing, with the nearest known key of all sections."""
     known = known_keys()
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.6)
-    best = near[0] if near else (by_leaf[leaf[0]] if leaf else None)
+    near_leaf = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
+    best = by_leaf.get(leaf) or (near[0] if near else None) or (by_leaf[near_leaf[0]] if near_leaf else None)
     hint = f"did you mean {best}?" if best else f"known sections: {', '.join(Settings.model_fields)}"
     return f"{key}: unknown key; {hint}"
 
@@ -296,25 +302,41 @@ def make_algorithm(given: Component) -> Algorithm:
     return made
 
 
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """What the names in a configuration stand for, with their fields checked; nothing is loaded yet."""
+
+    algorithm: Algorithm
+    selector: Selector
+    partition: Partition
+    load_data: Callable[[], Dataset]
+    build_model: Callable[[tuple[int, ...], int], nn.Module]
+
+
+def components(settings: Settings) -> Components:
+    """Look up and check everything that is chosen by name."""
+    kind = resolve.from_package("fldist.selection", settings.selection.name, Selector, "selection.name")
+    section = settings.task
+    model = _from_table(models.NAMES, section.model, "task.model")
+    data = _from_table(datasets.NAMES, section.data, "task.data")
+    return Components(
+        make_algorithm(settings.algorithm),
+        _component(kind, settings.selection, "selection"),
+        _from_table(partition.NAMES, section.partition, "task.partition"),
+        data.load if hasattr(data, "load") else data,
+        model.build if hasattr(model, "build") else model,
+    )
+
+
 def build(settings: Settings) -> Job:
     """The job that settings describe; every rank builds the same."""
-    from fldist.data import datasets, partition
-    from fldist.data.task import Task
-    from fldist.models import NAMES as MODELS
-
-    algorithm = make_algorithm(settings.algorithm)
-    selector_type = resolve.from_package("fldist.selection", settings.selection.name, Selector, "selection.name")
-    selector: Selector = _component(selector_type, settings.selection, "selection")
+    chosen = components(settings)
     section = settings.task
-    splitter = _from_table(partition.NAMES, section.partition, "task.partition")
-    model = _from_table(MODELS, section.model, "task.model")
-    data = _from_table(datasets.NAMES, section.data, "task.data")
-    make_model: Callable[..., Any] = model.build if hasattr(model, "build") else model
     task = Task(
-        dataset=data.load() if hasattr(data, "load") else data(),
-        partition=splitter,
+        dataset=chosen.load_data(),
+        partition=chosen.partition,
         num_clients=settings.clients.num_clients,
-        build=make_model,
+        build=chosen.build_model,
         local=settings.local,
         seed=settings.seed,
         partition_seed=settings.seed if section.partition_seed is None else section.partition_seed,
@@ -322,8 +344,8 @@ def build(settings: Settings) -> Job:
     )
     deadlines = settings.deadlines
     return Job(
-        algorithm=algorithm,
-        selector=selector,
+        algorithm=chosen.algorithm,
+        selector=chosen.selector,
         task=task,
         seed=settings.seed,
         rounds=settings.rounds,

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from fldist.config import ConfigError, Settings, build
 from fldist.runtime.host import Host, serve_link
-from fldist.runtime.launch import Children, World, find_world, own_host_environment
-from fldist.runtime.output import Output, default_directory, prepare
+from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_environment, spawn_host
+from fldist.runtime.output import Output, default_directory, discard, prepare
 from fldist.runtime.server import Interrupted, Observer, RunStopped, ServerLoop, fix_threads
 from fldist.wire.errors import TransportError
 from fldist.wire.link import Limits, ServerLink
@@ -79,8 +79,12 @@ def run_here(
     output: str | Path | None = None,
     progress: bool = False,
     observer: Observer | None = None,
+    spawn: Spawn = spawn_host,
 ) -> dict[str, Any]:
-    """Be this rank of the run. The server returns the result, a host an empty one when it is done."""
+    """Be this rank of the run. The server returns the result, a host an empty one when it is done.
+
+    spawn: how `nproc` starts a host (tests use warm processes).
+    """
     if nproc < 1:
         raise ConfigError(f"--nproc must be at least 1, got {nproc}")
     world = find_world()
@@ -102,7 +106,11 @@ def run_here(
                 return _serve_mpi(settings, directory, observer)
             if world.launcher == "torchrun":
                 return _serve_torchrun(settings, directory, observer, world)
-            return _serve_children(settings, directory, observer, nproc)
+            return _serve_children(settings, directory, observer, nproc, spawn)
+    except ValueError:
+        if not (directory / "config.yaml").exists():
+            discard(directory)
+        raise
     finally:
         restore()
 
@@ -139,7 +147,9 @@ def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str,
     return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
 
 
-def _serve_children(settings: Settings, directory: Path, observer: Observer, nproc: int) -> dict[str, Any]:
+def _serve_children(
+    settings: Settings, directory: Path, observer: Observer, nproc: int, spawn: Spawn
+) -> dict[str, Any]:
     from fldist.wire.gloo import GlooServer
 
     deadlines = settings.deadlines
@@ -152,14 +162,15 @@ def _serve_children(settings: Settings, directory: Path, observer: Observer, npr
         survives="a host may die: its replies of the round are missing, clients without state move to the others",
     )
     # started before this process has built anything: the hosts import while it does
-    children = Children(nproc - 1, link.address, link.token, directory)
+    children = Children(nproc - 1, link.address, link.token, directory, spawn)
     try:
+        job = build(settings)
         loop = _server_loop(
             settings,
             directory,
             observer,
             link,
-            build(settings),
+            job,
             ranks,
             "gloo",
             "children",
@@ -252,7 +263,7 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
         _serve_as_host(MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s)), world.rank)
         return {}
     address, port, token = _torchrun_store().get(_STORE_KEY).decode().split()
-    _gloo_host((address, int(port)), world.rank, token)
+    gloo_host((address, int(port)), world.rank, token)
     return {}
 
 
@@ -260,10 +271,11 @@ def child_host() -> None:
     """What a child started by `--nproc` does: join, serve, end with its parent."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address, rank, token = own_host_environment()
-    _gloo_host(address, rank, token)
+    gloo_host(address, rank, token)
 
 
-def _gloo_host(address: tuple[str, int], rank: int, token: str) -> None:
+def gloo_host(address: tuple[str, int], rank: int, token: str) -> None:
+    """Join the server at `address`, serve until it says goodbye; TransportError when it is gone."""
     from fldist.wire.gloo import GlooHost
 
     _serve_as_host(GlooHost(address, rank, token, Limits()), rank)

@@ -5,16 +5,16 @@ Finds rank and world size in the environment, starts and watches host processes,
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal, Protocol
 
 Launcher = Literal["alone", "children", "torchrun", "mpi"]
 
@@ -44,22 +44,45 @@ def find_world() -> World:
     return World(0, 1, "alone")
 
 
+class HostProcess(Protocol):
+    """A host's process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    def poll(self) -> int | None:
+        """The exit code (minus the signal that killed it), or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; subprocess.TimeoutExpired when it lasts longer."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
+Address = tuple[str, int]
+Spawn = Callable[[Address, int, str, Path], HostProcess]
+"""Starts a host: the server's address, the host's rank, the run's token, the log file."""
+
+
+def spawn_host(address: Address, rank: int, token: str, log: Path) -> HostProcess:
+    """Start a host as a child of this process, in a fresh interpreter."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fldist", "_host"],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **host_environment(address, rank, token)},
+        )
+
+
 class Children:
     """The hosts that this process has started."""
 
-    def __init__(self, num: int, address: tuple[str, int], token: str, logs: Path) -> None:
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._logs: list[IO[bytes]] = []
-        for rank in range(1, num + 1):
-            log = (logs / f"rank-{rank}.log").open("ab")
-            self._logs.append(log)
-            self._processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "fldist", "_host"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **host_environment(address, rank, token)},
-            )
+    def __init__(self, num: int, address: Address, token: str, logs: Path, spawn: Spawn = spawn_host) -> None:
+        self._processes = {rank: spawn(address, rank, token, logs / f"rank-{rank}.log") for rank in range(1, num + 1)}
 
     @property
     def pids(self) -> dict[int, int]:
@@ -67,14 +90,20 @@ class Children:
         return {rank: p.pid for rank, p in self._processes.items()}
 
     def explain(self, rank: int, reason: str) -> str:
-        """Why a host ended, from its exit code; `reason` where it has not ended (or the link knows better)."""
+        """Why a host has ended, from its exit code; an empty text while it lives and `reason` is empty.
+
+        reason: why the link lost it. A lost host that still lives (stopped, or cut off) is killed.
+        """
         process = self._processes[rank]
         if reason:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(0.2)  # the link may notice the end before the kernel lets us reap it
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return f"{reason}; its process has been killed"
         code = process.poll()
         if code is None:
-            return reason
+            return ""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}; its last words are in rank-{rank}.log"
@@ -88,8 +117,6 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for log in self._logs:
-            log.close()
 
 
 def host_environment(address: tuple[str, int], rank: int, token: str) -> dict[str, str]:

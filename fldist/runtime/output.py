@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -29,6 +30,14 @@ def prepare(directory: Path) -> Path:
     except OSError as error:
         raise ValueError(f"output: {directory} cannot be made: {error.strerror}; name another with --output") from None
     return directory
+
+
+def discard(directory: Path) -> None:
+    """Take back the directory of a run that never began: the ranks' logs, and the directory if then empty."""
+    for log in directory.glob("rank-*.log"):
+        log.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def default_directory(root: Path, name: str) -> Path:

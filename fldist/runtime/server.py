@@ -32,8 +32,8 @@ class RunStopped(RuntimeError):
     """The run cannot go on; what was finished is kept. The message says why and what to do."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end."""
+class Interrupted(BaseException):
+    """A signal asked the run to end. No Exception: nothing that handles errors may swallow it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -181,7 +181,7 @@ class ServerLoop:
         except RunStopped as error:
             status, reason = "stopped", str(error)
             raise
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             status, reason = "interrupted", "a signal asked the run to end"
             raise
         except BaseException as error:

@@ -1,0 +1,125 @@
+"""What many tests share: small configurations, warm host processes, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.warm"])
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """A configuration that runs in a fraction of a second; `section__key=value` changes it."""
+    config: dict[str, Any] = {
+        "name": "small",
+        "rounds": 2,
+        "clients": {"num_clients": 6},
+        "task": {"data": "digits", "partition": "iid", "model": {"name": "mlp", "hidden": [8]}},
+        "local": {"epochs": 1, "batch_size": 64, "lr": 0.05},
+        "algorithm": {"name": "fedavg"},
+    }
+    for key, value in changes.items():
+        at = config
+        *path, last = key.split("__")
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return config
+
+
+class WarmProcess:
+    """A host forked from a process that has imported everything already; looks like a Popen."""
+
+    def __init__(self, address: tuple[str, int], rank: int, token: str, log: Path) -> None:
+        from tests.warm import host
+
+        self.process = CONTEXT.Process(target=host, args=(address, rank, token, str(log)), daemon=True)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("host", timeout or 0.0)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class Hosts:
+    """A `spawn` for run_here that remembers its processes."""
+
+    def __init__(self) -> None:
+        self.processes: dict[int, WarmProcess] = {}
+
+    def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path) -> WarmProcess:
+        self.processes[rank] = WarmProcess(address, rank, token, log)
+        return self.processes[rank]
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+
+class Recorder:
+    """An observer that keeps what it sees and calls back after a round."""
+
+    def __init__(self, after_round: Callable[[int], None] = lambda number: None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self._after_round = after_round
+
+    def started(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+        self._after_round(0)
+
+    def round(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self._after_round(line["round"])
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def finished(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    yield made
+    for process in made.processes.values():
+        assert process.poll() is not None, "a host outlived its run"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No thread of ours survives a test."""
+    yield
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        left = [t.name for t in threading.enumerate() if t.name.startswith("fldist-")]
+        if not left:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"threads left: {left}")

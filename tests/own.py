@@ -1,0 +1,178 @@
+"""Algorithms of tests' own: slow, failing, lying clients, outside the package as a user's would be."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fldist.algorithm import Algorithm, Clients, Me, Server, State, on_client
+from fldist.data.client_data import ClientData
+from fldist.data.task import Task
+from fldist.fold import Mean, Sum, collect
+from fldist.kinds import Scalar, Variates, Weights
+
+
+class Update(NamedTuple):
+    y: Weights
+    n: Scalar
+
+
+@dataclass(frozen=True)
+class Base(Algorithm):
+    """FedAvg that adds 1 to the model instead of training it."""
+
+    def init_server(self, task: Task) -> State:
+        return State(x=task.init_params())
+
+    def round(self, server: Server, clients: Clients) -> None:
+        server.x = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")}).y
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        y = x.clone()
+        y.floats += 1.0
+        return Update(y, data.n)
+
+
+@dataclass(frozen=True)
+class Slow(Base):
+    """Clients take their time; `flag` is a file that one of them makes when it begins."""
+
+    seconds: float = 0.2
+    flag: str = ""
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        if self.flag:
+            Path(f"{self.flag}-{data.client}").write_text(str(os.getpid()))
+        time.sleep(self.seconds)
+        return Base.update(self, me, data, x)
+
+
+@dataclass(frozen=True)
+class NanFrom(Base):
+    """One client sends NaN in every round."""
+
+    client: int = 2
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        got = Base.update(self, me, data, x)
+        if data.client == self.client:
+            got.y.floats[-1] = float("nan")
+        return got
+
+
+@dataclass(frozen=True)
+class Raises(Base):
+    """Some clients raise."""
+
+    clients: tuple[int, ...] = (1,)
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        if data.client in self.clients:
+            raise ZeroDivisionError(f"client {data.client} divides by zero")
+        return Base.update(self, me, data, x)
+
+
+@dataclass(frozen=True)
+class Mutates(Base):
+    """Clients change the model that was sent to them."""
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        x.floats.add_(1.0)
+        return Update(x, data.n)
+
+
+class Counted(NamedTuple):
+    y: Weights
+    n: Scalar
+    calls: Scalar
+
+
+@dataclass(frozen=True)
+class Counts(Base):
+    """Clients count their committed rounds; client `bad` sends NaN in round `bad_round`."""
+
+    bad: int = 2
+    bad_round: int = 2
+    slow: float = 0.0
+
+    def init_client(self, task: Task, client: int) -> State:
+        return State(calls=0, round=0)
+
+    def round(self, server: Server, clients: Clients) -> None:
+        got = clients.selected().call(
+            self.count, x=server.x, round=server.round, fold={"y": Mean(by="n"), "calls": collect()}
+        )
+        server.x = got.y
+        server.counted = dict(got.calls)
+
+    @on_client
+    def count(self, me: Me, data: ClientData, x: Weights, round: Scalar) -> Counted:
+        time.sleep(self.slow)
+        me.calls = me.calls + 1
+        y = x.clone()
+        if data.client == self.bad and round == self.bad_round:
+            y.floats[0] = float("nan")
+        return Counted(y, data.n, me.calls)
+
+
+class Nothing(NamedTuple):
+    n: Scalar
+
+
+@dataclass(frozen=True)
+class TwoCalls(Base):
+    """Two calls a round: scratch and staged state of the first are seen by the second."""
+
+    def init_client(self, task: Task, client: int) -> State:
+        return State(seen=0)
+
+    def round(self, server: Server, clients: Clients) -> None:
+        chosen = clients.selected()
+        chosen.call(self.first, round=server.round)
+        got = chosen.call(self.second, x=server.x, fold={"y": Mean(by="n")})
+        server.x = got.y
+        server.sums = dict(got.total)
+
+    @on_client
+    def first(self, me: Me, data: ClientData, round: Scalar) -> Nothing:
+        me.scratch.noise = torch.rand(3)
+        me.seen = me.seen + int(round)
+        return Nothing(data.n)
+
+    @on_client
+    def second(self, me: Me, data: ClientData, x: Weights) -> Totals:
+        me.seen = me.seen + 100
+        return Totals(x + x.zeros_like(), data.n, me.seen + float(me.scratch.noise.sum()))
+
+
+class Totals(NamedTuple):
+    y: Weights
+    n: Scalar
+    total: Scalar
+
+
+class Zeros(NamedTuple):
+    d: Variates
+
+
+@dataclass(frozen=True)
+class Nobody(Base):
+    """A call whose replies are all refused."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        server.x = server.x + server.x
+        clients.selected().call(self.broken, v=server.x.trainable, fold={"d": Sum()})
+
+    @on_client
+    def broken(self, me: Me, data: ClientData, v: Variates) -> Zeros:
+        return Zeros(v * float("inf"))

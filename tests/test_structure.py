@@ -1,0 +1,105 @@
+"""The direction of imports, and that nothing heavy or dangerous happens where it must not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fldist"
+
+# what each part may import of the package; "" is the package's own __init__ (the version)
+ALLOWED: dict[str, set[str]] = {
+    "params": set(),
+    "seeding": set(),
+    "resolve": set(),
+    "kinds": {"params"},
+    "fold": {"params"},
+    "wire": {"kinds", "params"},
+    "models": {"params", "seeding"},
+    "data": {"models", "params", "seeding"},
+    "algorithm": {"data", "fold", "params"},
+    "selection": set(),
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
+    "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "params", "seeding", ""},
+}
+ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
+ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
+ALLOWED["console"] = set()
+ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
+ALLOWED["cli"] = {"runner", "inspection", "console", *ALLOWED["config"]} | {"config"}
+ALLOWED["__main__"] = {"cli"}
+ALLOWED[""] = {"config", "runner"}
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            if node.module == "fldist":
+                names |= {f"fldist.{alias.name}" for alias in node.names}
+                names.discard("fldist")
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    part = part_of(path)
+    for name in imported(path):
+        if name == "fldist" or name.startswith("fldist."):
+            target = name.split(".")[1] if "." in name else ""
+            assert target == part or target in ALLOWED[part], f"{path.name} of {part!r} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "algorithms").glob("*.py")), ids=lambda p: p.stem)
+def test_an_algorithm_is_one_file(path: Path) -> None:
+    for name in imported(path):
+        assert not name.startswith(("fldist.algorithms", "fldist.wire", "fldist.runtime", "torch.distributed"))
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not open with what it is for"
+
+
+def test_nothing_is_executed_that_came_from_outside() -> None:
+    for path in FILES:
+        assert not imported(path) & {"pickle", "marshal", "dill", "cloudpickle", "shelve"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "yaml.load", "torch.load"}, f"{path}: {called}"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['fldist', '--help']\n"
+        "import fldist.cli\n"
+        "try: fldist.cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'sklearn', 'pydantic'} & set(sys.modules)"
+    )
+    best = min(_seconds(program) for _ in range(3))
+    assert best < 0.5 * 3, f"{best:.2f} s"  # half a second on an idle machine; three times that on a busy one
+
+
+def _seconds(program: str) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+    return time.monotonic() - began
