@@ -1,0 +1,56 @@
+"""The README's sources and commands are what they say."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import fldist
+from fldist.config import load
+from fldist.runner import run_here
+from tests.conftest import Hosts, small
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(mark: str) -> str:
+    found = re.search(rf"<!-- {re.escape(mark)} -->\n```python\n(.*?)```", README, re.S)
+    assert found is not None
+    return found.group(1)
+
+
+def test_fedavg_is_shown_in_full() -> None:
+    source = (ROOT / "fldist" / "algorithms" / "fedavg.py").read_text()
+    assert block("fedavg").strip() == source[source.index("from dataclasses") :].strip()
+
+
+def test_the_own_algorithm_runs_and_does_what_it_says(tmp_path: Path, hosts: Hosts) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(block("mine.py"))
+    name = f"{mine}:Stepped"
+    alone = fldist.run(small(algorithm={"name": name, "server_lr": 0.7}), output=tmp_path / "a")
+    many = run_here(
+        load(small(algorithm={"name": name, "server_lr": 0.7})), nproc=3, output=tmp_path / "b", spawn=hosts
+    )
+    assert alone["state_hash"] == many["state_hash"]
+    assert '"log": {"train_loss": ' in (tmp_path / "a" / "rounds.jsonl").read_text()
+    whole_step = fldist.run(small(algorithm={"name": name, "server_lr": 1.0}), output=tmp_path / "c")
+    fedavg = fldist.run(small(), output=tmp_path / "d")
+    assert abs(whole_step["final"]["loss"] - fedavg["final"]["loss"]) < 1e-5
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:fldist|tests|launch|configs|docs)/[\w/.-]+\.\w+)`", README):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\(([\w/.-]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_commands_that_the_readme_names_exist() -> None:
+    tree = ast.parse((ROOT / "fldist" / "cli.py").read_text())
+    commands = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list}
+    named = set(re.findall(r"^(?:.*-m )?fldist (\w+)", README, re.M))
+    assert named <= commands, named - commands
+    assert {"run", "describe", "doctor"} <= named
