@@ -34,6 +34,10 @@ class Refused(ValueError):
         self.reason = reason
 
 
+class NoWeight(ValueError):
+    """A mean whose weights sum to 0."""
+
+
 @dataclass(frozen=True)
 class FoldContext:
     """What a call knows before the first reply comes.
@@ -108,7 +112,7 @@ class Collect(Fold):
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return _Collected()
+        return Collected()
 
 
 def collect() -> Collect:
@@ -116,17 +120,22 @@ def collect() -> Collect:
     return Collect()
 
 
-class _Collected(Accumulator):
+class Collected(Accumulator):
+    """Every reply of a field."""
+
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
 
     def add(self, client: int, value: Any, weight: float) -> None:
+        """Keep a reply."""
         self.values[client] = value
 
     def remove(self, client: int, value: Any, weight: float) -> None:
+        """Drop a reply."""
         del self.values[client]
 
     def result(self) -> dict[int, Any]:
+        """All replies, in client order."""
         return dict(sorted(self.values.items()))
 
 
@@ -243,7 +252,7 @@ class FixedPoint(Accumulator):
         """The mean or sum as float32, integers by the declared rule (means truncated towards 0)."""
         total = math.fsum(self.weights[c] for c in sorted(self.weights))
         if self.divide and total <= 0.0:
-            raise ValueError("the weights of all replies sum to 0; a mean needs at least one positive weight")
+            raise NoWeight("the weights of all replies sum to 0; a mean needs at least one positive weight")
         back = self.bound / total if self.divide else self.bound
         floats = torch.empty(self.floats.numel(), dtype=torch.float32)
         for start in range(0, floats.numel(), CHUNK):

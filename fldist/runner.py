@@ -57,6 +57,7 @@ def choose_backend(settings: Settings, world: World, nproc: int) -> str:
             raise ConfigError(f"{name} started one rank; a run needs at least two, a server and a host: start more")
         if wanted not in ("auto", own):
             raise ConfigError(f"backend: {wanted} does not go with {name}; use backend={own} or auto")
+        _check_checksum(settings, own)
         return own
     if nproc > 1:
         if wanted in ("mpi", "in-process"):
@@ -161,9 +162,10 @@ def _serve_children(
         checksum=settings.network.checksum == "full",
         survives="a host may die: its replies of the round are missing, clients without state move to the others",
     )
-    # started before this process has built anything: the hosts import while it does
-    children = Children(nproc - 1, link.address, link.token, directory, spawn)
+    children = Children(link.address, link.token, directory, limits.join_s, spawn)
     try:
+        # started before this process has built anything: the hosts import while it does
+        children.start(ranks)
         job = build(settings)
         loop = _server_loop(
             settings,
@@ -207,7 +209,7 @@ def _listen_torchrun(settings: Settings, world: World) -> GlooServer:
         checksum=settings.network.checksum == "full",
         survives="torchrun ends all ranks when one dies; finished rounds are kept",
     )
-    store = _torchrun_store()
+    link.rendezvous = store = _torchrun_store()
     store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
     return link
 
@@ -240,6 +242,9 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
         comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
         raise
     link.close(GOODBYE_S)
+    if not link.all_left:
+        log.warning("a host is still busy with an old call; the MPI job is ended without it")
+        comm.Abort(0)
     return result
 
 
@@ -260,25 +265,29 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
 
         deadlines = settings.deadlines
         comm = _mpi_world()
-        _serve_as_host(MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s)), world.rank)
+        try:
+            _serve_as_host(MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s)), world.rank)
+        except BaseException as error:
+            print(f"fldist: host {world.rank}: {error}", file=sys.stderr, flush=True)
+            comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
+            raise
         return {}
     address, port, token = _torchrun_store().get(_STORE_KEY).decode().split()
-    gloo_host((address, int(port)), world.rank, token)
+    gloo_host((address, int(port)), world.rank, token, settings.deadlines.join_s)
     return {}
 
 
 def child_host() -> None:
     """What a child started by `--nproc` does: join, serve, end with its parent."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    address, rank, token = own_host_environment()
-    gloo_host(address, rank, token)
+    gloo_host(*own_host_environment())
 
 
-def gloo_host(address: tuple[str, int], rank: int, token: str) -> None:
+def gloo_host(address: tuple[str, int], rank: int, token: str, join_s: float) -> None:
     """Join the server at `address`, serve until it says goodbye; TransportError when it is gone."""
     from fldist.wire.gloo import GlooHost
 
-    _serve_as_host(GlooHost(address, rank, token, Limits()), rank)
+    _serve_as_host(GlooHost(address, rank, token, Limits(join_s)), rank)
 
 
 def _serve_as_host(link: Any, rank: int) -> None:
@@ -296,6 +305,11 @@ def _serve_as_host(link: Any, rank: int) -> None:
 
 
 # ---- signals and logs
+def _check_checksum(settings: Settings, backend: str) -> None:
+    if backend == "mpi" and settings.network.checksum == "full":
+        raise ConfigError("network.checksum: full is for gloo; MPI checks what it carries: use header")
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """SIGINT and SIGTERM end a run in good order: `Interrupted` is raised in the round loop."""

@@ -43,10 +43,10 @@ def small(**changes: Any) -> dict[str, Any]:
 class WarmProcess:
     """A host forked from a process that has imported everything already; looks like a Popen."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str, log: Path) -> None:
+    def __init__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> None:
         from tests.warm import host
 
-        self.process = CONTEXT.Process(target=host, args=(address, rank, token, str(log)), daemon=True)
+        self.process = CONTEXT.Process(target=host, args=(address, rank, token, str(log), join_s), daemon=True)
         self.process.start()
 
     @property
@@ -73,8 +73,8 @@ class Hosts:
     def __init__(self) -> None:
         self.processes: dict[int, WarmProcess] = {}
 
-    def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path) -> WarmProcess:
-        self.processes[rank] = WarmProcess(address, rank, token, log)
+    def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> WarmProcess:
+        self.processes[rank] = WarmProcess(address, rank, token, log, join_s)
         return self.processes[rank]
 
     def send(self, rank: int, number: signal.Signals) -> None:

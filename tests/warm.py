@@ -18,14 +18,14 @@ warm_up()
 torch.set_num_threads(1)
 
 
-def host(address: tuple[str, int], rank: int, token: str, log: str) -> None:
+def host(address: tuple[str, int], rank: int, token: str, log: str, join_s: float) -> None:
     """What `fldist _host` does, in a forked process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
-        fldist.runner.gloo_host(address, rank, token)
+        fldist.runner.gloo_host(address, rank, token, join_s)
     except TransportError as error:
         print(f"fldist host: {error}", file=sys.stderr)
         sys.exit(1)

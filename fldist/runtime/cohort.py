@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fldist.algorithm import NoReplies
-from fldist.fold import Accumulator, Collect, Fold, FoldContext, Mean, Refused, Sum
+from fldist.fold import Accumulator, Collect, Collected, Fold, FoldContext, Mean, NoWeight, Refused, Sum
 from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import ClientMethod, Job
@@ -114,6 +114,7 @@ class Caller:
         self.offsets: dict[int, int] = {}
         self.facts = RoundFacts()
         self._methods = {m.name: m for m in job.methods.values()}
+        self._worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
         self._stage = 0
         self._call = 0
@@ -158,29 +159,46 @@ class Caller:
         self._verdicts.clear()
 
     def digests(self) -> dict[int, str]:
-        """SHA-256 of every client's committed state, asked of the hosts that hold them."""
+        """SHA-256 of every client's committed state, asked of the hosts that hold them.
+
+        A client whose host is lost, or does not answer by the round's deadline, is not in the result.
+        """
         self.send_verdicts()
-        waiting = {}
+        number, _ = self._key
+        waiting: dict[int, set[int]] = {}
         for rank, clients in self.placement.homes().items():
-            self._post(rank, Frame(Head(FrameType.DIGEST), note={"clients": clients}))
-            waiting[rank] = clients
+            # of the round to come: a host leaves what it still does for an older one
+            self._post(rank, Frame(Head(FrameType.DIGEST, round=number + 1), note={"clients": clients}))
+            waiting[rank] = set(clients)
         found: dict[int, str] = {}
+        limit = self.job.round_deadline_s
+        deadline = time.monotonic() + limit if limit is not None else None
         while waiting:
-            event = self.link.next_event(None)
+            event = self.link.next_event(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if event is None:
+                break
             if isinstance(event, Received) and event.frame.head.type is FrameType.DIGEST:
+                asked = waiting.pop(event.rank, set())
+                digests = event.frame.note.get("digests")
+                answers = digests if isinstance(digests, dict) else {}
+                found.update({c: str(answers[str(c)]) for c in asked if str(c) in answers})
+                continue
+            self._aside(event)
+            if isinstance(event, Lost):
                 waiting.pop(event.rank, None)
-                found.update({int(c): str(d) for c, d in event.frame.note["digests"].items()})
-            elif event is not None:
-                self._aside(event)
-                if isinstance(event, Lost):
-                    waiting.pop(event.rank, None)
         return found
 
-    def _post(self, rank: int, frame: Frame) -> None:
+    def drain(self) -> None:
+        """Book what has arrived and nobody waits for."""
+        while (event := self.link.next_event(0.0)) is not None:
+            if not isinstance(event, Lost):  # the run is over: a host that goes now is no loss
+                self._aside(event)
+
+    def _post(self, rank: int, frame: Frame) -> bool:
         verdicts = self._verdicts.pop(rank, None)
         if verdicts:
             frame.note["verdicts"] = verdicts
-        self.link.post(rank, frame)
+        return self.link.post(rank, frame)
 
     # ---- calls
     def call(
@@ -206,11 +224,16 @@ class Caller:
         self.facts.replied.update(replied)
         if not replied:
             errors = [r for r in running.missing.values() if r.startswith("error")]
-            if errors and len(errors) == len(running.missing):
+            if errors and len(errors) == len(running.missing) and spec.name not in self._worked:
                 raise ClientCodeFailed(f"{spec.name} failed on every client it was called on; the first: {errors[0]}")
             raise NoReplies(spec.name, running.missing)
+        self._worked.add(spec.name)
         began = time.monotonic()
-        values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
+        try:
+            values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
+        except NoWeight as error:
+            self._broken.update(replied)
+            raise NoReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
         self.facts.encode_s += time.monotonic() - began
         return Replies(values, replied, running.missing, running.seconds)
 
@@ -272,16 +295,23 @@ class Caller:
                 for client in clients:
                     self._miss(running, client, f"host {rank} is lost")
                 continue
+            if self._busy(rank):
+                for client in clients:
+                    self._miss(running, client, f"host {rank} is still busy with an earlier round")
+                continue
             head = Head(
                 FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
             )
-            builder = FrameBuilder(head, share=self.job.share)
+            builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
             for client in sorted(clients):
                 values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
                 versions = {n: a.version for n, a in arguments.items() if isinstance(a, Once)}
                 builder.add(Message(client), spec.call, values, versions)
             ready = time.monotonic_ns()
-            self._post(rank, builder.frame)
+            if not self._post(rank, builder.frame):
+                for client in clients:
+                    self._miss(running, client, f"host {rank} is lost")
+                continue
             booked = self.ledger.book(
                 builder.frame, spec.call, direction="down", phase=phase, rank=rank, times=[(ready, 0, 0)] * len(clients)
             )
@@ -289,6 +319,11 @@ class Caller:
             running.outstanding.update(dict.fromkeys(clients, rank))
         for client in set(ids) - set(running.outstanding) - set(running.missing):
             self._miss(running, client, "no host is left")
+
+    def _busy(self, rank: int) -> bool:
+        """Whether a host has not even taken a call of an earlier round: nothing more is heaped on it."""
+        number, _ = self._key
+        return any(b.rank == rank and b.round < number for posted in self._posted.values() for b in posted[:1])
 
     def _wait(self, running: _Running) -> None:
         while running.outstanding:
@@ -299,6 +334,10 @@ class Caller:
                     self._miss(running, client, "deadline")
                 break
             if isinstance(event, Received) and self._current(event.frame.head):
+                if event.frame.head.method != running.spec.number:
+                    self.link.abort(event.rank, "it answered a call with another method's reply")
+                    event.release()
+                    continue
                 self._take(running, event)
             else:
                 self._aside(event)
@@ -317,19 +356,22 @@ class Caller:
     def _aside(self, event: object) -> None:
         """Events that no call waits for: acknowledgements, lost hosts, late replies."""
         if isinstance(event, Sent):
-            for booked in self._posted.pop(event.seq, []):
+            posted = self._posted.get(event.seq)
+            if not posted or posted[0].rank != event.rank or not event.sent_ns:
+                return
+            for booked in self._posted.pop(event.seq):
                 booked.sent_ns = event.sent_ns
                 booked.settle("delivered", event.done_ns)
             wire_s = (event.done_ns - event.sent_ns) / 1e9
             self.facts.wire_s[event.rank] = self.facts.wire_s.get(event.rank, 0.0) + wire_s
         elif isinstance(event, Lost):
-            for booked_list in self._posted.values():
-                for booked in booked_list:
-                    if booked.rank == event.rank:
-                        booked.settle("lost")
+            for seq in [s for s, posted in self._posted.items() if posted[0].rank == event.rank]:
+                for booked in self._posted.pop(seq):
+                    booked.settle("lost")
             self._verdicts.pop(event.rank, None)
             if event.rank in self.placement.alive:
-                self._on_lost(event.rank, event.reason, self.placement.lose(event.rank))
+                fresh = [c for c, calls in self._accepted.items() if calls]
+                self._on_lost(event.rank, event.reason, self.placement.lose(event.rank, fresh))
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
             if event.frame.head.type is FrameType.REPLY and method is not None:
@@ -381,8 +423,10 @@ class Caller:
         done: list[tuple[Accumulator, Any, float]] = []
         for name, accumulator in running.accumulators.items():
             by = running.weights.get(name)
-            weight = float(named[by]) if by is not None else 1.0
+            weight = 1.0 if by is None else float("nan") if named[by] is None else float(named[by])
             try:
+                if named[name] is None and not isinstance(accumulator, Collected):
+                    raise Refused("shape", "there is nothing to fold")
                 accumulator.add(message.client, named[name], weight)
             except Refused as error:
                 for other, value, other_weight in done:

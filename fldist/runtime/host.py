@@ -11,7 +11,7 @@ from typing import Any
 from fldist.data.client_data import ClientData
 from fldist.models.train import warm_up
 from fldist.runtime.job import ClientMethod, Job
-from fldist.runtime.state import ClientStates, Watch
+from fldist.runtime.state import ClientStates, ClientView, Watch
 from fldist.seeding import Streams, forked
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.link import HostLink
@@ -31,6 +31,8 @@ class Host:
         self.job = job
         self.states = ClientStates(lambda c: job.algorithm.init_client(job.task, c), job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
+        self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
+        self._longest_s: dict[int, float] = {}  # by method
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -53,32 +55,42 @@ class Host:
         if self.states.begin((head.round, head.attempt)):
             self._streams.clear()
         received_ns = time.monotonic_ns()
-        builder = FrameBuilder(self._reply_head(head), share=False)
+        builder = self._builder(head)
         opened = time.monotonic()
+        spoilt: str | None = None  # what an earlier client of this frame changed although all share it
         for message in frame.messages:
             if obsolete():
                 log.info("round %d: the server has gone on; the rest of its calls is left", head.round)
                 break
             reply = Message(message.client, received_ns=received_ns, started_ns=time.monotonic_ns())
-            values = self._run(method, frame, message, reply)
+            if spoilt is None:
+                values, spoilt = self._run(method, frame, message, reply)
+            else:
+                _fail(reply, f"{spoilt} by another client of this host; work on a clone()")
             reply.ready_ns = time.monotonic_ns()
             if reply.status is Status.OK:
                 try:
                     builder.add(reply, method.reply, values)
-                except ValueError as error:
+                except Exception as error:  # whatever a method returns costs that client, not its host
                     _fail(reply, f"the reply of {method.name}: {error}")
             if reply.status is Status.ERROR:
                 builder.frame.messages.append(reply)
-            pending = sum(p.bytes for p in builder.frame.parts)
-            if builder.frame.bodies or pending > FLUSH_BYTES or time.monotonic() - opened > FLUSH_S:
+            if self._due(method, reply, builder.frame, opened):
                 yield builder.frame
-                builder = FrameBuilder(self._reply_head(head), share=False)
+                builder = self._builder(head)
                 opened = time.monotonic()
         if builder.frame.messages:
             yield builder.frame
 
-    def _reply_head(self, head: Head) -> Head:
-        return Head(
+    def _due(self, method: ClientMethod, reply: Message, frame: Frame, opened: float) -> bool:
+        """Whether a frame should go now: it is large, has waited, or the next client may take long."""
+        took_s = (reply.ready_ns - reply.started_ns) / 1e9
+        longest_s = self._longest_s[method.number] = max(took_s, self._longest_s.get(method.number, 0.0))
+        large = bool(frame.bodies) or sum(p.bytes for p in frame.parts) > FLUSH_BYTES
+        return large or longest_s > FLUSH_S or time.monotonic() - opened > FLUSH_S
+
+    def _builder(self, head: Head) -> FrameBuilder:
+        reply = Head(
             FrameType.REPLY,
             round=head.round,
             attempt=head.attempt,
@@ -86,33 +98,49 @@ class Host:
             stage=head.stage,
             method=head.method,
         )
+        return FrameBuilder(reply, share=False, layout=self.job.layout)
 
-    def _run(self, method: ClientMethod, frame: Frame, message: Message, reply: Message) -> tuple[Any, ...]:
-        """Run one client's half; an exception becomes the reply's error and stages nothing."""
+    def _run(
+        self, method: ClientMethod, frame: Frame, message: Message, reply: Message
+    ) -> tuple[tuple[Any, ...], str | None]:
+        """Run one client's half: its values, and which shared argument it changed in place, if any.
+
+        An exception becomes the reply's error and stages nothing.
+        """
         job, client, round_number = self.job, message.client, frame.head.round
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
         values = values_of(frame, message, job.layout(client))
         arguments = {spec.name: value for spec, value in zip(method.call.fields, values, strict=True)}
-        watch = Watch()
+        shared = Watch()
         for name, value in arguments.items():
-            watch.add(f"argument {name}", value)
+            shared.add(f"argument {name}", value)
+        me: ClientView | None = None
+        result: Any = None
         try:
             me = self.states.view(client)
+            if client in self._spoilt:
+                raise ValueError(self._spoilt[client])
             data = ClientData(job.task, client, streams)
             with forked(job.seed, "client", *streams.next_key("client")):
                 result = method.run(me, data, **arguments)
-            changed = watch.changed() or me.watched.changed()
-            if changed is not None:
-                raise ValueError(f"{changed} was changed in place; it is shared: work on a clone()")
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
             _fail(reply, f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})")
-            return ()
+        own = me.watched.changed() if me is not None else None
+        if own is not None:  # what was committed is gone: this client has no state to go on from
+            self._spoilt[client] = f"{own} was changed in place in round {round_number}; set it to a new value instead"
+            _fail(reply, self._spoilt[client])
+        changed = shared.changed()
+        if changed is not None:
+            changed = f"{changed} was changed in place"
+            _fail(reply, f"{changed}; all clients share it: work on a clone()")
+        if reply.status is Status.ERROR or me is None:
+            return (), changed
         self.states.stage(client, me.writes)
-        return tuple(result) if result is not None else ()
+        return tuple(result) if result is not None else (), None
 
 
 def _fail(reply: Message, text: str) -> None:

@@ -70,8 +70,8 @@ class Job:
 
     def calls(self) -> Expected:
         """What a host may receive."""
-        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout)
+        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients)
 
     def replies(self) -> Expected:
         """What the server may receive."""
-        return Expected(lambda n: m.reply if (m := self.method(n)) else None, self.layout)
+        return Expected(lambda n: m.reply if (m := self.method(n)) else None, self.layout, self.task.num_clients)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 Launcher = Literal["alone", "children", "torchrun", "mpi"]
 
 HOST_ENVIRONMENT = "FLDIST_HOST"
-"""Set for a child: `address port rank parent-pid`; the token stands in FLDIST_TOKEN."""
+"""Set for a child: `address port rank parent-pid join-seconds`; the token stands in FLDIST_TOKEN."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class HostProcess(Protocol):
 
 
 Address = tuple[str, int]
-Spawn = Callable[[Address, int, str, Path], HostProcess]
-"""Starts a host: the server's address, the host's rank, the run's token, the log file."""
+Spawn = Callable[[Address, int, str, Path, float], HostProcess]
+"""Starts a host: the server's address, the host's rank, the run's token, the log file, seconds to join in."""
 
 
-def spawn_host(address: Address, rank: int, token: str, log: Path) -> HostProcess:
+def spawn_host(address: Address, rank: int, token: str, log: Path, join_s: float) -> HostProcess:
     """Start a host as a child of this process, in a fresh interpreter."""
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -74,15 +74,23 @@ def spawn_host(address: Address, rank: int, token: str, log: Path) -> HostProces
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**os.environ, **host_environment(address, rank, token)},
+            env={**os.environ, **host_environment(address, rank, token, join_s)},
         )
 
 
 class Children:
     """The hosts that this process has started."""
 
-    def __init__(self, num: int, address: Address, token: str, logs: Path, spawn: Spawn = spawn_host) -> None:
-        self._processes = {rank: spawn(address, rank, token, logs / f"rank-{rank}.log") for rank in range(1, num + 1)}
+    def __init__(self, address: Address, token: str, logs: Path, join_s: float, spawn: Spawn = spawn_host) -> None:
+        self._processes: dict[int, HostProcess] = {}
+        self._spawn = spawn
+        self._arguments = (address, token, logs, join_s)
+
+    def start(self, ranks: Iterable[int]) -> None:
+        """Start these hosts."""
+        address, token, logs, join_s = self._arguments
+        for rank in ranks:
+            self._processes[rank] = self._spawn(address, rank, token, logs / f"rank-{rank}.log", join_s)
 
     @property
     def pids(self) -> dict[int, int]:
@@ -96,8 +104,9 @@ class Children:
         """
         process = self._processes[rank]
         if reason:
+            # the link notices an end before the process has quite ended; one that fell silent will not end
             try:
-                process.wait(0.2)  # the link may notice the end before the kernel lets us reap it
+                process.wait(0.0 if "silent" in reason else 3.0)
             except subprocess.TimeoutExpired:
                 process.kill()
                 return f"{reason}; its process has been killed"
@@ -119,20 +128,20 @@ class Children:
                 process.wait()
 
 
-def host_environment(address: tuple[str, int], rank: int, token: str) -> dict[str, str]:
+def host_environment(address: Address, rank: int, token: str, join_s: float) -> dict[str, str]:
     """What a host finds in its environment."""
-    return {HOST_ENVIRONMENT: f"{address[0]} {address[1]} {rank} {os.getpid()}", "FLDIST_TOKEN": token}
+    return {HOST_ENVIRONMENT: f"{address[0]} {address[1]} {rank} {os.getpid()} {join_s}", "FLDIST_TOKEN": token}
 
 
-def own_host_environment() -> tuple[tuple[str, int], int, str]:
-    """Address, rank and token of this host; ends with its parent and leaves Ctrl-C to it."""
+def own_host_environment() -> tuple[Address, int, str, float]:
+    """Server's address, rank, token and limit on joining of this host; ends with its parent, leaves Ctrl-C to it."""
     text = os.environ.get(HOST_ENVIRONMENT)
     if text is None:
         raise ValueError("`fldist _host` is started by `fldist run --nproc`, not by hand")
-    address, port, rank, parent = text.split()
+    address, port, rank, parent, join_s = text.split()
     die_with_parent(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return (address, int(port)), int(rank), os.environ["FLDIST_TOKEN"]
+    return (address, int(port)), int(rank), os.environ["FLDIST_TOKEN"], float(join_s)
 
 
 def die_with_parent(parent: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 class Placement:
@@ -52,12 +52,15 @@ class Placement:
         if self._stateful:
             self._touched.update(clients)
 
-    def lose(self, rank: int) -> list[int]:
-        """Take a host out; returns the clients whose state is lost with it. The others find new homes."""
+    def lose(self, rank: int, fresh: Collection[int] = ()) -> list[int]:
+        """Take a host out; returns the clients whose state is lost with it. The others find new homes.
+
+        fresh: clients of which a call was accepted in this round; their staged writes are lost as well.
+        """
         if rank in self._alive:
             self._alive.remove(rank)
         orphans = [c for c, home in self._home.items() if home == rank]
-        lost = [c for c in orphans if c in self._touched]
+        lost = [c for c in orphans if c in self._touched or c in fresh]
         if self._alive and not lost:
             loads = dict.fromkeys(self._alive, 0)
             for client, home in self._home.items():

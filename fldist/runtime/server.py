@@ -16,7 +16,7 @@ from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
-from fldist.runtime.state import hash_state
+from fldist.runtime.state import check_value, hash_state
 from fldist.seeding import forked, generator
 from fldist.selection import Candidates
 from fldist.wire.ledger import Ledger
@@ -90,6 +90,7 @@ class ServerView:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._RESERVED:
             raise AttributeError(f"server.{name} is taken; choose another name for your state")
+        check_value(f"server.{name}", value)
         setattr(self.state, name, value)
 
 
@@ -199,7 +200,7 @@ class ServerLoop:
         """Wait until every host has joined; the limit is on hosts of which nothing was heard."""
         job, link = self.job, self.link
         link.expected = job.replies()
-        link.admit(Welcome(secrets.token_bytes(16), 0, self.config))
+        link.admit(Welcome(secrets.token_bytes(16), 0, self.config, job.checksum))
         waiting = set(self.ranks)
         deadline = time.monotonic() + job.limits.join_s
         while waiting:
@@ -250,8 +251,11 @@ class ServerLoop:
         if empty:
             self.observer.warning(f"clients {_ids(empty)} hold no samples and are never selected")
         self._caller.begin_round(0, 0, 0, phase="setup")
-        with forked(job.seed, "setup"):
-            job.algorithm.setup(view, self._clients)
+        try:
+            with forked(job.seed, "setup"):
+                job.algorithm.setup(view, self._clients)
+        except NoReplies as error:
+            raise RunStopped(f"setup: {error}; {next(iter(error.missing.values()), '')}") from None
         self._caller.end_round(commit=True)
         self._ledger.flush()
         self._ledger.take_round()
@@ -349,22 +353,29 @@ class ServerLoop:
     # ---- end
     def _finish(self, view: ServerView) -> dict[str, Any]:
         job = self.job
-        digests = self._caller.digests() if job.algorithm.stateful else {}
-        self._caller.send_verdicts()
-        state_hash = hash_state(
-            {
-                "server": view.state,
-                "clients": [digests.get(c, "") for c in range(job.task.num_clients)] if digests else [],
-            }
-        )
+        self.output.model(job.algorithm.model(view))
+        self.output.arrays(self._lines)
+        state_hash = self._state_hash(view)
+        self._caller.drain()
         self._ledger.flush(final=True)
         self._count_transport()
         result = self._result("finished", None, state_hash)
-        self.output.model(job.algorithm.model(view))
-        self.output.arrays(self._lines)
         self.output.result(result)
         self.observer.finished(result)
         return result
+
+    def _state_hash(self, view: ServerView) -> str | None:
+        """Hash of the whole state, or None when a client's cannot be had."""
+        clients: list[str] = []
+        if self.job.algorithm.stateful:
+            digests = self._caller.digests()
+            absent = [c for c in range(self.job.task.num_clients) if c not in digests]
+            if absent:
+                self.observer.warning(f"no state_hash: the state of clients {_ids(absent)} could not be asked for")
+                return None
+            clients = [digests[c] for c in range(self.job.task.num_clients)]
+        self._caller.send_verdicts()
+        return hash_state({"server": view.state, "clients": clients})
 
     def _result(self, status: str, reason: str | None, state_hash: str | None) -> dict[str, Any]:
         job = self.job

@@ -36,7 +36,9 @@ class ClientView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        layers: list[dict[str, Any]] = [self.writes, *object.__getattribute__(self, "_layers")]
+        if name in self.writes:
+            return self.writes[name]
+        layers: list[dict[str, Any]] = object.__getattribute__(self, "_layers")
         for layer in layers:
             if name in layer:
                 self.watched.add(f"me.{name}", layer[name])
@@ -52,6 +54,7 @@ class ClientView:
             )
         if name in ("client", "scratch", "writes", "watched"):
             raise AttributeError(f"me.{name} is taken; choose another name")
+        check_value(f"me.{name}", value)
         self.writes[name] = value
 
 
@@ -137,6 +140,22 @@ class ClientStates:
         return hash_state(self.committed(client))
 
 
+def check_value(name: str, value: Any) -> None:
+    """Refuse what a state cannot hold: TypeError names it."""
+    if isinstance(value, State):
+        value = value.values
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_value(f"{name}[{key!r}]", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_value(name, item)
+    elif not (value is None or isinstance(value, Params | Tensor | bool | int | float | str)):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; a state holds Params, tensors, numbers, strings, lists and dicts"
+        )
+
+
 def hash_state(values: dict[str, Any]) -> str:
     """SHA-256 over names, types, shapes and bytes, independent of the order in which values were set."""
     digest = hashlib.sha256()
@@ -174,6 +193,5 @@ def _feed(digest: Any, value: Any) -> None:
         raw = value.encode()
         digest.update(f"S{len(raw)};".encode() + raw)
     else:
-        raise TypeError(
-            f"a state cannot hold {type(value).__name__}; use Params, tensors, numbers, strings, lists, dicts"
-        )
+        check_value("a state", value)
+        raise AssertionError("check_value refuses what has no hash")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ INLINE_BYTES = 4096
 MAX_HEAD_BYTES = 64 * 2**20
 MAX_NOTE_BYTES = 2**20
 """Bound of a head before its sender has proved who it is: a note and little else."""
+
+MAX_ERROR_CHARACTERS = 8000
 
 _HEAD = struct.Struct("<4sHBBI16sIIIHHHHIqIIIQ")
 _PART = struct.Struct("<BBBBBQQ")
@@ -192,14 +195,18 @@ class Frame:
 class FrameBuilder:
     """Collects the messages of one frame; a tensor that several clients are sent is one part."""
 
-    def __init__(self, head: Head, share: bool = True) -> None:
+    def __init__(self, head: Head, share: bool = True, layout: Callable[[int], Layout] | None = None) -> None:
         self.frame = Frame(head)
         self._share = share
+        self._layout = layout  # None: Params of any layout are taken
         self._known: dict[tuple[int, Kind], int] = {}
         self._keep: list[Tensor] = []  # ids are only unique while their tensors live
 
     def add(self, message: Message, schema: Schema, values: Sequence[Any], once: dict[str, int] | None = None) -> None:
-        """Append a message whose fields have these values, in the schema's order; ValueError adds nothing."""
+        """Append a message whose fields have these values, in the schema's order.
+
+        What the receiver would refuse is a ValueError here, and adds nothing.
+        """
         before = len(self.frame.parts)
         try:
             for spec, value in zip(schema.fields, values, strict=True):
@@ -207,11 +214,13 @@ class FrameBuilder:
                 if once and spec.name in once:
                     built.version = once[spec.name]
                 message.fields.append(built)
-        except ValueError:
+            layout = self._layout(message.client) if self._layout is not None else None
+            _validate_fields(message, schema, self.frame.parts, layout)
+        except (ValueError, BadMessage) as error:
             del self.frame.parts[before:]
             self._known = {k: i for k, i in self._known.items() if i < before}
             message.fields.clear()
-            raise
+            raise ValueError(str(error)) from None
         self.frame.messages.append(message)
 
     def _field(self, name: str, kind: Kind, form: Form, optional: bool, value: Any) -> FieldValue:
@@ -222,6 +231,8 @@ class FrameBuilder:
         if form in (Form.FLOAT, Form.INT):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name!r} must be a number, got {type(value).__name__}")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name!r} is {value}, which does not fit 64 bits")
             return FieldValue(Form.INT if isinstance(value, int) else Form.FLOAT, number=value)
         if form is Form.PARAMS:
             if not isinstance(value, Params):
@@ -235,14 +246,16 @@ class FrameBuilder:
             return FieldValue(Form.TENSOR, (self._part(kind, value),))
         if not (isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())):
             raise ValueError(f"{name!r} must be a dict of tensors, got {type(value).__name__}")
+        if len(value) >= 2**16 or not all(isinstance(k, str) and len(k.encode()) < 2**16 for k in value):
+            raise ValueError(f"{name!r} must have fewer than 65,536 names, each a string of less than 65,536 bytes")
         return FieldValue(Form.TENSORS, tuple(self._part(kind, v) for v in value.values()), tuple(value))
 
     def _part(self, kind: Kind, tensor: Tensor) -> int:
         key = (id(tensor), kind)
         if self._share and key in self._known:
             return self._known[key]
-        if tensor.dtype not in _DTYPE_CODES or tensor.ndim > _MAX_DIMS:
-            raise ValueError(f"a tensor of {tensor.dtype} with {tensor.ndim} dimensions cannot travel")
+        if tensor.dtype not in _DTYPE_CODES or tensor.ndim > _MAX_DIMS or tensor.layout is not torch.strided:
+            raise ValueError(f"a {tensor.layout} tensor of {tensor.dtype}, {tensor.ndim} dimensions, cannot travel")
         self._keep.append(tensor)
         flat = tensor.detach().contiguous()
         size = flat.numel() * flat.element_size()
@@ -270,7 +283,8 @@ def encode(frame: Frame) -> bytes:
             message.ready_ns,
         )  # fmt: skip
         if message.status is Status.ERROR:
-            text = message.error.encode()[:MAX_NOTE_BYTES]
+            # cut by characters, so that what is left decodes
+            text = message.error[:MAX_ERROR_CHARACTERS].encode("utf-8", "backslashreplace")
             tables += _U32.pack(len(text)) + text
         for value in message.fields:
             _encode_field(tables, value)
@@ -310,6 +324,7 @@ class Expected:
 
     schema: Callable[[int], Schema | None]
     layout: Callable[[int], Layout]
+    num_clients: int = 2**32
 
 
 FIXED_BYTES = _HEAD.size
@@ -317,6 +332,8 @@ FIXED_BYTES = _HEAD.size
 
 def head_length(fixed: bytes | bytearray | memoryview, limit: int = MAX_HEAD_BYTES) -> int:
     """The whole head's length, read from its first FIXED_BYTES bytes; BadMessage if these are no head."""
+    if len(fixed) < FIXED_BYTES:
+        raise BadMessage(f"a head has at least {FIXED_BYTES} bytes, not {len(fixed)}")
     magic, version, kind, _, length, *_ = _HEAD.unpack_from(fixed)
     if magic != MAGIC:
         raise BadMessage(f"magic is {bytes(magic)!r}, not {MAGIC!r}")
@@ -341,7 +358,9 @@ def decode(data: bytes, expected: Expected | None) -> Frame:
         raise BadMessage("the head's checksum is wrong")
     try:
         return _parse(data, expected)
-    except (struct.error, IndexError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
+        if isinstance(error, BadMessage):
+            raise
         raise BadMessage(f"the head's tables are damaged: {error!r}") from None
 
 
@@ -399,9 +418,9 @@ def _parse_part(data: bytes, at: int) -> tuple[Part, int]:
     if ndim > _MAX_DIMS or place > 1:
         raise BadMessage(f"a part with {ndim} dimensions at place {place}")
     shape = struct.unpack_from(f"<{ndim}Q", data, at)
-    elements = 1
-    for dim in shape:
-        elements *= dim
+    if any(dim >= 2**62 for dim in shape):
+        raise BadMessage(f"a part of shape {shape}")
+    elements = math.prod(shape)
     if size != elements * _DTYPES[dtype].itemsize or logical != size:
         raise BadMessage(f"a part of shape {shape} and {_DTYPES[dtype]} cannot have {size} bytes")
     inline = bool(place)
@@ -478,34 +497,45 @@ def _validate(frame: Frame, expected: Expected) -> None:
     if schema is None:
         raise BadMessage(f"there is no method number {frame.head.method}")
     used: set[int] = set()
+    clients = {message.client for message in frame.messages}
+    if len(clients) != len(frame.messages) or max(clients, default=0) >= expected.num_clients:
+        raise BadMessage("a client is named twice, or there is no such client")
     for message in frame.messages:
         if message.status is Status.ERROR:
             if message.fields:
                 raise BadMessage("an error with fields")
             continue
-        if len(message.fields) != len(schema.fields):
-            raise BadMessage(f"{len(message.fields)} fields where the schema has {len(schema.fields)}")
-        for spec, value in zip(schema.fields, message.fields, strict=True):
-            if value.form is Form.NONE and spec.optional:
-                continue
-            number = {Form.FLOAT, Form.INT}
-            if value.form is not spec.form and not {value.form, spec.form} <= number:
-                raise BadMessage(f"field {spec.name!r} has the form {value.form.name}, not {spec.form.name}")
-            parts = [frame.parts[i] for i in value.parts if i != _NO_PART]
-            used.update(i for i in value.parts if i != _NO_PART)
-            if any(p.kind is not spec.kind for p in parts):
-                raise BadMessage(f"field {spec.name!r} must be of kind {spec.kind.label}")
-            if spec.form is Form.PARAMS:
-                _validate_params(spec.name, value, frame.parts, expected.layout(message.client))
-            elif sum(p.bytes for p in parts) > spec.max_bytes:
-                raise BadMessage(
-                    f"field {spec.name!r} has {sum(p.bytes for p in parts)} bytes; allowed are {spec.max_bytes}"
-                )
+        used |= _validate_fields(message, schema, frame.parts, expected.layout(message.client))
     if len(used) != len(frame.parts):
         raise BadMessage("the frame has parts that no message uses")
 
 
-def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: Layout) -> None:
+def _validate_fields(message: Message, schema: Schema, parts: list[Part], layout: Layout | None) -> set[int]:
+    """Compare one message's fields with its schema; returns the parts they use."""
+    used: set[int] = set()
+    if len(message.fields) != len(schema.fields):
+        raise BadMessage(f"{len(message.fields)} fields where the schema has {len(schema.fields)}")
+    for spec, value in zip(schema.fields, message.fields, strict=True):
+        if value.form is Form.NONE and spec.optional:
+            continue
+        number = {Form.FLOAT, Form.INT}
+        if value.form is not spec.form and not {value.form, spec.form} <= number:
+            raise BadMessage(f"field {spec.name!r} has the form {value.form.name}, not {spec.form.name}")
+        if _NO_PART in value.parts and spec.form is not Form.PARAMS:
+            raise BadMessage(f"field {spec.name!r} has no tensor")
+        named = [i for i in value.parts if i != _NO_PART]
+        used.update(named)
+        if any(parts[i].kind is not spec.kind for i in named):
+            raise BadMessage(f"field {spec.name!r} must be of kind {spec.kind.label}")
+        size = sum(parts[i].bytes for i in named)
+        if spec.form is Form.PARAMS:
+            _validate_params(spec.name, value, parts, layout)
+        elif size > spec.max_bytes:
+            raise BadMessage(f"field {spec.name!r} has {size} bytes; allowed are {spec.max_bytes}")
+    return used
+
+
+def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: Layout | None) -> None:
     floats_at, ints_at = value.parts
     if floats_at == _NO_PART:
         raise BadMessage(f"field {name!r} has no float block")
@@ -518,7 +548,7 @@ def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: La
         num_ints = ints.shape[0]
     if floats.dtype is not torch.float32 or len(floats.shape) != 1:
         raise BadMessage(f"field {name!r}: the float block must be float32 [N]")
-    if layout.fitting(floats.shape[0], num_ints) is None:
+    if layout is not None and layout.fitting(floats.shape[0], num_ints) is None:
         raise BadMessage(
             f"field {name!r} has {floats.shape[0]} floats and {num_ints} integers; the model has "
             f"{layout.num_params} trainable, {layout.num_floats} floats and {layout.num_ints} integers"

@@ -30,7 +30,7 @@ from fldist.wire.codec import (
     encode,
     head_length,
 )
-from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
+from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost
 
 MAX_HALF_OPEN = 256
 """Connections that have not proved who they are; beyond this the oldest is closed."""
@@ -48,7 +48,10 @@ def new_token() -> str:
 
 
 class Connection:
-    """A TCP connection that carries whole heads; writing is safe from several threads."""
+    """A TCP connection that carries whole heads; writing is safe from several threads.
+
+    `close` may be called by any thread; the plane that reads the connection frees its descriptor.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -106,7 +109,7 @@ class Connection:
         self.closed = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
+        # the descriptor stays until the plane has unregistered it: freed here, it could be another's by then
 
 
 class ControlPlane:
@@ -164,15 +167,23 @@ class ControlPlane:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(5.0)
-        for connection in self._connections:
+        pending = [c for c in self._pending if isinstance(c, Connection)]
+        for connection in [*self._connections, *pending]:
             connection.close()
+            connection.sock.close()
         for sock in [*self._listening, self._wake_in, self._wake_out]:
             sock.close()
         self._selector.close()
 
     def _run(self) -> None:
-        period = self.silence_s / 5
-        next_beat = time.monotonic() + period
+        try:
+            self._loop()
+        except Exception as error:  # without this thread nobody would notice a lost peer: all are lost
+            for connection in list(self._connections):
+                self._drop(connection, f"internal error: {error!r}")
+
+    def _loop(self) -> None:
+        next_beat = time.monotonic()
         last_turn = time.monotonic()
         while not self._stopping:
             ready = self._selector.select(max(0.0, min(next_beat - time.monotonic(), 0.2)))
@@ -185,8 +196,9 @@ class ControlPlane:
                 for connection in self._connections:
                     connection.last_heard = now
             last_turn = now
+            next_beat = min(next_beat, now + self.silence_s / 5)  # silence_s may have been made shorter
             if now >= next_beat:
-                next_beat = now + period
+                next_beat = now + self.silence_s / 5
                 for connection in [c for c in self._connections if c.trusted]:
                     connection.try_send(self._heartbeat)
             self._check_silence(now)
@@ -247,7 +259,7 @@ class ControlPlane:
                 if connection.closed:
                     self._drop(connection, "closed")
                     return
-        except (TransportError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:
             # whatever a peer sends costs its own connection, never this thread
             self._drop(connection, str(error) or repr(error))
 
@@ -267,6 +279,7 @@ class ControlPlane:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection.sock)
         connection.close()
+        connection.sock.close()
         self._on_lost(connection, reason)
 
 

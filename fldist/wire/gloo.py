@@ -39,6 +39,12 @@ from fldist.wire.link import (
 
 _BODY_TAG = 0
 _UNBLOCK_TAG = 1
+_MAX_QUEUED = 10_000
+"""Heads that may wait at one end; a host sends at most one every 50 ms ahead of the server's reading."""
+_MAX_STORE_KEYS = 64
+_MAX_STORE_BYTES = 1 << 16
+_COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
+"""Frames whose bytes the ledger counts message by message; all others are transport."""
 _HOST_QUEUE = 2
 """Frames that a host may have waiting: one on the wire, one behind it, while the next client trains."""
 
@@ -57,6 +63,8 @@ class _Store(dist.Store):  # type: ignore[name-defined, misc]
     def receive(self, key: str, value: bytes) -> None:
         """Take over what the other member has set."""
         with self._changed:
+            if len(self._values) >= _MAX_STORE_KEYS or len(value) > _MAX_STORE_BYTES:
+                raise BadMessage("the rendezvous of two ranks needs no such store")
             self._values[key] = value
             self._changed.notify_all()
 
@@ -108,6 +116,7 @@ class Session:
         self.sent_ns: dict[int, int] = {}
         self._me = me
         self._limits = limits
+        self._transfer = timedelta(seconds=limits.transfer_s)
         self._deliver = deliver
         self._acknowledged = acknowledged
         self._lost = lost
@@ -145,10 +154,13 @@ class Session:
     def take(self, data: bytes) -> None:
         """Sort a head by what it is; heads with messages go to the reader in order."""
         kind = data[6]
+        if kind not in _COUNTED_BY_MESSAGE:
+            self.connection.transport_in += len(data)
+        if max(self._inbox.qsize(), self._trailers.qsize()) > _MAX_QUEUED:
+            raise BadMessage(f"over {_MAX_QUEUED} frames wait to be read")
         if kind in (FrameType.STORE, FrameType.TRAILER, FrameType.ACK):
             frame = decode(data, None)
             check_session(frame.head, self.run_id, self.epoch, self.incarnation)
-            self.connection.transport_in += len(data)
             if frame.head.type is FrameType.STORE:
                 self._store.receive(str(frame.note["k"]), bytes.fromhex(str(frame.note["v"])))
             elif frame.head.type is FrameType.ACK:
@@ -180,6 +192,8 @@ class Session:
             self._ended.set()
         self.connection.close()
         self._store.shut()
+        self._group_ready.set()
+        self._flushed.set()
         self._inbox.put(None)
         with contextlib.suppress(queue.Full):
             self._outbox.put_nowait(None)
@@ -218,15 +232,15 @@ class Session:
         data = encode(Frame(head, note=note or {}))
         self.connection.send(data, self._limits.silence_s * 2, transport=True)
 
-    def _make_group(self) -> None:
+    def _make_group(self) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         address = self.connection.sock.getsockname()[0]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timedelta(seconds=self._limits.transfer_s)
-        self._group = dist.ProcessGroupGloo(self._store, self._me, 2, options)
+        options._timeout = timedelta(seconds=self._limits.join_s)
+        return dist.ProcessGroupGloo(self._store, self._me, 2, options)
 
     def _write_all(self) -> None:
-        self._make_group()
+        self._group = self._make_group()
         self._group_ready.set()
         while not self.ended:
             item = self._outbox.get()
@@ -241,16 +255,18 @@ class Session:
                 frame.head.sent_ns = started
                 encoded = encode(frame)
             self.sent_ns[frame.head.seq] = started
-            self.connection.send(encoded, self._limits.transfer_s)
+            transport = frame.head.type not in _COUNTED_BY_MESSAGE
+            self.connection.send(encoded, self._limits.transfer_s, transport=transport)
             works = [self._group.send([part.flat()], 1 - self._me, _BODY_TAG) for part in bodies]
             for work in works:
-                work.wait()
+                work.wait(self._transfer)
             if frame.head.flags & CHECKSUMMED:
                 self._control(FrameType.TRAILER, {"crc32": frame.checksum(), "bytes": frame.body_bytes})
         self._flushed.set()
 
     def _read_all(self) -> None:
-        self._group_ready.wait(self._limits.join_s)
+        if not self._group_ready.wait(self._limits.join_s):
+            raise DeadlineExceeded("the two-rank group was not made in time")
         while not self.ended:
             data = self._inbox.get()
             if data is None:
@@ -265,7 +281,7 @@ class Session:
                 frame.allocate()
                 works = [self._group.recv([part.flat()], 1 - self._me, _BODY_TAG) for part in frame.bodies]
                 for work in works:
-                    work.wait()
+                    work.wait(self._transfer)
                 if frame.head.flags & CHECKSUMMED:
                     self._verify(frame)
             if frame.head.type is FrameType.CALL:
@@ -329,6 +345,8 @@ class GlooServer(ServerLink):
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, on_accept=lambda connection: None)
         self._listener = listener
+        self.rendezvous: object = None
+        """What must live as long as hosts may look for this server (torchrun's store)."""
 
     @property
     def survives(self) -> str:
@@ -427,19 +445,21 @@ class GlooServer(ServerLink):
             self.events.put(Lost(session.rank, reason))
 
     # ---- the round loop's side
-    def post(self, rank: int, frame: Frame) -> None:
-        """Encode and queue a frame; a host that is gone is told of by its `Lost` event."""
+    def post(self, rank: int, frame: Frame) -> bool:
+        """Encode and queue a frame; a host that is gone is told of by its `Lost` event too."""
         self.number(frame)
         session = self._sessions.get(rank)
         if session is None:
-            encode(frame)
-            return
+            return False
         head = frame.head
         head.run_id, head.epoch, head.incarnation = session.run_id, session.epoch, session.incarnation
         if self._checksum and frame.bodies:
             head.flags |= CHECKSUMMED
-        with contextlib.suppress(PeerLost):
+        try:
             session.put(frame, encode(frame))
+        except PeerLost:
+            return False
+        return True
 
     def abort(self, rank: int, reason: str) -> None:
         """End a host's session."""
@@ -467,9 +487,11 @@ class GlooServer(ServerLink):
             time.sleep(0.005)
         for session in sessions:
             session.end("closed")
-            session.join_threads(max(0.1, deadline - time.monotonic()))
         self._plane.close()
         self._listener.close()
+        for session in [*sessions, *self._sessions.values()]:  # one may have joined meanwhile
+            session.end("closed")
+            session.join_threads(max(1.0, deadline - time.monotonic()))
 
 
 def _nothing() -> None:
@@ -479,7 +501,7 @@ def _nothing() -> None:
 class GlooHost(HostLink):
     """A host's end."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str, limits: Limits, checksum: bool = False) -> None:
+    def __init__(self, address: tuple[str, int], rank: int, token: str, limits: Limits) -> None:
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
         self._raw: queue.Queue[bytes | str] = queue.Queue()
@@ -508,7 +530,7 @@ class GlooHost(HostLink):
             acknowledged=lambda session, head: None,
             lost=self._session_lost,
             queue_size=_HOST_QUEUE,
-            checksum=checksum,
+            checksum=bool(note["checksum"]),
         )
         with self._hand_over:
             self._connection.owner = self._session
@@ -558,7 +580,6 @@ class GlooHost(HostLink):
 
     # ---- in the session's threads
     def _delivered(self, session: Session, frame: Frame) -> None:
-        session.release()
         self._frames.put(frame)
 
     def _session_lost(self, session: Session, reason: str) -> None:
@@ -577,6 +598,8 @@ class GlooHost(HostLink):
         if isinstance(item, str):
             self._frames.put(item)
             raise PeerLost(f"the server is gone: {item}")
+        if item.bodies and self._session is not None:
+            self._session.release()  # the next call's bodies may come while this one is worked on
         return item
 
     def send(self, frame: Frame) -> None:

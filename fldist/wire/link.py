@@ -78,6 +78,7 @@ class Welcome:
     run_id: bytes
     epoch: int
     config: dict[str, Any]
+    checksum: bool = False
 
     def note(self, incarnation: int, limits: Limits) -> dict[str, Any]:
         """As the note of a WELCOME frame."""
@@ -88,6 +89,7 @@ class Welcome:
             "config": self.config,
             "silence_s": limits.silence_s,
             "transfer_s": limits.transfer_s,
+            "checksum": self.checksum,
         }
 
 
@@ -127,8 +129,11 @@ class ServerLink(ABC):
         """Begin to admit hosts; `expected` must be set."""
 
     @abstractmethod
-    def post(self, rank: int, frame: Frame) -> None:
-        """Encode a frame and send it without blocking; the frame's head gets its sequence number and length."""
+    def post(self, rank: int, frame: Frame) -> bool:
+        """Encode a frame and queue it, without blocking; False if the host is gone and nothing was queued.
+
+        The frame's head gets its sequence number and length.
+        """
 
     @abstractmethod
     def abort(self, rank: int, reason: str) -> None:
@@ -186,6 +191,8 @@ class HostLink(ABC):
         """Flush and end the session."""
 
     def saw(self, head: Head) -> None:
-        """Note a call's round, so that the work for an older one can be left."""
-        if head.type is FrameType.CALL:
+        """Note a frame's round, so that the work for an older one can be left; nothing is due after BYE."""
+        if head.type is FrameType.BYE:
+            self.latest = (2**32, 0)
+        elif head.type in (FrameType.CALL, FrameType.DIGEST):
             self.latest = max(self.latest, (head.round, head.attempt))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from fldist.wire.codec import Expected, Frame, decode, encode
+from fldist.wire.codec import Expected, Frame, FrameType, decode, encode
 from fldist.wire.link import Event, Joined, Received, Sent, ServerLink, Welcome, own_info
 
-Serve = Callable[[Frame], Iterator[Frame]]
+Serve = Callable[[Frame, Callable[[], bool]], Iterator[Frame]]
+"""Answers a frame; the second argument tells whether a newer call makes it obsolete."""
 
 
 class LocalServer(ServerLink):
@@ -22,6 +23,7 @@ class LocalServer(ServerLink):
         self._serve = serve
         self._host_expects = host_expects
         self._work: list[Iterator[Frame]] = []
+        self._latest = (0, 0)
         self.connected.add(0)
 
     @property
@@ -33,18 +35,22 @@ class LocalServer(ServerLink):
         """The only host is there at once."""
         self.events.put(Joined(0, 1, own_info(), 0))
 
-    def post(self, rank: int, frame: Frame) -> None:
-        """Encode, copy and hand over."""
+    def post(self, rank: int, frame: Frame) -> bool:
+        """Encode, copy and hand over; an older call's work is left where it is, as a host would."""
+        key = (frame.head.round, frame.head.attempt)
+        if frame.head.type in (FrameType.CALL, FrameType.DIGEST):
+            self._latest = max(self._latest, key)
         self.number(frame)
         started = frame.head.sent_ns
         arrived = _carried(frame, self._host_expects)
         self.events.put(Sent(rank, frame.head.seq, started, time.monotonic_ns()))
-        self._work.append(self._serve(arrived))
+        self._work.append(self._serve(arrived, lambda: self._latest > key))
+        return True
 
     def next_event(self, timeout_s: float | None) -> Event | None:
         """The next event; does the host's work as far as its next reply."""
         while self.events.empty():
-            if not self._work:
+            if not self._work or (timeout_s is not None and timeout_s <= 0.0):
                 return None
             reply = next(self._work[0], None)
             if reply is None:

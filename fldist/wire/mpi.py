@@ -44,7 +44,8 @@ _BODY_TAG = 2
 _SPIN_S = 50e-6
 _NAP_S = 0.5e-3
 _HOST_QUEUE = 2
-_BOOKKEEPING = (FrameType.ACK, FrameType.HEARTBEAT, FrameType.JOIN, FrameType.WELCOME, FrameType.READY)
+_COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
+"""Frames whose bytes the ledger counts message by message; all others are transport."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class _Peer:
     waiting: deque[Frame] = field(default_factory=deque)  # heads whose bodies are still to come, in order
     receiving: list[Any] | None = None
     window: int = 1
-    lost: bool = False
+    lost: str | None = None  # why
     sent_ns: dict[int, int] = field(default_factory=dict)
 
 
@@ -101,7 +102,6 @@ class Engine:
         self._stopping = False
         self._heartbeat = encode(Frame(Head(FrameType.HEARTBEAT)))
         self._thread = threading.Thread(target=self._run, name="fldist-mpi", daemon=True)
-        self.failure: str | None = None
         self._thread.start()
 
     def post(self, rank: int, frame: Frame, encoded: bytes) -> None:
@@ -120,7 +120,9 @@ class Engine:
     def wait_unsent(self, most: int, timeout_s: float | None) -> bool:
         """Wait until at most `most` frames are unsent."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._unsent <= most or self.failure is not None, timeout_s)
+            return self._changed.wait_for(
+                lambda: self._unsent <= most or all(p.lost for p in self.peers.values()), timeout_s
+            )
 
     def stop(self) -> None:
         """End the thread; MPI must not be finalized before."""
@@ -133,11 +135,8 @@ class Engine:
         try:
             self._loop()
         except Exception as error:
-            self.failure = f"MPI: {error}"
             for peer in self.peers.values():
-                self._lose(peer, self.failure)
-            with self._changed:
-                self._changed.notify_all()
+                self._lose(peer, f"MPI: {error}")
 
     def _loop(self) -> None:
         next_beat = time.monotonic() + self.beat_s
@@ -186,7 +185,7 @@ class Engine:
                 requests.append(self._comm.Isend([encoded, self._mpi.BYTE], rank, _HEAD_TAG))
                 for part in frame.bodies:
                     requests.append(self._comm.Isend([part.flat().numpy(), self._mpi.BYTE], rank, _BODY_TAG))
-                if frame.head.type in _BOOKKEEPING:
+                if frame.head.type not in _COUNTED_BY_MESSAGE:
                     self.transport_out += len(encoded)
             self._sending.append(((frame, encoded), requests, True))
             started = True
@@ -225,13 +224,13 @@ class Engine:
             peer.last_heard = time.monotonic()
             try:
                 self._take(peer, bytes(buffer))
-            except (BadMessage, KeyError, TypeError, ValueError) as error:
+            except Exception as error:  # whatever a peer sends costs that peer, not this thread
                 self._lose(peer, str(error) or repr(error))
 
     def _take(self, peer: _Peer, data: bytes) -> None:
         frame = decode(data, self.expected)
         kind = frame.head.type
-        if kind in _BOOKKEEPING:
+        if kind not in _COUNTED_BY_MESSAGE:
             self.transport_in += len(data)
         if kind is FrameType.HEARTBEAT:
             return
@@ -246,29 +245,37 @@ class Engine:
     def _receive(self) -> bool:
         moved = False
         for peer in self.peers.values():
-            while peer.waiting and not peer.lost:
-                frame = peer.waiting[0]
-                if frame.bodies and peer.receiving is None:
-                    if peer.window < 1:
-                        break
+            try:
+                moved |= self._receive_from(peer)
+            except Exception as error:
+                self._lose(peer, str(error) or repr(error))
+        return moved
+
+    def _receive_from(self, peer: _Peer) -> bool:
+        moved = False
+        while peer.waiting and not peer.lost:
+            frame = peer.waiting[0]
+            if frame.bodies and peer.receiving is None:
+                if peer.window < 1:
+                    break
+                with self._changed:
                     peer.window -= 1
-                    frame.allocate()
-                    peer.receiving = [
-                        self._comm.Irecv([p.flat().numpy(), self._mpi.BYTE], peer.rank, _BODY_TAG) for p in frame.bodies
-                    ]
-                if peer.receiving is not None:
-                    if not all(r.Test() for r in peer.receiving):
-                        break
-                    peer.receiving = None
-                    peer.last_heard = time.monotonic()
-                peer.waiting.popleft()
-                moved = True
-                if frame.head.type is FrameType.CALL:
-                    ack = Head(FrameType.ACK, *peer.identity, seq=frame.head.seq)
-                    data = encode(Frame(ack))
-                    self._isend(peer.rank, data)
-                    self.transport_out += len(data)
-                self._deliver(peer.rank, frame)
+                frame.allocate()
+                peer.receiving = [
+                    self._comm.Irecv([p.flat().numpy(), self._mpi.BYTE], peer.rank, _BODY_TAG) for p in frame.bodies
+                ]
+            if peer.receiving is not None:
+                if not all(r.Test() for r in peer.receiving):
+                    break
+                peer.receiving = None
+                peer.last_heard = time.monotonic()
+            peer.waiting.popleft()
+            moved = True
+            if frame.head.type is FrameType.CALL:
+                data = encode(Frame(Head(FrameType.ACK, *peer.identity, seq=frame.head.seq)))
+                self._isend(peer.rank, data)
+                self.transport_out += len(data)
+            self._deliver(peer.rank, frame)
         return moved
 
     def lose(self, rank: int, reason: str) -> None:
@@ -277,7 +284,9 @@ class Engine:
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         if not peer.lost:
-            peer.lost = True
+            peer.lost = reason
+            with self._changed:
+                self._changed.notify_all()
             self._lost(peer.rank, reason)
 
 
@@ -289,7 +298,9 @@ class MpiServer(ServerLink):
         self.limits = limits
         self._welcome: Welcome | None = None
         self._closing = False
-        self._admitting = threading.Event()
+        self._joining = threading.Lock()
+        self._joined: list[int] = []  # hosts that wait for a welcome
+        self._farewells: set[int] = set()
         self._engine = Engine(
             comm,
             list(range(1, comm.Get_size())),
@@ -305,22 +316,32 @@ class MpiServer(ServerLink):
         return "MPI without fault tolerance: if any rank dies, mpirun ends the whole job; finished rounds are kept"
 
     def admit(self, welcome: Welcome) -> None:
-        """Answer the hosts that join."""
-        self._welcome = welcome
+        """Answer the hosts that have joined and that will."""
         self._engine.expected = self.expected
-        self._admitting.set()
+        with self._joining:
+            self._welcome = welcome
+            self._greet()
+
+    def _greet(self) -> None:
+        assert self._welcome is not None
+        identity = (self._welcome.run_id, self._welcome.epoch, 1)
+        for rank in self._joined:
+            self.connected.add(rank)
+            self._engine.peers[rank].identity = identity
+            greeting = Frame(Head(FrameType.WELCOME, *identity), note=self._welcome.note(1, self.limits))
+            self._engine.post(rank, greeting, encode(greeting))
+        self._joined.clear()
 
     def _delivered(self, rank: int, frame: Frame) -> None:
         now = time.monotonic_ns()
         kind = frame.head.type
         if kind is FrameType.JOIN:
-            self._admitting.wait(self.limits.join_s)
-            assert self._welcome is not None
-            identity = (self._welcome.run_id, self._welcome.epoch, 1)
-            self.connected.add(rank)
-            self._engine.peers[rank].identity = identity
-            greeting = Frame(Head(FrameType.WELCOME, *identity), note=self._welcome.note(1, self.limits))
-            self._engine.post(rank, greeting, encode(greeting))
+            with self._joining:
+                self._joined.append(rank)
+                if self._welcome is not None:
+                    self._greet()
+        elif kind is FrameType.BYE:
+            self._farewells.add(rank)
         elif kind is FrameType.READY:
             self._engine.peers[rank].silence_s = self.limits.silence_s
             offset = now - int(frame.note["clock_ns"])
@@ -337,12 +358,16 @@ class MpiServer(ServerLink):
         if not self._closing:
             self.events.put(Lost(rank, reason))
 
-    def post(self, rank: int, frame: Frame) -> None:
+    def post(self, rank: int, frame: Frame) -> bool:
         """Encode and queue a frame."""
         self.number(frame)
+        peer = self._engine.peers[rank]
+        if peer.lost:
+            return False
         head = frame.head
-        head.run_id, head.epoch, head.incarnation = self._engine.peers[rank].identity
+        head.run_id, head.epoch, head.incarnation = peer.identity
         self._engine.post(rank, frame, encode(frame))
+        return True
 
     def abort(self, rank: int, reason: str) -> None:
         """Have nothing to do with a host any more."""
@@ -353,14 +378,24 @@ class MpiServer(ServerLink):
         return self._engine.transport_in, self._engine.transport_out
 
     def close(self, deadline_s: float) -> None:
-        """Say goodbye and stop the I/O thread."""
+        """Say goodbye, wait for every host's, stop the I/O thread; `all_left` tells whether all came.
+
+        MPI_Finalize waits for all ranks without limit: after hosts that did not answer, abort instead.
+        """
         self._closing = True
+        deadline = time.monotonic() + deadline_s
         for rank, peer in self._engine.peers.items():
             if not peer.lost:
                 frame = Frame(Head(FrameType.BYE, *peer.identity))
                 self._engine.post(rank, frame, encode(frame))
-        self._engine.wait_unsent(0, deadline_s)
+        while not self.all_left and time.monotonic() < deadline:
+            time.sleep(0.002)
         self._engine.stop()
+
+    @property
+    def all_left(self) -> bool:
+        """Whether every host has said goodbye."""
+        return self._farewells >= set(self._engine.peers)
 
 
 def _nothing() -> None:
@@ -415,14 +450,17 @@ class MpiHost(HostLink):
     def send(self, frame: Frame) -> None:
         """Queue a frame; waits while several are on their way."""
         self._engine.wait_unsent(_HOST_QUEUE - 1, None)
-        if self._engine.failure is not None:
-            raise PeerLost(self._engine.failure)
+        reason = self._engine.peers[0].lost
+        if reason is not None:
+            raise PeerLost(f"the server is gone: {reason}")
         frame.head.run_id, frame.head.epoch, frame.head.incarnation = self.identity
         frame.head.sent_ns = time.monotonic_ns()
         frame.head.flags &= ~CHECKSUMMED
         self._engine.post(0, frame, encode(frame))
 
     def close(self) -> None:
-        """Flush and stop the I/O thread."""
+        """Say goodbye, flush, stop the I/O thread."""
+        if not self._engine.peers[0].lost:
+            self.send(Frame(Head(FrameType.BYE)))
         self._engine.wait_unsent(0, 10.0)
         self._engine.stop()
