@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -141,14 +142,14 @@ class Collected(Accumulator):
 
 def scale_exponent(limit: float) -> int:
     """The largest k with limit * 2^k < 2^62."""
-    mantissa, exponent = math.frexp(limit)  # limit = mantissa 2^exponent, 1/2 <= mantissa < 1
-    return 62 - exponent if mantissa < 1.0 else 61 - exponent
+    _, exponent = math.frexp(limit)  # limit = mantissa 2^exponent, 1/2 <= mantissa < 1
+    return 62 - exponent
 
 
 def fold_limit(reference: Tensor) -> float:
     """L = 64 max(1, max|reference|): the largest magnitude that a contribution's element may have."""
     largest = float(reference.abs().max()) if reference.numel() else 0.0
-    return _HEADROOM * max(1.0, largest)
+    return _HEADROOM * (largest if math.isnan(largest) else max(1.0, largest))
 
 
 class FixedPoint(Accumulator):
@@ -176,6 +177,7 @@ class FixedPoint(Accumulator):
         self.floats = torch.zeros(self.reference.floats.numel(), dtype=torch.int64)
         self.ints = torch.zeros(self.reference.ints.numel(), dtype=torch.int64)
         self.weights: dict[int, float] = {}
+        self._total = Fraction(0)  # exact, so that no order of arrival decides whether the bound is kept
         self._largest_ints: dict[int, Tensor] = {}
         size = min(CHUNK, max(1, self.floats.numel()))
         self._work = torch.empty(size, dtype=torch.float64)
@@ -187,7 +189,7 @@ class FixedPoint(Accumulator):
             raise Refused("shape", f"{value} does not fit the reference {self.reference}")
         if math.isnan(weight):
             raise Refused("nan", "the weight is NaN")
-        if not 0.0 <= weight <= self.bound - math.fsum(self.weights.values()):
+        if not (0.0 <= weight < math.inf and self._total + Fraction(weight) <= self.bound):
             raise Refused("range", f"weight {weight} takes the sum of weights out of 0 to {self.bound:g}")
         self._check_ints(value.ints, weight)
         done = self._accumulate(value.floats, weight, +1, value.floats.numel())
@@ -198,12 +200,13 @@ class FixedPoint(Accumulator):
             raise Refused(reason, detail)
         self._add_ints(client, value.ints, weight, +1)
         self.weights[client] = weight
+        self._total += Fraction(weight)
 
     def remove(self, client: int, value: Params, weight: float) -> None:
         """Subtract what `add` added; exact, since both are integers."""
         self._accumulate(value.floats, weight, -1, value.floats.numel())
         self._add_ints(client, value.ints, weight, -1)
-        del self.weights[client]
+        self._total -= Fraction(self.weights.pop(client))
 
     def _accumulate(self, block: Tensor, weight: float, sign: int, end: int) -> tuple[int, str] | None:
         """Add sign * contribution for elements [0, end); return where and why a chunk cannot be taken."""
@@ -250,7 +253,7 @@ class FixedPoint(Accumulator):
 
     def result(self) -> Params:
         """The mean or sum as float32, integers by the declared rule (means truncated towards 0)."""
-        total = math.fsum(self.weights[c] for c in sorted(self.weights))
+        total = float(self._total)
         if self.divide and total <= 0.0:
             raise NoWeight("the weights of all replies sum to 0; a mean needs at least one positive weight")
         back = self.bound / total if self.divide else self.bound

@@ -375,7 +375,7 @@ class Caller:
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
             if event.frame.head.type is FrameType.REPLY and method is not None:
-                for booked in self._book_up(event, method, "late"):
+                for booked in self._book_up(event, method, method.phase):
                     booked.settle("late", event.done_ns)
             event.release()
 

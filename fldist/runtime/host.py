@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fldist.algorithm import State
 from fldist.data.client_data import ClientData
 from fldist.models.train import warm_up
 from fldist.runtime.job import ClientMethod, Job
@@ -29,10 +30,15 @@ class Host:
     def __init__(self, job: Job) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
         self.job = job
-        self.states = ClientStates(lambda c: job.algorithm.init_client(job.task, c), job.algorithm.stateful)
+        self.states = ClientStates(self._first_state, job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
+
+    def _first_state(self, client: int) -> State:
+        """A client's state before its first call: the same on any host, whenever it is asked for."""
+        with forked(self.job.seed, "init_client", client):
+            return self.job.algorithm.init_client(self.job.task, client)
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""

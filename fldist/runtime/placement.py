@@ -61,12 +61,12 @@ class Placement:
             self._alive.remove(rank)
         orphans = [c for c, home in self._home.items() if home == rank]
         lost = [c for c in orphans if c in self._touched or c in fresh]
-        if self._alive and not lost:
+        if self._alive:
             loads = dict.fromkeys(self._alive, 0)
             for client, home in self._home.items():
                 if home in loads:
                     loads[home] += self._sizes[client]
-            self._home.update(balance(orphans, self._sizes, self._alive, loads))
+            self._home.update(balance(set(orphans) - set(lost), self._sizes, self._alive, loads))
         return lost
 
     def homes(self) -> dict[int, list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class ClientView:
             if name in layer:
                 self.watched.add(f"me.{name}", layer[name])
                 return layer[name]
-        known = ", ".join(sorted({n for layer in layers for n in layer})) or "nothing"
+        known = ", ".join(sorted({n for layer in [self.writes, *layers] for n in layer})) or "nothing"
         raise AttributeError(f"client {self.client} has no state {name!r}; it holds {known}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -59,33 +59,47 @@ class ClientView:
 
 
 class Watch:
-    """Notices tensors that were changed in place although they are values that others share."""
+    """Notices tensors, lists, dicts and States that were changed in place although others share them.
+
+    A tensor written to through `.data`, or as part of a module that was bound to it, is not noticed.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[str, Tensor, int]] = []
+        self._tensors: list[tuple[str, Tensor, int]] = []
+        self._containers: list[tuple[str, Any, list[Any]]] = []
 
     def add(self, name: str, value: Any) -> None:
-        """Remember the version of every tensor in `value`."""
-        for tensor in _tensors(value):
-            self._seen.append((name, tensor, tensor._version))
+        """Remember the version of every tensor and the contents of every container in `value`."""
+        if isinstance(value, Tensor):
+            self._tensors.append((name, value, value._version))
+        elif isinstance(value, Params):
+            self.add(name, value.floats)
+            self.add(name, value.ints)
+        elif isinstance(value, State | dict | list | tuple):
+            contents = _contents(value)
+            self._containers.append((name, value, contents))
+            for item in contents:
+                self.add(name, item)
 
     def changed(self) -> str | None:
         """The name of a value that was changed in place, or None."""
-        return next((n for n, t, version in self._seen if t._version != version), None)
+        for name, tensor, version in self._tensors:
+            if tensor._version != version:
+                return name
+        for name, container, contents in self._containers:
+            now = _contents(container)
+            if len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True)):
+                return name
+        return None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Params):
-        yield value.floats
-        yield value.ints
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _contents(container: State | dict[Any, Any] | list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Keys and values, or items, to be compared by identity."""
+    if isinstance(container, State):
+        container = container.values
+    if isinstance(container, dict):
+        return [*container.keys(), *container.values()]
+    return list(container)
 
 
 class ClientStates:

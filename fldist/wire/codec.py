@@ -481,6 +481,8 @@ def _parse_field(data: bytes, at: int) -> tuple[FieldValue, int]:
             at += size
             indices.append(_U32.unpack_from(data, at)[0])
             at += _U32.size
+        if len(set(names)) != count:
+            raise BadMessage("a name stands twice in a field of named tensors")
         value.parts, value.names = tuple(indices), tuple(names)
     else:
         count = {Form.NONE: 0, Form.TENSOR: 1, Form.PARAMS: 2}[form]

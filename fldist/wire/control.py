@@ -8,6 +8,7 @@ host (HMAC-SHA256 over fresh nonces); after that frames are neither authenticate
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import secrets
@@ -35,6 +36,7 @@ from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost
 MAX_HALF_OPEN = 256
 """Connections that have not proved who they are; beyond this the oldest is closed."""
 HANDSHAKE_S = 10.0
+CLOSED_BY_PEER = "connection closed by the peer"
 
 
 def proof(token: bytes, who: str, *parts: str) -> str:
@@ -66,6 +68,8 @@ class Connection:
         self.transport_in = 0
         self.transport_out = 0
         self.owner: Any = None
+        self.end = "the connection is closed"
+        """Why it is closed, for whoever still tries to use it."""
         self._lock = threading.Lock()
 
     def send(self, data: bytes, timeout_s: float, *, transport: bool = False) -> None:
@@ -92,7 +96,7 @@ class Connection:
         view = memoryview(data)
         while view:
             if self.closed:
-                raise PeerLost("the connection is closed")
+                raise PeerLost(self.end)
             try:
                 view = view[self.sock.send(view) :]
             except BlockingIOError:
@@ -102,7 +106,7 @@ class Connection:
                 with contextlib.suppress(ValueError):  # closed meanwhile
                     select.select([], [self.sock], [], min(left, 0.5))
             except OSError as error:
-                raise PeerLost(f"connection broken: {error.strerror}") from None
+                raise PeerLost(_text_of(error)) from None
 
     def close(self) -> None:
         """Close; what the other threads do with it raises PeerLost."""
@@ -238,10 +242,10 @@ class ControlPlane:
         except BlockingIOError:
             return
         except OSError as error:
-            self._drop(connection, f"connection broken: {error.strerror}")
+            self._drop(connection, _text_of(error))
             return
         if not data:
-            self._drop(connection, "connection closed by the peer")
+            self._drop(connection, CLOSED_BY_PEER)
             return
         connection.last_heard = time.monotonic()
         connection.inbox += data
@@ -278,9 +282,16 @@ class ControlPlane:
         self._connections.remove(connection)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection.sock)
+        connection.end = reason
         connection.close()
         connection.sock.close()
         self._on_lost(connection, reason)
+
+
+def _text_of(error: OSError) -> str:
+    if error.errno in (errno.EPIPE, errno.ECONNRESET):
+        return CLOSED_BY_PEER
+    return f"connection broken: {error.strerror}"
 
 
 def trust(connection: Connection) -> None:

@@ -513,13 +513,15 @@ class GlooHost(HostLink):
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone)
         self._plane.add(self._connection)
         try:
-            self.welcome = self._shake_hands(rank, bytes.fromhex(token), deadline)
-        except BaseException:
+            note = self.welcome = self._shake_hands(rank, bytes.fromhex(token), deadline)
+            self.identity = (bytes.fromhex(note["run_id"]), int(note["epoch"]), int(note["incarnation"]))
+            limits = Limits(limits.join_s, float(note["silence_s"]), float(note["transfer_s"]))
+            checksum = bool(note["checksum"])
+        except BaseException as error:
             self._plane.close()
+            if isinstance(error, LookupError | TypeError | ValueError | OverflowError):
+                raise BadMessage(f"the server's handshake is damaged: {error!r}") from None
             raise
-        note = self.welcome
-        self.identity = (bytes.fromhex(note["run_id"]), int(note["epoch"]), int(note["incarnation"]))
-        limits = Limits(limits.join_s, float(note["silence_s"]), float(note["transfer_s"]))
         self._plane.silence_s = limits.silence_s
         self._session = Session(
             self._connection,
@@ -530,7 +532,7 @@ class GlooHost(HostLink):
             acknowledged=lambda session, head: None,
             lost=self._session_lost,
             queue_size=_HOST_QUEUE,
-            checksum=bool(note["checksum"]),
+            checksum=checksum,
         )
         with self._hand_over:
             self._connection.owner = self._session

@@ -59,7 +59,7 @@ class Booked:
 
     def settle(self, status: Outcome, done_ns: int = 0) -> None:
         """Give the outcome; only the first one counts, except that a delivered message may prove late or refused."""
-        if self.status in ("open", "delivered"):
+        if self.status == "open" or (self.status == "delivered" and status in ("late", "refused")):
             self.status = status
             self.done_ns = done_ns or self.done_ns
 
@@ -87,7 +87,8 @@ def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]
                 part = frame.parts[index]
                 logical, encoded = logical + part.logical_bytes, encoded + part.bytes
                 if index in booked:
-                    shared_with = booked[index]
+                    if booked[index] != message.client:
+                        shared_with = booked[index]
                 else:
                     booked[index] = message.client
                     distinct += part.bytes
