@@ -144,7 +144,7 @@ def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str,
     from fldist.wire.local import LocalServer
 
     job = build(settings)
-    link = LocalServer(Host(job).serve, job.calls())
+    link = LocalServer(Host(job).serve_aside, job.calls())
     return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
 
 

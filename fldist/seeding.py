@@ -33,19 +33,31 @@ def numpy_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, stream, *key))
 
 
-@contextmanager
-def forked(seed: int, stream: str, *key: int) -> Iterator[None]:
-    """Give the global generators (torch CPU, numpy, random) a stream inside, and their old state back outside.
+def reseed(seed: int, stream: str, *key: int) -> None:
+    """Seed the global generators (torch CPU, numpy, random) with a stream.
 
     For code that draws from them whatever one passes it: dropout, initialisers, user code.
     """
     value = derive(seed, stream, *key)
-    torch_state = torch.random.get_rng_state()
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
     torch.default_generator.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
+
+
+@contextmanager
+def forked(seed: int, stream: str, *key: int) -> Iterator[None]:
+    """Give the global generators a stream inside, and their old state back outside."""
+    with preserved():
+        reseed(seed, stream, *key)
+        yield
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Give the global generators their old state back at the end. Costs 0.3 ms: numpy's state is large."""
+    torch_state = torch.random.get_rng_state()
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from fldist.data.client_data import ClientData
 from fldist.models.train import warm_up
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.state import ClientStates, ClientView, Watch
-from fldist.seeding import Streams, forked
+from fldist.seeding import Streams, forked, preserved, reseed
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.link import HostLink
 
@@ -25,7 +25,10 @@ FLUSH_S = 0.05
 
 
 class Host:
-    """Runs calls. It knows methods and states by the job; how frames come and go is the link's business."""
+    """Runs calls. It knows methods and states by the job; how frames come and go is the link's business.
+
+    The global generators are seeded anew before every client method.
+    """
 
     def __init__(self, job: Job) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
@@ -53,6 +56,16 @@ class Host:
         elif frame.head.type is FrameType.DIGEST:
             digests = {str(c): self.states.digest(int(c)) for c in frame.note["clients"]}
             yield Frame(Head(FrameType.DIGEST), note={"digests": digests})
+
+    def serve_aside(self, frame: Frame, obsolete: Callable[[], bool]) -> Iterator[Frame]:
+        """As `serve`, in a process that is not the host's own: its global generators are left as they were."""
+        frames = self.serve(frame, obsolete)
+        while True:
+            with preserved():
+                reply = next(frames, None)
+            if reply is None:
+                return
+            yield reply
 
     def _call(self, frame: Frame, obsolete: Callable[[], bool]) -> Iterator[Frame]:
         head = frame.head
@@ -127,8 +140,8 @@ class Host:
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
             data = ClientData(job.task, client, streams)
-            with forked(job.seed, "client", *streams.next_key("client")):
-                result = method.run(me, data, **arguments)
+            reseed(job.seed, "client", *streams.next_key("client"))
+            result = method.run(me, data, **arguments)
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
         except Exception as error:
