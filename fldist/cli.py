@@ -45,7 +45,7 @@ def run(
 
         typer.echo(show(settings, nproc))
         return
-    run_here(settings, nproc=nproc, output=output, observer=Progress(settings.rounds, verbose))
+    run_here(settings, nproc=nproc, output=output, observer=Progress(verbose))
 
 
 @app.command()

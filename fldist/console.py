@@ -30,15 +30,16 @@ def seconds_text(seconds: float) -> str:
 class Progress:
     """Prints a run as it goes. Plain lines, whether or not there is a terminal."""
 
-    def __init__(self, rounds: int, verbose: bool = False) -> None:
+    def __init__(self, verbose: bool = False) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._rounds = rounds
+        self._rounds = 0
         self._verbose = verbose
         self._began = time.monotonic()
 
     def started(self, facts: dict[str, Any]) -> None:
         """All hosts have joined."""
         self._began = time.monotonic()
+        self._rounds = facts["rounds"]
         self._console.print(f"backend {facts['backend']}, {facts['world_size']} rank(s): {facts['survives']}")
 
     def round(self, line: dict[str, Any]) -> None:

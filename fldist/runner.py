@@ -96,7 +96,7 @@ def run_here(
     if observer is None and progress:
         from fldist.console import Progress
 
-        observer = Progress(settings.rounds)
+        observer = Progress()
     observer = observer or Silent()
     restore = fix_threads(settings.threads)
     try:

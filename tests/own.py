@@ -91,6 +91,15 @@ class Mutates(Base):
         return Update(x, data.n)
 
 
+@dataclass(frozen=True)
+class MutatesServer(Base):
+    """The server half changes its own state in place."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
+        server.x.floats.copy_(got.y.floats)
+
+
 class Counted(NamedTuple):
     y: Weights
     n: Scalar

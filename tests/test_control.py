@@ -434,7 +434,7 @@ def test_of_too_many_half_open_connections_the_oldest_are_closed(serve, connect,
     [(bytes(16), 3, 1), (RUN_ID, 2, 1), (RUN_ID, 3, 2)],
     ids=["another run", "another epoch", "another incarnation"],
 )
-@pytest.mark.parametrize("kind", [FrameType.STORE, FrameType.ACK, FrameType.TRAILER], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [FrameType.STORE, FrameType.ACK], ids=lambda kind: kind.name)
 def test_a_frame_of_another_session_ends_this_one(kind, identity, serve, connect):
     server = serve()
     bystander = joined_host(server, 2)

@@ -163,6 +163,11 @@ def test_changing_an_argument_in_place_is_refused(tmp_path: Path) -> None:
         fldist.run(own("Mutates"), output=tmp_path / "run")
 
 
+def test_changing_the_servers_state_in_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"server\.x was changed in place in round 1; set it to a new value instead"):
+        fldist.run(own("MutatesServer"), output=tmp_path / "run")
+
+
 def test_a_round_that_nobody_answered_leaves_the_state_unchanged(tmp_path: Path) -> None:
     seen = Recorder()
     result = run_here(load(own("Nobody")), output=tmp_path / "run", observer=seen)
@@ -180,3 +185,34 @@ def test_replies_after_the_round_deadline_are_booked_as_late(tmp_path: Path, hos
     assert result["bytes"]["wasted"]["late"]["up"] > 0
     for line in seen.lines:
         assert line["seconds"]["total"] < 0.8
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("delay_s", [0.02, 0.08, 0.2])
+def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
+    tmp_path: Path, hosts: Hosts, delay_s: float, number: signal.Signals
+) -> None:
+    """37 MB down and up: whatever moment is met, the round ends and every thread comes back (see conftest)."""
+    timers: list[threading.Timer] = []
+
+    def after(number_of_round: int) -> None:
+        if number_of_round == 0:
+            timers.append(threading.Timer(delay_s, hosts.send, (1, number)))
+            timers[0].start()
+
+    seen = Recorder(after)
+    config = own(
+        "Base",
+        rounds=2,
+        clients__num_clients=4,
+        task__model={"name": "mlp", "hidden": [3000, 3000]},
+        eval__every=0,
+        deadlines__client_timeout_s=0.6,
+    )
+    result = run_here(load(config), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    timers[0].join()
+    assert result["status"] == "finished"
+    assert seen.lines[-1]["replied"] == 4
+    assert all(line["seconds"]["total"] < 3.0 for line in seen.lines)
+    totals = [r for r in rows(tmp_path / "run", "kind") if r["kind"] == "weights" and r["direction"] == "up"]
+    assert len(totals) == sum(line["replied"] for line in seen.lines), "half an upload was booked"

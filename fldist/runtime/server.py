@@ -16,7 +16,7 @@ from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
-from fldist.runtime.state import check_value, hash_state
+from fldist.runtime.state import Watch, check_value, hash_state
 from fldist.seeding import forked, generator
 from fldist.selection import Candidates
 from fldist.wire.ledger import Ledger
@@ -169,7 +169,7 @@ class ServerLoop:
         self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful)
         self._caller = Caller(job, link, self._ledger, self._placement, self._lost_host)
         self._clients = ClientsView(job, self._caller)
-        self._view: ServerView | None = None
+        self._total = 0  # rounds of all stages
         self._transport = (0, 0)
         self._began = time.monotonic()
 
@@ -245,8 +245,10 @@ class ServerLoop:
         job = self.job
         with forked(job.seed, "init_server"):
             state = job.algorithm.init_server(job.task)
-        view = self._view = ServerView(job, state)
-        self.observer.started({**self.facts, "survives": self.link.survives, "rounds": job.rounds})
+        view = ServerView(job, state)
+        stages = job.algorithm.stages(job.rounds)
+        self._total = sum(stage.rounds for stage in stages)
+        self.observer.started({**self.facts, "survives": self.link.survives, "rounds": self._total})
         empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
         if empty:
             self.observer.warning(f"clients {_ids(empty)} hold no samples and are never selected")
@@ -260,7 +262,7 @@ class ServerLoop:
         self._ledger.flush()
         self._ledger.take_round()
         number = 0
-        for index, stage in enumerate(job.algorithm.stages(job.rounds)):
+        for index, stage in enumerate(stages):
             for _ in range(stage.rounds):
                 number += 1
                 self._round(number, index, stage, view)
@@ -275,6 +277,9 @@ class ServerLoop:
         self._clients.enter(number)
         caller.begin_round(number, 0, index)
         committed = True
+        watch = Watch()
+        for name, value in before.values.items():
+            watch.add(f"server.{name}", value)
         try:
             with forked(job.seed, "round", number):
                 stage.step(view, self._clients)
@@ -284,6 +289,9 @@ class ServerLoop:
             some = next(iter(error.missing.items()), None)
             why = f"; client {some[0]}: {some[1]}" if some else ""
             self.observer.warning(f"round {number}: {error}; the state stays as it was{why}")
+        changed = watch.changed()
+        if changed is not None:  # a round that is not committed could not be taken back
+            raise ValueError(f"{changed} was changed in place in round {number}; set it to a new value instead")
         caller.end_round(commit=committed)
         evaluated = time.monotonic()
         scores = self._evaluate(number, view)
@@ -301,7 +309,7 @@ class ServerLoop:
 
     def _evaluate(self, number: int, view: ServerView) -> dict[str, float] | None:
         every = self.job.eval_every
-        if every == 0 or (number % every and number != self.job.rounds):
+        if every == 0 or (number % every and number != self._total):
             return None
         scores = self.job.task.evaluate(self.job.algorithm.model(view))
         if not self._best or scores.accuracy > self._best["accuracy"]:

@@ -75,7 +75,6 @@ class FrameType(enum.IntEnum):
     VERDICT = 10
     DIGEST = 11
     HEARTBEAT = 12
-    TRAILER = 13
     BYE = 14
 
 
@@ -93,7 +92,7 @@ class Encoding(enum.IntEnum):
 
 
 CHECKSUMMED = 1
-"""Head flag: a TRAILER frame with the bodies' crc32 follows."""
+"""Head flag: the trailer behind the bodies holds their crc32."""
 
 
 @dataclass

@@ -1,9 +1,12 @@
 """gloo: one two-rank process group per host for bodies, the TCP control plane for everything else.
 
 A group of two contains the damage: a wait that fails closes all pairs of its group, and there is only this one.
-The group's rendezvous goes over the control connection (`_Store`), so no further port is opened. Waits on
-bodies are not polled; a lost peer is noticed on the control connection and the blocked wait is then freed by
-failing a dummy receive of the same group.
+The group's rendezvous goes over the control connection (`_Store`), so no further port is opened.
+
+Nobody waits on a body. gloo does not report a peer's death on the message in flight, and nothing frees a thread
+that waits on it. So the receiver waits for a small trailer behind the bodies, which fails with the peer, and the
+sender for the acknowledgement on the control connection; only then are the bodies' own waits called, which return
+at once. A wait on a trailer whose peer has merely stopped is freed by failing a dummy receive of the same group.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ from fldist.wire.link import (
 
 _BODY_TAG = 0
 _UNBLOCK_TAG = 1
+_TRAILER_TAG = 2
+_TRAILER_BYTES = 24
+"""int64: sequence number, bytes of all bodies, crc32 of all bodies (0 with checksum: header)."""
 _MAX_QUEUED = 10_000
 """Heads that may wait at one end; a host sends at most one every 50 ms ahead of the server's reading."""
 _MAX_STORE_KEYS = 64
@@ -125,7 +131,10 @@ class Session:
         self._group: Any = None
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[tuple[Frame, bytes | None] | None] = queue.Queue(queue_size)
-        self._trailers: queue.Queue[Frame] = queue.Queue()
+        self._acks: dict[int, threading.Event] = {}  # frames with bodies that the peer has not acknowledged
+        self._seq = 0
+        # what gloo may still touch when a session ends in the middle of a transfer lives as long as the group
+        self._in_flight: dict[str, Any] = {}
         self._window = threading.Semaphore(1)
         self._ended = threading.Event()
         self._end_lock = threading.Lock()
@@ -156,17 +165,18 @@ class Session:
         kind = data[6]
         if kind not in _COUNTED_BY_MESSAGE:
             self.connection.transport_in += len(data)
-        if max(self._inbox.qsize(), self._trailers.qsize()) > _MAX_QUEUED:
+        if self._inbox.qsize() > _MAX_QUEUED:
             raise BadMessage(f"over {_MAX_QUEUED} frames wait to be read")
-        if kind in (FrameType.STORE, FrameType.TRAILER, FrameType.ACK):
+        if kind in (FrameType.STORE, FrameType.ACK):
             frame = decode(data, None)
             check_session(frame.head, self.run_id, self.epoch, self.incarnation)
             if frame.head.type is FrameType.STORE:
                 self._store.receive(str(frame.note["k"]), bytes.fromhex(str(frame.note["v"])))
-            elif frame.head.type is FrameType.ACK:
-                self._acknowledged(self, frame.head)
             else:
-                self._trailers.put(frame)
+                waiting = self._acks.pop(frame.head.seq, None)
+                if waiting is not None:
+                    waiting.set()
+                self._acknowledged(self, frame.head)
         else:
             self._inbox.put(data)
 
@@ -198,7 +208,8 @@ class Session:
         with contextlib.suppress(queue.Full):
             self._outbox.put_nowait(None)
         self._window.release()
-        self._trailers.put(Frame(Head(FrameType.BYE)))
+        for waiting in list(self._acks.values()):
+            waiting.set()
         self._unblocker = threading.Thread(target=self._unblock, name="fldist-unblock", daemon=True)
         self._unblocker.start()
         self._lost(self, reason)
@@ -248,8 +259,11 @@ class Session:
                 break
             frame, encoded = item
             bodies = frame.bodies
-            if self._checksum and bodies:
-                frame.head.flags |= CHECKSUMMED
+            if encoded is None:
+                self._seq += 1
+                frame.head.seq = self._seq
+                if self._checksum and bodies:
+                    frame.head.flags |= CHECKSUMMED
             started = time.monotonic_ns()
             if encoded is None:
                 frame.head.sent_ns = started
@@ -257,12 +271,25 @@ class Session:
             self.sent_ns[frame.head.seq] = started
             transport = frame.head.type not in _COUNTED_BY_MESSAGE
             self.connection.send(encoded, self._limits.transfer_s, transport=transport)
-            works = [self._group.send([part.flat()], 1 - self._me, _BODY_TAG) for part in bodies]
+            if bodies:
+                self._send_bodies(frame)
+        self._flushed.set()
+
+    def _send_bodies(self, frame: Frame) -> None:
+        acknowledged = self._acks[frame.head.seq] = threading.Event()
+        crc = frame.checksum() if frame.head.flags & CHECKSUMMED else 0
+        trailer = torch.tensor([frame.head.seq, frame.body_bytes, crc], dtype=torch.int64)
+        peer = 1 - self._me
+        works = [self._group.send([part.flat()], peer, _BODY_TAG) for part in frame.bodies]
+        works.append(self._group.send([trailer], peer, _TRAILER_TAG))
+        self._in_flight["out"] = (frame, trailer, works)
+        self.connection.transport_out += _TRAILER_BYTES
+        if not acknowledged.wait(self._limits.transfer_s):
+            raise DeadlineExceeded("a transfer did not end in time")
+        if not self.ended:
             for work in works:
                 work.wait(self._transfer)
-            if frame.head.flags & CHECKSUMMED:
-                self._control(FrameType.TRAILER, {"crc32": frame.checksum(), "bytes": frame.body_bytes})
-        self._flushed.set()
+            del self._in_flight["out"]
 
     def _read_all(self) -> None:
         if not self._group_ready.wait(self._limits.join_s):
@@ -278,22 +305,26 @@ class Session:
                 self._window.acquire()
                 if self.ended:
                     break
-                frame.allocate()
-                works = [self._group.recv([part.flat()], 1 - self._me, _BODY_TAG) for part in frame.bodies]
-                for work in works:
-                    work.wait(self._transfer)
-                if frame.head.flags & CHECKSUMMED:
-                    self._verify(frame)
-            if frame.head.type is FrameType.CALL:
+                self._receive_bodies(frame)
+            if frame.head.type is FrameType.CALL or frame.bodies:
                 self._control(FrameType.ACK, seq=frame.head.seq)
             self._deliver(self, frame)
 
-    def _verify(self, frame: Frame) -> None:
-        trailer = self._trailers.get()
-        if trailer.head.type is not FrameType.TRAILER:
-            raise PeerLost("the session ended before the trailer")
-        if (trailer.note.get("crc32"), trailer.note.get("bytes")) != (frame.checksum(), frame.body_bytes):
-            raise BadMessage("the bodies' checksum is wrong")
+    def _receive_bodies(self, frame: Frame) -> None:
+        frame.allocate()
+        trailer = torch.empty(3, dtype=torch.int64)
+        peer = 1 - self._me
+        works = [self._group.recv([part.flat()], peer, _BODY_TAG) for part in frame.bodies]
+        last = self._group.recv([trailer], peer, _TRAILER_TAG)
+        self._in_flight["in"] = (frame, trailer, works, last)
+        last.wait(self._transfer)
+        for work in works:
+            work.wait(self._transfer)
+        del self._in_flight["in"]
+        self.connection.transport_in += _TRAILER_BYTES
+        crc = frame.checksum() if frame.head.flags & CHECKSUMMED else 0
+        if trailer.tolist() != [frame.head.seq, frame.body_bytes, crc]:
+            raise BadMessage("the trailer does not fit its bodies: they were damaged on their way")
 
     def _unblock(self) -> None:
         """Free threads that are blocked in the group: a wait that times out closes all its pairs."""
