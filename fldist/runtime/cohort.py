@@ -380,17 +380,21 @@ class Caller:
             event.release()
 
     def _book_up(self, event: Received, spec: ClientMethod, phase: str) -> list[Booked]:
-        offset = self.offsets.get(event.rank, 0)
         head = event.frame.head
+        # nothing arrives before it was sent: the quickest message so far bounds the clocks' offset best
+        offset = self.offsets[event.rank] = min(
+            self.offsets.get(event.rank, event.done_ns - head.sent_ns), event.done_ns - head.sent_ns
+        )
         times = [(m.ready_ns + offset, head.sent_ns + offset, event.done_ns) for m in event.frame.messages]
         return self.ledger.book(event.frame, spec.reply, direction="up", phase=phase, rank=event.rank, times=times)
 
     def _take(self, running: _Running, event: Received) -> None:
         began = time.monotonic()
         frame, rank = event.frame, event.rank
-        wire_s = (event.done_ns - frame.head.sent_ns - self.offsets.get(rank, 0)) / 1e9
-        self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + max(0.0, wire_s)
-        for message, booked in zip(frame.messages, self._book_up(event, running.spec, running.phase), strict=True):
+        entries = self._book_up(event, running.spec, running.phase)
+        wire_s = (event.done_ns - frame.head.sent_ns - self.offsets[rank]) / 1e9
+        self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + wire_s
+        for message, booked in zip(frame.messages, entries, strict=True):
             client = message.client
             if running.outstanding.get(client) != rank:
                 log.warning("round %d: host %d sent a reply of client %d unasked; refused", self._key[0], rank, client)
