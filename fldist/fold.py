@@ -196,8 +196,9 @@ class FixedPoint(Accumulator):
         if done is not None:
             chunk_start, reason = done
             self._accumulate(value.floats, weight, -1, chunk_start)
-            detail = f"an element of the float block is beyond {self.limit:g}" if reason == "range" else "NaN"
-            raise Refused(reason, detail)
+            largest = f"a value is beyond {self.limit:g}, 64 times the largest that was sent"
+            detail = largest if reason == "range" else "a value is NaN"
+            raise Refused(reason, f"{detail}; if training diverges, lower local.lr")
         self._add_ints(client, value.ints, weight, +1)
         self.weights[client] = weight
         self._total += Fraction(weight)

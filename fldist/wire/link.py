@@ -18,6 +18,11 @@ from typing import Any
 from fldist.wire.codec import Expected, Frame, FrameType, Head
 from fldist.wire.errors import BadMessage
 
+COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
+"""Frames whose bytes the ledger counts message by message; all others are transport."""
+HOST_QUEUE = 2
+"""Frames that a host may have waiting: one on the wire, one behind it, while the next client trains."""
+
 
 @dataclass(frozen=True)
 class Limits:

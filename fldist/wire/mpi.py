@@ -27,6 +27,8 @@ from fldist.wire.codec import (
 )
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost
 from fldist.wire.link import (
+    COUNTED_BY_MESSAGE,
+    HOST_QUEUE,
     HostLink,
     Joined,
     Limits,
@@ -43,9 +45,6 @@ _HEAD_TAG = 1
 _BODY_TAG = 2
 _SPIN_S = 50e-6
 _NAP_S = 0.5e-3
-_HOST_QUEUE = 2
-_COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
-"""Frames whose bytes the ledger counts message by message; all others are transport."""
 
 
 @dataclass
@@ -181,11 +180,12 @@ class Engine:
             peer = self.peers[rank]
             requests = []
             if not peer.lost:
-                peer.sent_ns[frame.head.seq] = time.monotonic_ns()
+                if frame.head.type is FrameType.CALL:
+                    peer.sent_ns[frame.head.seq] = time.monotonic_ns()
                 requests.append(self._comm.Isend([encoded, self._mpi.BYTE], rank, _HEAD_TAG))
                 for part in frame.bodies:
                     requests.append(self._comm.Isend([part.flat().numpy(), self._mpi.BYTE], rank, _BODY_TAG))
-                if frame.head.type not in _COUNTED_BY_MESSAGE:
+                if frame.head.type not in COUNTED_BY_MESSAGE:
                     self.transport_out += len(encoded)
             self._sending.append(((frame, encoded), requests, True))
             started = True
@@ -218,19 +218,19 @@ class Engine:
             size = status.Get_count(self._mpi.BYTE)
             peer = self.peers.get(status.Get_source())
             buffer = bytearray(min(size, MAX_HEAD_BYTES))
-            message.Recv([buffer, self._mpi.BYTE])
-            if peer is None or peer.lost:
-                continue
-            peer.last_heard = time.monotonic()
             try:
-                self._take(peer, bytes(buffer))
+                message.Recv([buffer, self._mpi.BYTE])  # a longer one is an error, truncated
+                if peer is not None and not peer.lost:
+                    peer.last_heard = time.monotonic()
+                    self._take(peer, bytes(buffer))
             except Exception as error:  # whatever a peer sends costs that peer, not this thread
-                self._lose(peer, str(error) or repr(error))
+                if peer is not None:
+                    self._lose(peer, str(error) or repr(error))
 
     def _take(self, peer: _Peer, data: bytes) -> None:
         frame = decode(data, self.expected)
         kind = frame.head.type
-        if kind not in _COUNTED_BY_MESSAGE:
+        if kind not in COUNTED_BY_MESSAGE:
             self.transport_in += len(data)
         if kind is FrameType.HEARTBEAT:
             return
@@ -449,7 +449,7 @@ class MpiHost(HostLink):
 
     def send(self, frame: Frame) -> None:
         """Queue a frame; waits while several are on their way."""
-        self._engine.wait_unsent(_HOST_QUEUE - 1, None)
+        self._engine.wait_unsent(HOST_QUEUE - 1, None)
         reason = self._engine.peers[0].lost
         if reason is not None:
             raise PeerLost(f"the server is gone: {reason}")
