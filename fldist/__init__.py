@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "run"]
+__all__ = ["RunStopped", "__version__", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RunStopped":  # imported when it is asked for: torch comes with it
+        from fldist.runtime.server import RunStopped
+
+        return RunStopped
+    raise AttributeError(f"module 'fldist' has no attribute {name!r}")
 
 
 def run(
@@ -26,7 +34,7 @@ def run(
     config: a YAML file's path, or the mapping that it would hold; overrides: `"key.sub=value"` strings;
     nproc: 1 runs in this process, N > 1 starts N - 1 hosts as children and makes this process the server;
     output: the run's directory itself (default: a new one under `output.root`).
-    Raises ValueError for what is wrong with the configuration, `RunStopped` when the run cannot go on.
+    Raises ValueError for what is wrong with the configuration, `fldist.RunStopped` when the run cannot go on.
     """
     from fldist.config import load
     from fldist.runner import run_here

@@ -16,9 +16,14 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Federated learning that really runs distributed, with every byte counted."""
+    if version:
+        import fldist
+
+        typer.echo(f"fldist {fldist.__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -49,7 +54,9 @@ def run(
 
 
 @app.command()
-def describe(algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing.")]) -> None:
+def describe(
+    algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing, or mine.py:Thing.")],
+) -> None:
     """What an algorithm is, its fields, and what its messages carry."""
     from fldist.inspection import describe as show
 
@@ -80,7 +87,8 @@ def main() -> None:
         number = getattr(error, "signal_number", None)
         if number is None:
             raise
-        print("fldist: ended by a signal; finished rounds are kept", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"fldist: {error}", file=sys.stderr)
         sys.exit(128 + number)
     sys.exit(code if isinstance(code, int) else 0)  # what typer.Exit was given, or a command's None
 
@@ -97,7 +105,9 @@ def _code_of(error: Exception) -> int:
     if isinstance(error, ValueError) and _is_ours(error):
         print(f"fldist: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, RunStopped | TransportError | ClientCodeFailed):
+    if isinstance(error, RunStopped):  # the run has said so itself
+        return 1
+    if isinstance(error, TransportError | ClientCodeFailed):
         print(f"fldist: {error}", file=sys.stderr)
         return 1
     raise error

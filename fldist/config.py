@@ -236,7 +236,10 @@ def unknown_key(key: str) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near_leaf = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
     best = by_leaf.get(leaf) or (near[0] if near else None) or (by_leaf[near_leaf[0]] if near_leaf else None)
-    hint = f"did you mean {best}?" if best else f"known sections: {', '.join(Settings.model_fields)}"
+    section = key.rpartition(".")[0]
+    siblings = [k.rpartition(".")[2] for k in known if section and k.rpartition(".")[0] == section]
+    there = f"{section} has: {', '.join(siblings)}" if siblings else f"known: {', '.join(Settings.model_fields)}"
+    hint = f"did you mean {best}?" if best else there
     return f"{key}: unknown key; {hint}"
 
 
@@ -258,7 +261,8 @@ def _check(settings: Settings) -> None:
     clients = settings.clients
     if clients.fraction is not None and clients.per_round is not None:
         raise ConfigError(
-            f"clients: fraction ({clients.fraction}) and per_round ({clients.per_round}) exclude each other; remove one"
+            f"clients: fraction ({clients.fraction}) and per_round ({clients.per_round}) exclude each other; "
+            "remove one (on the command line: clients.fraction=null)"
         )
     if clients.per_round is not None and clients.per_round > clients.num_clients:
         raise ConfigError(
@@ -328,6 +332,21 @@ def components(settings: Settings) -> Components:
     )
 
 
+def _checked_build(
+    build_model: Callable[[tuple[int, ...], int], nn.Module], name: str
+) -> Callable[[tuple[int, ...], int], nn.Module]:
+    def make(shape: tuple[int, ...], classes: int) -> nn.Module:
+        try:
+            made = build_model(shape, classes)
+        except TypeError as error:
+            raise ConfigError(f"task.model: {name} must be callable as (shape, classes): {error}") from None
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"task.model: {name} made a {type(made).__name__}, not an nn.Module")
+        return made
+
+    return make
+
+
 def build(settings: Settings) -> Job:
     """The job that settings describe; every rank builds the same."""
     chosen = components(settings)
@@ -336,7 +355,7 @@ def build(settings: Settings) -> Job:
         dataset=chosen.load_data(),
         partition=chosen.partition,
         num_clients=settings.clients.num_clients,
-        build=chosen.build_model,
+        build=_checked_build(chosen.build_model, section.model.name),
         local=settings.local,
         seed=settings.seed,
         partition_seed=settings.seed if section.partition_seed is None else section.partition_seed,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fldist.runtime.launch import find_world
 
 
 def bytes_text(count: float) -> str:
@@ -31,7 +34,9 @@ class Progress:
     """Prints a run as it goes. Plain lines, whether or not there is a terminal."""
 
     def __init__(self, verbose: bool = False) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        # mpirun gives rank 0 a terminal of its own, whatever its output is redirected to
+        forced = False if find_world().launcher == "mpi" else None
+        self._console = Console(highlight=False, soft_wrap=True, force_terminal=forced)
         self._rounds = 0
         self._verbose = verbose
         self._began = time.monotonic()
@@ -53,8 +58,8 @@ class Progress:
         self._console.print(
             f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
             f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
-            f"{line['replied']}/{line['selected']} replies  {seconds['total']:.2f} s ({split})  "
-            f"ETA {seconds_text(left)}"
+            f"{line['replied']}/{line['selected']} replies  {seconds['total']:.2f} s ({split})"
+            + (f"  ETA {seconds_text(left)}" if number < self._rounds else "")
         )
         if self._verbose:
             for client, reason in line["missing"].items():
@@ -64,9 +69,14 @@ class Progress:
         """A line that stands out."""
         self._console.print(f"warning: {text}", style="yellow", markup=False)
 
+    def stopped(self, text: str) -> None:
+        """Why the run ends before its time."""
+        print(f"fldist: {text}", file=sys.stderr, flush=True)
+
     def finished(self, result: dict[str, Any]) -> None:
         """The table of the whole run."""
-        table = Table(title=f"{result['name']}: {result['algorithm']}, {result['rounds']} rounds, {result['backend']}")
+        rounds = "1 round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
+        table = Table(title=f"{result['name']}: {result['algorithm']}, {rounds}, {result['backend']}")
         table.add_column("")
         table.add_column("up", justify="right")
         table.add_column("down", justify="right")
@@ -88,6 +98,6 @@ class Progress:
                 f"accuracy {final['accuracy']:.4f} (best {best['accuracy']:.4f} in round {best['round']}), "
                 f"loss {final['loss']:.4f}"
             )
-        self._console.print(f"seconds {seconds['total']:.2f} ({split})")
+        self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")
         self._console.print(f"state_hash {result['state_hash']}")
         self._console.print(f"results in {result['directory']}", markup=False)

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+OWN = "mypkg.mine:Thing or path/mine.py:Thing"
+
 
 def load_own(reference: str, field: str) -> Any:
     """Load `module:Thing` or `file.py:Thing`; ValueError names what is missing."""
@@ -53,11 +55,13 @@ def _load_file(where: str) -> ModuleType:
     return module
 
 
-def unknown(field: str, value: str, known: list[str], own: str = "mypkg.mine:Thing") -> ValueError:
+def unknown(
+    field: str, value: str, known: list[str], own: str = "mypkg.mine:Thing or path/mine.py:Thing"
+) -> ValueError:
     """The error for a name that means nothing; proposes the nearest."""
     near = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"{field}: unknown name {value!r}; {hint}known: {', '.join(known)}, or your own as {own}")
+    return ValueError(f"{field}: unknown name {value!r}; {hint}known: {', '.join(known)}, or your own as {OWN}")
 
 
 def modules_of(package: str) -> list[str]:

@@ -44,6 +44,9 @@ class Silent:
     def warning(self, text: str) -> None:  # noqa: D102
         log.warning("%s", text)
 
+    def stopped(self, text: str) -> None:  # noqa: D102
+        log.error("%s", text)
+
 
 def choose_backend(settings: Settings, world: World, nproc: int) -> str:
     """The backend that `auto` means here; ConfigError for combinations that cannot be."""
@@ -98,6 +101,9 @@ def run_here(
 
         observer = Progress()
     observer = observer or Silent()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if settings.threads > cores:
+        observer.warning(f"threads: {settings.threads} threads a rank on {cores} usable cores is slow; lower it")
     restore = fix_threads(settings.threads)
     try:
         with _file_log(directory / "rank-0.log"), _signals():
@@ -108,7 +114,7 @@ def run_here(
             if world.launcher == "torchrun":
                 return _serve_torchrun(settings, directory, observer, world)
             return _serve_children(settings, directory, observer, nproc, spawn)
-    except ValueError:
+    except Exception:
         if not (directory / "config.yaml").exists():
             discard(directory)
         raise
@@ -180,8 +186,10 @@ def _serve_children(
         )
         return loop.run()
     finally:
-        link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
-        children.stop(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+        goodbye_s = GOODBYE_S if sys.exc_info()[0] is None else 1.0
+        with _undisturbed():
+            link.close(goodbye_s)
+            children.stop(goodbye_s)
 
 
 def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
@@ -193,7 +201,8 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
         )
         return loop.run()
     finally:
-        link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+        with _undisturbed():
+            link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
 
 
 def _listen_torchrun(settings: Settings, world: World) -> GlooServer:
@@ -207,7 +216,7 @@ def _listen_torchrun(settings: Settings, world: World) -> GlooServer:
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         bind=bind,
         checksum=settings.network.checksum == "full",
-        survives="torchrun ends all ranks when one dies; finished rounds are kept",
+        survives="torchrun ends all ranks when one dies",
     )
     link.rendezvous = store = _torchrun_store()
     store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
@@ -234,9 +243,9 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
         )
         result = loop.run()
     except BaseException as error:
-        if isinstance(error, RunStopped | Interrupted | ConfigError):
+        if isinstance(error, ValueError):
             print(f"fldist: {error}", file=sys.stderr, flush=True)
-        else:
+        elif not isinstance(error, RunStopped | Interrupted):  # of these the observer has told
             log.exception("the server failed")
         sys.stderr.flush()
         comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
@@ -266,14 +275,20 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
         deadlines = settings.deadlines
         comm = _mpi_world()
         try:
-            _serve_as_host(MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s)), world.rank)
+            link = MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s))
+            with _log_of(link, world.rank):
+                _serve_as_host(link, world.rank)
         except BaseException as error:
             print(f"fldist: host {world.rank}: {error}", file=sys.stderr, flush=True)
             comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
             raise
         return {}
+    from fldist.wire.gloo import GlooHost
+
     address, port, token = _torchrun_store().get(_STORE_KEY).decode().split()
-    gloo_host((address, int(port)), world.rank, token, settings.deadlines.join_s)
+    host = GlooHost((address, int(port)), world.rank, token, Limits(settings.deadlines.join_s))
+    with _log_of(host, world.rank):
+        _serve_as_host(host, world.rank)
     return {}
 
 
@@ -294,6 +309,7 @@ def _serve_as_host(link: Any, rank: int) -> None:
     settings = Settings.model_validate(link.welcome["config"])
     restore = fix_threads(settings.threads)
     try:
+        log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
         serve_link(Host(build(settings)), link)
         log.info("rank %d: done", rank)
     except TransportError as error:
@@ -302,6 +318,12 @@ def _serve_as_host(link: Any, rank: int) -> None:
     finally:
         link.close()
         restore()
+
+
+def _log_of(link: Any, rank: int) -> contextlib.AbstractContextManager[None]:
+    """The log of a host that no parent gave one: in the run's directory, where this machine can see that."""
+    directory = Path(link.welcome["directory"])
+    return _file_log(directory / f"rank-{rank}.log") if directory.is_dir() else contextlib.nullcontext()
 
 
 # ---- signals and logs
@@ -329,13 +351,32 @@ def _signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave further signals for later while a run's ends are tied up (seconds), so that its own word is heard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(numbers, 0) is not None:
+            pass  # asked to end, and ending
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@contextlib.contextmanager
 def _file_log(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fldist")
+    before = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
         handler.close()

@@ -103,6 +103,9 @@ class Recorder:
     def finished(self, result: dict[str, Any]) -> None:
         self.result = result
 
+    def stopped(self, text: str) -> None:
+        self.text = text
+
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
@@ -114,11 +117,12 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No thread of ours survives a test."""
+    """No thread of ours survives a test; one that another test left is that test's failure alone."""
+    before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
-        left = [t.name for t in threading.enumerate() if t.name.startswith("fldist-")]
+        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("fldist-")]
         if not left:
             return
         time.sleep(0.02)

@@ -109,9 +109,13 @@ class Talker:
         self.ledger = Ledger(None)
         self.lost: list[tuple[int, str, list[int]]] = []
         placement = Placement(self.job.task.sizes, [0], False)
-        self.caller = Caller(self.job, self.link, self.ledger, placement, lambda *what: self.lost.append(what))
+        self.caller = Caller(self.job, self.link, self.ledger, placement, self._note_loss)
         self.caller.begin_round(1, 0, 0)
         self.x = self.job.task.init_params()
+
+    def _note_loss(self, rank: int, reason: str, state_lost: list[int]) -> str:
+        self.lost.append((rank, reason, state_lost))
+        return reason
 
     def call(
         self, name: str, ids: list[int] | None = None, fold: dict[str, Any] | None = None, **arguments: Any

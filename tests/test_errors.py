@@ -68,6 +68,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("algorithm.name=no.such:Thing", "algorithm.name: 'no.such:Thing' cannot be loaded: No module named 'no'"),
         ("algorithm.name=./nofile.py:Thing", "there is no file"),
         ("backend=nccll", "backend: input should be"),
+        ("local.zzz=1", "local.zzz: unknown key; local has: epochs, batch_size, optimizer, lr,"),
         ("rounds", "override 'rounds' must have the form key.sub=value"),
         ("rounds.x=1", "override 'rounds.x=1': 'rounds' is 15 and has no keys"),
     ],
@@ -221,6 +222,27 @@ def test_dry_run_predicts_what_the_run_then_measures(cli: Cli, tmp_path: Path) -
         measured = yaml.safe_load((output / "result.json").read_text())["bytes"]["logical"]
         line = next(x for x in text.splitlines() if x.strip().startswith("training"))
         assert line.replace(",", "").split()[1:] == ["up", str(measured["up"]), "down", str(measured["down"])]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("class Net: pass", "task.model: {path}:Net must be callable as (shape, classes): "),
+        ("def Net(shape, classes): return 3", "task.model: {path}:Net made a int, not an nn.Module"),
+        ("", "has no 'Net'"),
+    ],
+)
+def test_a_model_of_ones_own_that_cannot_be_built(cli: Cli, tmp_path: Path, source: str, says: str) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(source)
+    code, _, err = cli("run", QUICKSTART, f"task.model={path}:Net", "--output", str(tmp_path / "run"))
+    assert code == 2
+    assert says.format(path=path) in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version") == (0, f"fldist {fldist.__version__}\n", "")
 
 
 def test_describe_and_doctor(cli: Cli) -> None:

@@ -86,7 +86,7 @@ def test_losing_clients_with_state_stops_the_run_and_names_them(tmp_path: Path, 
             hosts.send(1, signal.SIGKILL)
 
     config = own("Counts", fields={"bad": 99}, rounds=5)
-    with pytest.raises(RunStopped, match=r"host 1 lost .*state of clients (\d, )+\d.*finished rounds are kept"):
+    with pytest.raises(RunStopped, match=r"host 1 lost .*state of clients (\d, )+\d.*1 finished round is kept in"):
         run_here(load(config), nproc=3, output=tmp_path / "run", observer=Recorder(after), spawn=hosts)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "stopped"
@@ -101,6 +101,23 @@ def test_the_last_host_lost_ends_the_run(tmp_path: Path, hosts: Hosts) -> None:
 
     with pytest.raises(RunStopped, match="it was the last one"):
         run_here(load(own("Slow", rounds=9)), nproc=2, output=tmp_path / "run", observer=Recorder(after), spawn=hosts)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.4])
+def test_all_hosts_lost_between_rounds_end_the_run(tmp_path: Path, hosts: Hosts, pause_s: float) -> None:
+    """Also when the next call finds their sessions gone before it has heard of it: no round passes for finished."""
+
+    def after(number: int) -> None:
+        if number == 1:
+            hosts.send(1, signal.SIGKILL)
+            hosts.send(2, signal.SIGKILL)
+            time.sleep(pause_s)
+
+    seen = Recorder(after)
+    with pytest.raises(RunStopped, match="it was the last one; 1 finished round is kept in"):
+        run_here(load(own("Base", rounds=2)), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert len(seen.lines) == 1
+    assert "it was the last one" in seen.text
 
 
 def test_a_host_killed_while_idle_is_noticed(tmp_path: Path, hosts: Hosts) -> None:
@@ -119,7 +136,7 @@ def test_a_nan_update_is_refused_booked_and_named(tmp_path: Path) -> None:
     seen = Recorder()
     run_here(load(own("NanFrom", rounds=2)), output=tmp_path / "run", observer=seen)
     assert seen.lines[0]["replied"] == 5
-    assert seen.lines[0]["missing"]["2"].startswith("refused: y: nan")
+    assert seen.lines[0]["missing"]["2"].startswith("refused: y: nan: a value is NaN; if training diverges")
     assert any("client 2" in w and "nan" in w for w in seen.warnings)
     refused = [r for r in rows(tmp_path / "run", "kind") if r["status"] == "refused"]
     assert {(r["client"], r["direction"]) for r in refused} == {(2, "up")}
@@ -173,6 +190,7 @@ def test_a_round_that_nobody_answered_leaves_the_state_unchanged(tmp_path: Path)
     result = run_here(load(own("Nobody")), output=tmp_path / "run", observer=seen)
     assert [line["committed"] for line in seen.lines] == [False, False]
     assert "the state stays as it was" in seen.warnings[0]
+    assert seen.warnings[-1] == "in 2 of 2 rounds no reply was used: the model stayed as it was"
     untouched = fldist.run(own("Nobody", rounds=1), output=tmp_path / "other")
     assert result["state_hash"] == untouched["state_hash"]
 
@@ -207,12 +225,12 @@ def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
         clients__num_clients=4,
         task__model={"name": "mlp", "hidden": [3000, 3000]},
         eval__every=0,
-        deadlines__client_timeout_s=0.6,
+        deadlines__client_timeout_s=1.5,
     )
     result = run_here(load(config), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     timers[0].join()
     assert result["status"] == "finished"
     assert seen.lines[-1]["replied"] == 4
-    assert all(line["seconds"]["total"] < 3.0 for line in seen.lines)
+    assert all(line["seconds"]["total"] < 5.0 for line in seen.lines)
     totals = [r for r in rows(tmp_path / "run", "kind") if r["kind"] == "weights" and r["direction"] == "up"]
     assert len(totals) == sum(line["replied"] for line in seen.lines), "half an upload was booked"

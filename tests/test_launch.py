@@ -192,7 +192,9 @@ def test_a_dead_rank_under_torchrun_ends_the_run_with_a_clear_message(tmp_path: 
     command = [*torchrun, "run", path, "--output", str(tmp_path / "run")]
     code, out = kill_a_host_after_a_round(command, tmp_path / "run", "RANK=2")
     assert code != 0
-    assert re.search(r"fldist: host 2 lost \(.*\); torchrun ends all ranks when one dies|ended by a signal", out), out
+    assert re.search(
+        r"fldist: (host 2 lost \(.*\)|ended by SIGTERM); torchrun ends all ranks when one dies.*kept in", out
+    ), out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] in ("stopped", "interrupted")
     assert result["rounds"] == len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) >= 1
@@ -209,7 +211,8 @@ def test_a_dead_rank_under_mpirun_ends_the_run_with_a_clear_message(tmp_path: Pa
     command = [launcher, *flags, sys.executable, "-m", "fldist", "run", path, "--output", str(tmp_path / "run")]
     code, out = kill_a_host_after_a_round(command, tmp_path / "run", "OMPI_COMM_WORLD_RANK=2")
     assert code != 0
-    assert "MPI without fault tolerance: if any rank dies, mpirun ends the whole job" in out
+    assert "MPI without fault tolerance: mpirun ends the whole job when a rank dies" in out
+    assert re.search(r"fldist: ended by SIGTERM; MPI without .* finished rounds? (is|are) kept in ", out), out
     assert "signal 9 (Killed)" in out
     assert (tmp_path / "run" / "rounds.jsonl").read_text().endswith("}\n")
 
@@ -299,3 +302,8 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert result["rounds"] == len(rounds.read_text().splitlines())
+    assert f"fldist: ended by SIGTERM; {result['rounds']} finished round" in err
+    assert err.count("fldist:") == 1
+    with h5py.File(tmp_path / "run" / "run.h5") as file:
+        assert len(file["rounds/accuracy"]) == result["rounds"]
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors"), "the work of finished rounds is lost"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
+
+import h5py
 
 import fldist
 from fldist.config import load
@@ -46,6 +49,22 @@ def test_files_that_the_readme_names_exist() -> None:
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"\]\(([\w/.-]+)\)", README):
         assert (ROOT / name).is_file(), name
+
+
+def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(block("mine.py"))
+    run = tmp_path / "run"
+    result = fldist.run(small(algorithm=f"{mine}:Stepped"), output=run)
+    text = (ROOT / "docs" / "results.md").read_text()
+    explained = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+    names = set(result) | set(result["bytes"]) | set(result["seconds"])
+    for file in ("rounds.jsonl", "messages.jsonl"):
+        for line in (run / file).read_text().splitlines():
+            names |= set(json.loads(line))
+    with h5py.File(run / "run.h5") as arrays:
+        names |= set(arrays["rounds"])
+    assert names <= explained, names - explained
 
 
 def test_commands_that_the_readme_names_exist() -> None:

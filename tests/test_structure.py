@@ -29,11 +29,11 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
-ALLOWED["console"] = set()
+ALLOWED["console"] = {"runtime"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["cli"] = {"runner", "inspection", "console", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
-ALLOWED[""] = {"config", "runner"}
+ALLOWED[""] = {"config", "runner", "runtime"}
 
 
 def part_of(path: Path) -> str:

@@ -76,11 +76,16 @@ class Hdf5:
                 raw = [np.asarray(file[name]) for name in wanted]
         except OSError as error:
             raise ValueError(f"task.data.path: {path} cannot be read as HDF5 ({error}); make it again") from None
+        for name, labels in (("train_y", raw[1]), ("test_y", raw[3])):
+            if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+                raise ValueError(
+                    f"task.data.path: {name} of {path} must be [n] integers, not {labels.dtype} {labels.shape}"
+                )
         train_x, test_x = (_as_floats(a) for a in (raw[0], raw[2]))
         train_y, test_y = (torch.from_numpy(a.astype(np.int64)) for a in (raw[1], raw[3]))
         for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
             if y.shape != (len(x),):
-                raise ValueError(f"task.data.path: {path} has {len(x)} rows of {name}_x and {tuple(y.shape)} {name}_y")
+                raise ValueError(f"task.data.path: {path} has {len(x)} rows of {name}_x and {len(y)} of {name}_y")
         classes = int(torch.cat([train_y, test_y]).max()) + 1
         return Dataset(train_x, train_y, test_x, test_y, classes)
 

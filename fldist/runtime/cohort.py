@@ -24,6 +24,9 @@ from fldist.wire.link import Lost, Received, Sent, ServerLink
 
 log = logging.getLogger("fldist.server")
 
+_LOST_S = 5.0
+"""How long the `Lost` event of a host that took no frame may be on its way."""
+
 
 class ClientCodeFailed(RuntimeError):
     """Every client of a call failed with an exception of its own: the algorithm's code cannot work."""
@@ -104,10 +107,11 @@ class Caller:
         link: ServerLink,
         ledger: Ledger,
         placement: Placement,
-        on_lost: Callable[[int, str, list[int]], None],
+        on_lost: Callable[[int, str, list[int]], str],
     ) -> None:
         self.job = job
-        self._on_lost = on_lost  # rank, reason, clients whose state is lost
+        self._on_lost = on_lost  # rank, reason, clients whose state is lost -> the reason in full
+        self._reasons: dict[int, str] = {}
         self.link = link
         self.ledger = ledger
         self.placement = placement
@@ -309,6 +313,7 @@ class Caller:
                 builder.add(Message(client), spec.call, values, versions)
             ready = time.monotonic_ns()
             if not self._post(rank, builder.frame):
+                running.gone.add(rank)
                 for client in clients:
                     self._miss(running, client, f"host {rank} is lost")
                 continue
@@ -326,9 +331,9 @@ class Caller:
         return any(b.rank == rank and b.round < number for posted in self._posted.values() for b in posted[:1])
 
     def _wait(self, running: _Running) -> None:
-        while running.outstanding:
+        while running.outstanding or running.gone & set(self.placement.alive):
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            event = self.link.next_event(timeout)
+            event = self.link.next_event(timeout if running.outstanding else _LOST_S)
             if event is None:
                 for client in sorted(running.outstanding):
                     self._miss(running, client, "deadline")
@@ -342,8 +347,9 @@ class Caller:
             else:
                 self._aside(event)
                 if isinstance(event, Lost):
+                    reason = self._reasons.get(event.rank, event.reason)
                     for client in [c for c, r in running.outstanding.items() if r == event.rank]:
-                        self._miss(running, client, f"host {event.rank} lost: {event.reason}")
+                        self._miss(running, client, f"host {event.rank} lost: {reason}")
 
     def _current(self, head: Head) -> bool:
         return head.type is FrameType.REPLY and (head.round, head.attempt, head.call) == (*self._key, self._call)
@@ -371,7 +377,8 @@ class Caller:
             self._verdicts.pop(event.rank, None)
             if event.rank in self.placement.alive:
                 fresh = [c for c, calls in self._accepted.items() if calls]
-                self._on_lost(event.rank, event.reason, self.placement.lose(event.rank, fresh))
+                lost = self.placement.lose(event.rank, fresh)
+                self._reasons[event.rank] = self._on_lost(event.rank, event.reason, lost)
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
             if event.frame.head.type is FrameType.REPLY and method is not None:
@@ -453,6 +460,7 @@ class _Running:
     missing: dict[int, str] = field(default_factory=dict)
     replied: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)  # hosts that took no frame: their `Lost` is on its way
 
 
 def plain(argument: Any) -> Any:

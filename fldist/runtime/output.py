@@ -20,7 +20,9 @@ from fldist.params import Params
 
 def prepare(directory: Path) -> Path:
     """Make a new run's directory; refuse one that holds anything."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output: {directory} is a file; name a directory with --output")
+    if directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"output: {directory} exists and is not empty; nothing is overwritten: "
             "name another with --output, or remove it"

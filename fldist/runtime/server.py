@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -38,6 +39,11 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.signal_number = signal_number
+        self.text = f"ended by {signal.Signals(signal_number).name}"
+        self.told = False  # whether the observer has heard of it
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Observer(Protocol):
@@ -54,6 +60,9 @@ class Observer(Protocol):
 
     def finished(self, result: dict[str, Any]) -> None:
         """The run has ended; `result` is what result.json holds."""
+
+    def stopped(self, text: str) -> None:
+        """The run ends before its time, and why; told before anything is saved, since a launcher may not wait."""
 
 
 class ServerView:
@@ -170,6 +179,7 @@ class ServerLoop:
         self._caller = Caller(job, link, self._ledger, self._placement, self._lost_host)
         self._clients = ClientsView(job, self._caller)
         self._total = 0  # rounds of all stages
+        self._committed: State | None = None  # after the last finished round
         self._transport = (0, 0)
         self._began = time.monotonic()
 
@@ -181,15 +191,21 @@ class ServerLoop:
             return self._run()
         except RunStopped as error:
             status, reason = "stopped", str(error)
+            self.observer.stopped(reason)
             raise
-        except (Interrupted, KeyboardInterrupt):
-            status, reason = "interrupted", "a signal asked the run to end"
+        except Interrupted as error:
+            hint = "" if self._survives_loss else f"; {self.link.survives}, and asks the others to end"
+            error.text += f"{hint}; {self._kept()}"
+            status, reason = "interrupted", error.text
+            self.observer.stopped(reason)
+            error.told = True
             raise
         except BaseException as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
             if status != "finished":
+                self._keep_what_there_is()
                 self._ledger.flush(final=True)
                 self.output.result(self._result(status, reason, None))
             self._ledger.close()
@@ -200,7 +216,8 @@ class ServerLoop:
         """Wait until every host has joined; the limit is on hosts of which nothing was heard."""
         job, link = self.job, self.link
         link.expected = job.replies()
-        link.admit(Welcome(secrets.token_bytes(16), 0, self.config, job.checksum))
+        directory = str(self.output.directory.absolute())
+        link.admit(Welcome(secrets.token_bytes(16), 0, self.config, job.checksum, directory))
         waiting = set(self.ranks)
         deadline = time.monotonic() + job.limits.join_s
         while waiting:
@@ -222,10 +239,28 @@ class ServerLoop:
                     "are they started, and can they reach this machine?"
                 )
 
-    def _lost_host(self, rank: int, reason: str, state_lost: list[int]) -> None:
+    def _kept(self) -> str:
+        """What is there of a run that ends before its time."""
+        count = len(self._lines)
+        if not count:
+            return "no round was finished"
+        rounds = "1 finished round is" if count == 1 else f"{count} finished rounds are"
+        return f"{rounds} kept in {self.output.directory}"
+
+    def _keep_what_there_is(self) -> None:
+        """Model and arrays of the rounds that were finished."""
+        if self._committed is None or not self._lines:
+            return
+        try:
+            self.output.model(self.job.algorithm.model(ServerView(self.job, self._committed)))
+            self.output.arrays(self._lines)
+        except Exception:  # the run ends for another reason, which must be told
+            log.exception("the model could not be saved")
+
+    def _lost_host(self, rank: int, reason: str, state_lost: list[int]) -> str:
         text = self._explain_loss(rank, reason)
         log.warning("host %d lost: %s", rank, text)
-        kept = f"finished rounds are kept in {self.output.directory}"
+        kept = self._kept()
         if not self._survives_loss:
             raise RunStopped(f"host {rank} lost ({text}); {self.link.survives}; {kept}")
         if state_lost:
@@ -239,6 +274,7 @@ class ServerLoop:
             f"host {rank} lost ({text}); its replies of this round are missing; "
             f"its clients move to host{'s' if len(self._placement.alive) > 1 else ''} {_ids(self._placement.alive)}"
         )
+        return text
 
     # ---- rounds
     def _run(self) -> dict[str, Any]:
@@ -248,7 +284,10 @@ class ServerLoop:
         view = ServerView(job, state)
         stages = job.algorithm.stages(job.rounds)
         self._total = sum(stage.rounds for stage in stages)
-        self.observer.started({**self.facts, "survives": self.link.survives, "rounds": self._total})
+        survives = self.link.survives
+        if job.algorithm.stateful and self._survives_loss and self.ranks != [0]:
+            survives = "clients keep states of their own: if a host dies after its first round, the run stops"
+        self.observer.started({**self.facts, "survives": survives, "rounds": self._total})
         empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
         if empty:
             self.observer.warning(f"clients {_ids(empty)} hold no samples and are never selected")
@@ -303,6 +342,7 @@ class ServerLoop:
             client, reason = next(iter(sorted(refused.items())))
             more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             self.observer.warning(f"round {number}: client {client}'s reply was not used: {reason}{more}")
+        self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
         self.observer.round(line)
@@ -349,7 +389,7 @@ class ServerLoop:
             "selected": len(facts.called),
             "replied": len(facts.replied),
             "missing": {str(c): r for c, r in sorted(facts.missing.items())},
-            "bytes": self._ledger.take_round().as_dict(),
+            "bytes": {k: v for k, v in self._ledger.take_round().as_dict().items() if k != "transport"},
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
         }
 
@@ -367,6 +407,11 @@ class ServerLoop:
         self._caller.drain()
         self._ledger.flush(final=True)
         self._count_transport()
+        idle = sum(not line["committed"] for line in self._lines)
+        if idle:
+            self.observer.warning(
+                f"in {idle} of {len(self._lines)} rounds no reply was used: the model stayed as it was"
+            )
         result = self._result("finished", None, state_hash)
         self.output.result(result)
         self.observer.finished(result)
@@ -416,6 +461,7 @@ class ServerLoop:
 
 def _ids(ids: Sequence[int]) -> str:
     """A list of ids that stays readable when it is long."""
+    ids = sorted(ids)
     shown = ", ".join(str(i) for i in ids[:20])
     return shown if len(ids) <= 20 else f"{shown} and {len(ids) - 20} more"
 

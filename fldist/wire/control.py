@@ -129,8 +129,10 @@ class ControlPlane:
         on_frame: Callable[[Connection, bytes], None],
         on_lost: Callable[[Connection, str], None],
         on_accept: Callable[[Connection], None] | None = None,
+        patience: float = 1.0,
     ) -> None:
-        self.silence_s = silence_s
+        self.silence_s = silence_s  # heartbeats are sent five times in this time
+        self.patience = patience  # a peer may be silent so many times as long
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._on_accept = on_accept
@@ -269,8 +271,9 @@ class ControlPlane:
 
     def _check_silence(self, now: float) -> None:
         for connection in list(self._connections):
-            if connection.trusted and now - connection.last_heard > self.silence_s:
-                self._drop(connection, f"silent for {self.silence_s:g} s")
+            limit_s = self.silence_s * self.patience
+            if connection.trusted and now - connection.last_heard > limit_s:
+                self._drop(connection, f"silent for {limit_s:g} s")
             elif not connection.trusted and self._on_accept and now - connection.opened > HANDSHAKE_S:
                 self._drop(connection, f"did not join within {HANDSHAKE_S:g} s")
             elif connection.closed:

@@ -17,6 +17,7 @@ from fldist.wire.control import Connection, ControlPlane, control_frame, new_tok
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.link import (
     HOST_QUEUE,
+    PATIENCE,
     HostLink,
     Joined,
     Limits,
@@ -225,7 +226,7 @@ class GlooHost(HostLink):
         self._join_s = limits.join_s
         deadline = time.monotonic() + limits.join_s
         self._connection = Connection(_connect(address, deadline))
-        self._plane = ControlPlane(limits.silence_s, self._frame, self._gone)
+        self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, patience=PATIENCE)
         self._plane.add(self._connection)
         try:
             note = self.welcome = self._shake_hands(rank, bytes.fromhex(token), deadline)

@@ -20,6 +20,9 @@ from fldist.wire.errors import BadMessage
 
 COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
 """Frames whose bytes the ledger counts message by message; all others are transport."""
+PATIENCE = 4.0
+"""A host gives up a silent server after so many times the limit that the server has for it: the server serves many,
+and a host that leaves a busy one in haste is a loss that nobody needed."""
 HOST_QUEUE = 2
 """Frames that a host may have waiting: one on the wire, one behind it, while the next client trains."""
 
@@ -84,6 +87,8 @@ class Welcome:
     epoch: int
     config: dict[str, Any]
     checksum: bool = False
+    directory: str = ""
+    """The run's directory, for the hosts' logs where they can see it."""
 
     def note(self, incarnation: int, limits: Limits) -> dict[str, Any]:
         """As the note of a WELCOME frame."""
@@ -95,6 +100,7 @@ class Welcome:
             "silence_s": limits.silence_s,
             "transfer_s": limits.transfer_s,
             "checksum": self.checksum,
+            "directory": self.directory,
         }
 
 

@@ -29,6 +29,7 @@ from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost
 from fldist.wire.link import (
     COUNTED_BY_MESSAGE,
     HOST_QUEUE,
+    PATIENCE,
     HostLink,
     Joined,
     Limits,
@@ -313,7 +314,7 @@ class MpiServer(ServerLink):
     @property
     def survives(self) -> str:
         """One line: what this backend and launcher can survive."""
-        return "MPI without fault tolerance: if any rank dies, mpirun ends the whole job; finished rounds are kept"
+        return "MPI without fault tolerance: mpirun ends the whole job when a rank dies"
 
     def admit(self, welcome: Welcome) -> None:
         """Answer the hosts that have joined and that will."""
@@ -430,7 +431,7 @@ class MpiHost(HostLink):
         self.welcome = answer.note
         self.identity = (answer.head.run_id, answer.head.epoch, answer.head.incarnation)
         self._engine.peers[0].identity = self.identity
-        self._engine.peers[0].silence_s = float(self.welcome["silence_s"])
+        self._engine.peers[0].silence_s = float(self.welcome["silence_s"]) * PATIENCE
         self._engine.beat_s = float(self.welcome["silence_s"]) / 5
 
     def ready(self) -> None:
