@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,8 @@ from fldist.config import ConfigError, Settings, build
 from fldist.runtime.host import Host, serve_link
 from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_environment, spawn_host
 from fldist.runtime.output import Output, default_directory, discard, prepare
-from fldist.runtime.server import Interrupted, Observer, RunStopped, ServerLoop, fix_threads
+from fldist.runtime.server import Observer, RunStopped, ServerLoop, fix_threads
+from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import TransportError
 from fldist.wire.link import Limits, ServerLink
 
@@ -76,6 +75,11 @@ def choose_backend(settings: Settings, world: World, nproc: int) -> str:
     return "in-process"
 
 
+def _check_checksum(settings: Settings, backend: str) -> None:
+    if backend == "mpi" and settings.network.checksum == "full":
+        raise ConfigError("network.checksum: full is for gloo; MPI checks what it carries: use header")
+
+
 def run_here(
     settings: Settings,
     *,
@@ -106,7 +110,7 @@ def run_here(
         observer.warning(f"threads: {settings.threads} threads a rank on {cores} usable cores is slow; lower it")
     restore = fix_threads(settings.threads)
     try:
-        with _file_log(directory / "rank-0.log"), _signals():
+        with _file_log(directory / "rank-0.log"), interruptible():
             if backend == "in-process":
                 return _alone(settings, directory, observer)
             if backend == "mpi":
@@ -187,7 +191,7 @@ def _serve_children(
         return loop.run()
     finally:
         goodbye_s = GOODBYE_S if sys.exc_info()[0] is None else 1.0
-        with _undisturbed():
+        with undisturbed():
             link.close(goodbye_s)
             children.stop(goodbye_s)
 
@@ -201,7 +205,7 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
         )
         return loop.run()
     finally:
-        with _undisturbed():
+        with undisturbed():
             link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
 
 
@@ -326,46 +330,7 @@ def _log_of(link: Any, rank: int) -> contextlib.AbstractContextManager[None]:
     return _file_log(directory / f"rank-{rank}.log") if directory.is_dir() else contextlib.nullcontext()
 
 
-# ---- signals and logs
-def _check_checksum(settings: Settings, backend: str) -> None:
-    if backend == "mpi" and settings.network.checksum == "full":
-        raise ConfigError("network.checksum: full is for gloo; MPI checks what it carries: use header")
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end a run in good order: `Interrupted` is raised in the round loop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave further signals for later while a run's ends are tied up (seconds), so that its own word is heard."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # asked to end, and ending
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-
+# ---- logs
 @contextlib.contextmanager
 def _file_log(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")

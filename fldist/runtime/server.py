@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
+from fldist.runtime.signals import Interrupted, undisturbed
 from fldist.runtime.state import Watch, check_value, hash_state
 from fldist.seeding import forked, generator
 from fldist.selection import Candidates
@@ -31,19 +31,6 @@ SCHEMA = 1
 
 class RunStopped(RuntimeError):
     """The run cannot go on; what was finished is kept. The message says why and what to do."""
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to end. No Exception: nothing that handles errors may swallow it."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
-        self.text = f"ended by {signal.Signals(signal_number).name}"
-        self.told = False  # whether the observer has heard of it
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Observer(Protocol):
@@ -204,12 +191,13 @@ class ServerLoop:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            if status != "finished":
-                self._keep_what_there_is()
-                self._ledger.flush(final=True)
-                self.output.result(self._result(status, reason, None))
-            self._ledger.close()
-            self.output.close()
+            with undisturbed():  # torchrun and mpirun send a signal soon after a rank's death
+                if status != "finished":
+                    self._ledger.flush(final=True)
+                    self.output.result(self._result(status, reason, None))
+                    self._keep_what_there_is()
+                self._ledger.close()
+                self.output.close()
 
     # ---- start
     def _join(self) -> None:

@@ -1,0 +1,56 @@
+"""Signals that ask a run to end: turned into an exception in the round loop, and held back while ends are tied up."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end. No Exception: nothing that handles errors may swallow it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+        self.text = f"ended by {signal.Signals(signal_number).name}"
+        self.told = False  # whether the observer has heard of it
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted` inside (in the main thread; elsewhere nothing changes)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold further signals back while a run's ends are tied up (seconds), and forget them: it is ending."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        if not numbers & before:  # the outermost of nested ones
+            while signal.sigtimedwait(numbers, 0) is not None:
+                pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
