@@ -41,7 +41,6 @@ class ClientData:
         self.streams = streams
         self.n = task.sizes[client]
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._network: Network | None = None
 
     @property
     def x(self) -> Tensor:

@@ -218,7 +218,7 @@ class Caller:
         phase = phase or self._default_phase or spec.phase
         self._call += 1
         began = time.monotonic()
-        running = _Running(spec, phase, self._accumulators(spec, fold, arguments), set(ids))
+        running = _Running(spec, phase, self._accumulators(spec, fold, arguments))
         running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
         self._send(spec, phase, running, sorted(ids), arguments)
         self.facts.encode_s += time.monotonic() - began
@@ -454,7 +454,6 @@ class _Running:
     spec: ClientMethod
     phase: str
     accumulators: dict[str, Accumulator]
-    called: set[int]
     weights: dict[str, str] = field(default_factory=dict)  # fold -> reply field that holds its weight
     outstanding: dict[int, int] = field(default_factory=dict)  # client -> rank
     missing: dict[int, str] = field(default_factory=dict)

@@ -92,11 +92,6 @@ class Children:
         for rank in ranks:
             self._processes[rank] = self._spawn(address, rank, token, logs / f"rank-{rank}.log", join_s)
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """Process id of each host."""
-        return {rank: p.pid for rank, p in self._processes.items()}
-
     def explain(self, rank: int, reason: str) -> str:
         """Why a host has ended, from its exit code; an empty text while it lives and `reason` is empty.
 

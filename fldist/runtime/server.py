@@ -106,11 +106,6 @@ class ClientsView:
         self._round = number
         self._choice = None
 
-    @property
-    def choice(self) -> list[int]:
-        """This round's selection (empty when nobody asked for it)."""
-        return self._choice or []
-
     def selected(self) -> Cohort:
         """The selector's choice for this round, the same whenever it is asked for."""
         if self._choice is None:
