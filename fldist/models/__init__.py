@@ -6,5 +6,12 @@ names. A user's own may also be any callable `(shape, classes) -> nn.Module`, an
 
 NAMES = {
     "mlp": "fldist.models.mlp:Mlp",
+    "cnn": "fldist.models.cnn:Cnn",
     "cnn_bn": "fldist.models.cnn:CnnBn",
+    "niid_cnn": "fldist.models.cnn:NiidCnn",
+    "lenet5": "fldist.models.cnn:LeNet5",
+    "resnet18": "fldist.models.resnet:ResNet18",
+    "resnet18_32": "fldist.models.resnet:ResNet18Small",
+    "resnet34": "fldist.models.resnet:ResNet34",
+    "resnet50": "fldist.models.resnet:ResNet50",
 }

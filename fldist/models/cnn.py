@@ -1,34 +1,180 @@
-"""Small convolutional networks."""
+"""Small convolutional networks: one general form, and published ones as its instances.
+
+Residual networks are in `resnet.py`.
+"""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
+
+from fldist.models.layers import Init, Norm, head, images, initialised, norm_layer
+
+Width = Annotated[int, Field(ge=1)]
+
+
+def _not_empty(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if not widths:
+        raise ValueError("needs the width of at least one convolution")
+    return widths
+
+
+def _per_layer(smallest: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        entries = value if isinstance(value, list | tuple) else [value]
+        if any(type(entry) is not int or entry < smallest for entry in entries):
+            raise ValueError(f"needs a whole number of at least {smallest}, or a list of such, one per convolution")
+        return tuple(value) if isinstance(value, list) else value
+
+    return BeforeValidator(check)
+
+
+Widths = Annotated[tuple[Width, ...], AfterValidator(_not_empty)]
+PerLayer = int | tuple[int, ...]
+Positive = Annotated[PerLayer, _per_layer(1)]
+NonNegative = Annotated[PerLayer, _per_layer(0)]
 
 
 @dataclass(frozen=True)
-class CnnBn:
+class Cnn:
+    """Convolutions with ReLU, then linear layers with ReLU between, then the classifier.
+
+    kernels, strides, paddings and pool are one number for all convolutions, or one for each. pool: size (and
+    stride) of the max-pool after the ReLU, 0 for none. hidden: widths of the linear layers before the classifier.
+    global_pool: average over all pixels before them. norm: the layer between convolution and ReLU; a convolution
+    has a bias where none follows. projection: see `layers.head`.
+
+    The defaults: 5x5 of stride 2 to 8 channels, 5x5 of stride 2 to 16, linear 256-64-10 on 28x28 (20,522
+    parameters on one channel).
+    """
+
+    short_name: ClassVar[str] = "cnn"
+
+    widths: Widths = (8, 16)
+    kernels: Positive = 5
+    strides: Positive = 2
+    paddings: NonNegative = 0
+    pool: NonNegative = 0
+    hidden: tuple[Width, ...] = (64,)
+    global_pool: bool = False
+    norm: Norm = "none"
+    init: Init = "default"
+    projection: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """shape: one sample's shape, [channels, height, width]; ValueError when the layers leave no pixels of it."""
+        channels, *size = images(self.short_name, shape)
+        kernels, strides = self._each("kernels"), self._each("strides")
+        paddings, pools = self._each("paddings"), self._each("pool")
+        layers: list[nn.Module] = []
+        for i, width in enumerate(self.widths):
+            kernel, stride, padding, pool = kernels[i], strides[i], paddings[i], pools[i]
+            layers.append(nn.Conv2d(channels, width, kernel, stride, padding, bias=self.norm == "none"))
+            what = f"convolution {i + 1} (kernel {kernel}, stride {stride}, padding {padding})"
+            size = self._left(size, [(pixels + 2 * padding - kernel) // stride + 1 for pixels in size], what)
+            if self.norm != "none":
+                layers.append(norm_layer(self.norm, width))
+            layers.append(nn.ReLU())
+            if pool:
+                layers.append(nn.MaxPool2d(pool))
+                size = self._left(size, [pixels // pool for pixels in size], f"max-pool {i + 1} (size {pool})")
+            channels = width
+        if self.global_pool:
+            layers.append(nn.AdaptiveAvgPool2d(1))
+            size = [1, 1]
+        layers.append(nn.Flatten())
+        features = channels * size[0] * size[1]
+        for width in self.hidden:
+            layers += [nn.Linear(features, width), nn.ReLU()]
+            features = width
+        return initialised(nn.Sequential(*layers, *head(features, classes, self.projection)), self.init)
+
+    def _each(self, field: str) -> tuple[int, ...]:
+        """A field's values, one per convolution."""
+        value: PerLayer = getattr(self, field)
+        values = (value,) * len(self.widths) if isinstance(value, int) else tuple(value)
+        if len(values) != len(self.widths):
+            raise ValueError(
+                f"task.model: {self.short_name} has {len(self.widths)} convolutions (widths) but {len(values)} "
+                f"{field}; give {field} one number for all, or {len(self.widths)}"
+            )
+        return values
+
+    def _left(self, before: list[int], after: list[int], what: str) -> list[int]:
+        if min(after) < 1:
+            raise ValueError(
+                f"task.model: {what} of {self.short_name} leaves no pixels of its {before[0]} x {before[1]}; "
+                "enlarge the images with task.resize, or give the model fewer or smaller layers"
+            )
+        return after
+
+
+@dataclass(frozen=True)
+class CnnBn(Cnn):
     """3x3 convolutions of stride 2 without bias, each followed by BatchNorm and ReLU; global average pool; linear.
 
     With widths (16, 32, 64), one input channel and ten classes: 24,058 parameters, 224 float buffer entries,
-    3 integer counters.
+    3 integer counters. The fields are those of `Cnn`.
     """
 
-    widths: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32, 64)
+    short_name: ClassVar[str] = "cnn_bn"
+
+    widths: Widths = (16, 32, 64)
+    kernels: Positive = 3
+    strides: Positive = 2
+    paddings: NonNegative = 1
+    hidden: tuple[Width, ...] = ()
+    global_pool: bool = True
+    norm: Norm = "batch"
+
+
+@dataclass(frozen=True)
+class NiidCnn(Cnn):
+    """Two 5x5 convolutions (6, 16) with ReLU and 2x2 max-pool each, linear layers of 120, 84 and the classes.
+
+    The simple CNN of NIID-Bench (Li et al., ICDE 2022): 44,426 parameters on 1x28x28, 62,006 on 3x32x32, ten
+    classes. The fields are those of `Cnn`.
+    """
+
+    short_name: ClassVar[str] = "niid_cnn"
+
+    widths: Widths = (6, 16)
+    strides: Positive = 1
+    pool: NonNegative = 2
+    hidden: tuple[Width, ...] = (120, 84)
+
+
+@dataclass(frozen=True)
+class LeNet5:
+    """LeNet-5 with ReLU and max-pool, as in Plato: 5x5 convolutions (6, 16, 120), linear 120-84-classes.
+
+    61,706 parameters on 1x28x28 and ten classes. The first convolution pads 28x28 by 2 pixels, to the 32x32 of
+    LeCun et al. (1998), so that the third leaves one pixel. Plato's ends in a log-softmax, which is left out: the
+    cross-entropy that follows contains it, and softmax after softmax in logarithms changes nothing.
+    """
+
+    init: Init = "default"
+    projection: Annotated[int, Field(ge=0)] = 0
 
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
-        """shape: one sample's shape, [channels, height, width]."""
-        if len(shape) != 3:
-            raise ValueError(f"task.model: cnn_bn needs images [channels, height, width]; the data's shape is {shape}")
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise([shape[0], *self.widths]):
-            layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.widths[-1], classes))
+        """shape: one sample's shape, [channels, 28, 28] or [channels, 32, 32]; ValueError for other sizes."""
+        _, height, width = images("lenet5", shape)
+        if (height, width) not in ((28, 28), (32, 32)):
+            raise ValueError(
+                f"task.model: lenet5 needs images of 28 x 28 or 32 x 32 pixels; the data's are {height} x {width}; "
+                "set task.resize to 28 or 32"
+            )
+        layers = Cnn(
+            widths=(6, 16, 120),
+            kernels=5,
+            strides=1,
+            paddings=(2 if height == 28 else 0, 0, 0),
+            pool=(2, 2, 0),
+            hidden=(84,),
+            init=self.init,
+            projection=self.projection,
+        )
+        return layers.build(shape, classes)
