@@ -28,6 +28,8 @@ setup(
         "rich>=13",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "pillow>=10",
+        "matplotlib>=3.8",
     ],
     extras_require={"mpi": MPI, "test": TEST + MPI},
     entry_points={"console_scripts": ["fldist = fldist.cli:main"]},

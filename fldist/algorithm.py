@@ -7,17 +7,19 @@ nobody's business here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from fldist.fold import Fold
+from fldist.data.client_data import ClientData, PooledData
+from fldist.data.task import Task
+from fldist.fold import Fold, collect
+from fldist.kinds import Report, Weights
+from fldist.models.evaluate import Evaluation
 from fldist.params import Params
-
-if TYPE_CHECKING:
-    from fldist.data.task import Task
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,6 +81,10 @@ class Replies(Protocol):
     def seconds(self) -> Mapping[int, float]:
         """Seconds that each accepted client computed."""
 
+    @property
+    def reports(self) -> Mapping[int, Any]:
+        """What each client reports of its training (`fldist.selection.Report`), where the selector wants reports."""
+
     def __getattr__(self, name: str) -> Any: ...
 
 
@@ -120,11 +126,18 @@ class Clients(Protocol):
     def only(self, ids: Sequence[int]) -> Cohort:
         """The named clients."""
 
+    def by(self, architecture: int) -> Cohort:
+        """The clients that hold samples and a model of this architecture (its number in `task.architectures`)."""
+
 
 class Server(Protocol):
-    """The server half's view: its state's values are attributes; `rng`, `log` and `task` are there."""
+    """The server half's view: its state's values are attributes; `rng`, `log` and `task` are there.
+
+    `data` is all clients' training data together, for what no federation could do: centralised training.
+    """
 
     task: Task
+    data: PooledData
     round: int
     rng: torch.Generator
 
@@ -166,9 +179,22 @@ class Stage:
     step: Callable[[Any, Any], None]
 
 
+class ClientScores(NamedTuple):
+    """How a model did on a client's samples."""
+
+    scores: Report  # float64 [1 + M]: samples, then the metrics in the order of `Evaluation.names`
+
+
 @dataclass(frozen=True)
 class Algorithm:
-    """Base of all algorithms. A subclass is a frozen dataclass; it must define `init_server` and `round`."""
+    """Base of all algorithms. A subclass is a frozen dataclass; it must define `init_server` and `round`.
+
+    heterogeneous: whether clients may have models of different architectures; has_global_model: whether the
+    server has one. Both are said by the class, not configured.
+    """
+
+    heterogeneous: ClassVar[bool] = False
+    has_global_model: ClassVar[bool] = True
 
     def init_server(self, task: Task) -> State:
         """The server's state before round 1."""
@@ -190,9 +216,41 @@ class Algorithm:
         return [Stage("train", rounds, self.round)]
 
     def model(self, server: Server) -> Params:
-        """The model that is evaluated and saved; the default is the state's `x`."""
+        """The global model, which is evaluated and saved; the default is the state's `x`."""
         model: Params = server.x
         return model
+
+    def personal_model(self, me: Me, data: ClientData) -> Params:
+        """A client's own model, at the client; an algorithm that defines it has personal models."""
+        raise TypeError(f"{type(self).__name__} does not define personal_model(self, me, data)")
+
+    def evaluate(self, server: Server, clients: Clients) -> Replies:
+        """Let clients score a model as the section `eval` says; its bytes are booked under `evaluate`."""
+        how = self.scoring(server.task)
+        cohort = clients.selected() if how.clients == "selected" or how.model == "sent" else clients.all()
+        assert how.split != "auto"
+        if how.split != "global":
+            cohort = clients.only([c for c in cohort.ids if server.task.count(c, how.split)])
+        model = self.model(server) if how.model == "global" else None
+        return cohort.call(self.evaluate_client, model=model, fold={"scores": collect()}, phase="evaluate")
+
+    @on_client
+    def evaluate_client(self, me: Me, data: ClientData, model: Weights | None) -> ClientScores:
+        """Score the model that was sent for it, the personal one, or the one sent for training in this round."""
+        how = self.scoring(data.task)
+        if how.model == "personal":
+            model = self.personal_model(me, data)
+        elif how.model == "sent":
+            model = data.sent
+        if model is None:
+            raise ValueError("eval.model: this client was sent no model in this round")
+        assert how.split != "auto"
+        scores = data.evaluate(model, how.split)
+        return ClientScores(torch.tensor([scores.n, *(scores.values[m] for m in how.names)], dtype=torch.float64))
+
+    def scoring(self, task: Task) -> Evaluation:
+        """The section `eval` with every `auto` decided; ValueError for what cannot be."""
+        return decide(task.evaluation, task, type(self))
 
     @property
     def stateful(self) -> bool:
@@ -202,6 +260,32 @@ class Algorithm:
     def client_methods(self) -> dict[str, Callable[..., Any]]:
         """The client halves by name, in the order that both ends of the wire number them by."""
         return dict(_client_methods(self))
+
+
+def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluation:
+    """Decide every `auto` of the section `eval` for an algorithm and a task; ValueError for what cannot be."""
+    name = algorithm.__name__
+    server = algorithm.has_global_model and task.num_test > 0
+    where = how.where if how.where != "auto" else "server" if server else "clients"
+    if where != "clients" and not algorithm.has_global_model:
+        raise ValueError(f"eval.where: {where}, but {name} has no global model; use clients")
+    if where != "clients" and not task.num_test:
+        raise ValueError(f"eval.where: {where}, but with task.merged there is no global test set; use clients")
+    personal = algorithm.personal_model is not Algorithm.personal_model
+    model = how.model if how.model != "auto" else "personal" if personal else "global"
+    if model == "personal" and not personal:
+        raise ValueError(f"eval.model: personal, but clients of {name} have no models of their own; use global")
+    if model == "global" and where != "server" and not algorithm.has_global_model:
+        raise ValueError(f"eval.model: global, but {name} has no global model; use personal")
+    split = how.split if how.split != "auto" else "test" if task.split.test else "global"
+    if where != "server":
+        if split == "global" and not task.num_test:
+            raise ValueError(
+                "eval: with task.merged there is no global test set; give clients one: task.split.test=0.25"
+            )
+        if split in ("val", "test") and not getattr(task.split, split):
+            raise ValueError(f"eval.split: clients have no {split} part; set task.split.{split}, or use another split")
+    return dataclasses.replace(how, where=where, split=split, model=model)
 
 
 def _client_methods(algorithm: Algorithm) -> Iterator[tuple[str, Callable[..., Any]]]:

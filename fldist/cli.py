@@ -15,6 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Data sets: which there are, and making one ready.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -64,6 +67,24 @@ def describe(
 
 
 @app.command()
+def partition(
+    config: Annotated[str, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table into this file (.png, .pdf, .svg).")] = None,
+) -> None:
+    """Who holds what: training samples by client and class."""
+    from fldist.config import load
+    from fldist.inspection import partition as show
+    from fldist.inspection import plot_partition
+
+    text, task = show(load(config, overrides or []))
+    typer.echo(text)
+    if plot is not None:
+        plot_partition(task, plot, text.partition("\n")[0])
+        typer.echo(f"drawn in {plot}")
+
+
+@app.command()
 def doctor() -> None:
     """What works on this machine, what does not, and what to do about it."""
     from fldist.inspection import doctor as show
@@ -72,6 +93,35 @@ def doctor() -> None:
     typer.echo(text)
     if not healthy:
         raise typer.Exit(1)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Every named data set: what it is, where it is read from, whether it is there and cached."""
+    from fldist.data.catalogue import overview
+
+    typer.echo(overview())
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="A name from `fldist data list`.")],
+    root: Annotated[str | None, typer.Option(help="The folder to read from or download to.")] = None,
+    path: Annotated[str | None, typer.Option(help="The file or folder, for images and hdf5.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width to bring images to.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 or 3, for images.")] = None,
+) -> None:
+    """Download a data set if it is missing, and decode it into the cache that every run reads."""
+    from fldist import resolve
+    from fldist.config import load
+    from fldist.data import catalogue, datasets
+
+    if name not in datasets.NAMES:
+        raise resolve.unknown("name", name, list(datasets.NAMES))
+    options = {"root": root, "path": path, "size": size, "channels": channels}
+    given = {key: value for key, value in options.items() if value is not None}
+    load({"task": {"data": {"name": name, **given}}})  # refuses what a run would refuse, in the same words
+    typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**given)))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
@@ -21,9 +22,12 @@ from torch import nn
 from fldist import models, resolve
 from fldist.algorithm import Algorithm
 from fldist.data import datasets, partition
+from fldist.data.augment import Augment
 from fldist.data.datasets import Dataset
-from fldist.data.task import Partition, Task
+from fldist.data.prepare import ClientSplit, MeanStd, Preparation, Public, Subset
+from fldist.data.task import Build, Partition, Task
 from fldist.fold import Integers
+from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
 from fldist.runtime.job import Job
@@ -63,12 +67,18 @@ class Section(BaseModel):
 
 
 class ClientsSection(Section):
-    """Who takes part: `fraction` of `num_clients` in each round, or `per_round` of them."""
+    """Who takes part: `fraction` of `num_clients` in each round, or `per_round` of them.
+
+    models: the clients' models, client i has number i mod their count (none: everyone has `task.model`);
+    init: one initial model for all clients of an architecture, or one of its own for each.
+    """
 
     num_clients: Annotated[int, Field(ge=1)] = 10
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     per_round: Annotated[int, Field(ge=1)] | None = None
     rounding: Literal["floor", "ceil", "nearest"] = "floor"
+    models: list[Named] = []
+    init: Literal["common", "own"] = "common"
 
     def count(self) -> int:
         """Clients per round, at least 1."""
@@ -81,12 +91,27 @@ class ClientsSection(Section):
         return math.ceil(exact - 1e-9) if self.rounding == "ceil" else max(1, math.floor(exact + 0.5))
 
 
+class PublicSection(Section):
+    """Public rows, known to server and clients by their numbers: `n` of `data` (default: of the task's own)."""
+
+    n: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Named | None = None
+
+
 class TaskSection(Section):
     """What is learnt: data, their partition among the clients, the model, and what of it travels."""
 
     data: Named = Component(name="digits")
+    subset: Subset = Subset()
+    merged: bool = False  # training and test samples are divided among the clients together
+    public: PublicSection = PublicSection()
     partition: Named = Component(name="iid")
     partition_seed: int | None = None  # default: the run's seed
+    split: ClientSplit = ClientSplit()
+    resize: Annotated[int, Field(ge=1)] | None = None
+    augment: Augment = Augment()
+    normalize: Literal["unit", "symmetric", "standard"] | MeanStd = "unit"
     model: Named = Component(name="mlp")
     travel: Travel = "all"
 
@@ -113,12 +138,6 @@ class AggregationSection(Section):
     integers: Integers = "mean"
 
 
-class EvalSection(Section):
-    """The global model on the global test set at the server, every k rounds and in the last one; 0: never."""
-
-    every: Annotated[int, Field(ge=0)] = 1
-
-
 class OutputSection(Section):
     """Where runs are written: a new directory under `root`, unless --output names it."""
 
@@ -137,7 +156,7 @@ class Settings(Section):
     algorithm: Named = Component(name="fedavg")
     selection: Named = Component(name="random")
     aggregation: AggregationSection = AggregationSection()
-    eval: EvalSection = EvalSection()
+    eval: Evaluation = Evaluation()
     backend: Literal["auto", "in-process", "gloo", "mpi"] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     network: NetworkSection = NetworkSection()
@@ -211,7 +230,10 @@ def known_keys() -> list[str]:
     for name in resolve.modules_of("fldist.algorithms"):
         component = resolve.from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
         keys += [f"algorithm.{f.name}" for f in dataclasses.fields(component)]
-    keys += ["task.partition.alpha", "task.model.hidden", "task.model.widths"]
+    for section, table in (("data", datasets.NAMES), ("partition", partition.NAMES), ("model", models.NAMES)):
+        for name in table:
+            thing = resolve.from_table(table, name, f"task.{section}.name")
+            keys += [f"task.{section}.{f.name}" for f in dataclasses.fields(thing)]
     return list(dict.fromkeys(keys))
 
 
@@ -233,7 +255,8 @@ def unknown_key(key: str) -> str:
     known = known_keys()
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
     leaf = key.rpartition(".")[2]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    # a bare name is looked for among the last parts of keys: a section's name would only blur the likeness
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) if "." in key else []
     near_leaf = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
     best = by_leaf.get(leaf) or (near[0] if near else None) or (by_leaf[near_leaf[0]] if near_leaf else None)
     section = key.rpartition(".")[0]
@@ -314,34 +337,65 @@ class Components:
     selector: Selector
     partition: Partition
     load_data: Callable[[], Dataset]
-    build_model: Callable[[tuple[int, ...], int], nn.Module]
+    load_public: Callable[[], Dataset] | None
+    build_model: Build
+    client_models: list[tuple[str, Build]]
 
 
 def components(settings: Settings) -> Components:
     """Look up and check everything that is chosen by name."""
     kind = resolve.from_package("fldist.selection", settings.selection.name, Selector, "selection.name")
     section = settings.task
-    model = _from_table(models.NAMES, section.model, "task.model")
-    data = _from_table(datasets.NAMES, section.data, "task.data")
+    public = section.public.data
     return Components(
         make_algorithm(settings.algorithm),
         _component(kind, settings.selection, "selection"),
         _from_table(partition.NAMES, section.partition, "task.partition"),
-        data.load if hasattr(data, "load") else data,
-        model.build if hasattr(model, "build") else model,
+        _loader(section.data, "task.data"),
+        _loader(public, "task.public.data") if public is not None else None,
+        _builder(section.model, "task.model"),
+        [
+            (_model_name(given), _builder(given, f"clients.models.{number}"))
+            for number, given in enumerate(settings.clients.models)
+        ],
     )
 
 
-def _checked_build(
-    build_model: Callable[[tuple[int, ...], int], nn.Module], name: str
-) -> Callable[[tuple[int, ...], int], nn.Module]:
+def _loader(given: Component, key: str) -> Callable[[], Dataset]:
+    data = _from_table(datasets.NAMES, given, key)
+    load_it: Callable[[], Dataset] = data.load if hasattr(data, "load") else data
+    return load_it
+
+
+def _model_name(given: Component) -> str:
+    fields = ", ".join(f"{name}={value}" for name, value in given.fields.items())
+    return f"{given.name}({fields})" if fields else given.name
+
+
+def _builder(given: Component, key: str) -> Build:
+    """Makes a model, and tries it on two blank samples: one that does not fit the data is found before any round."""
+    model = _from_table(models.NAMES, given, key)
+    build_model: Build = model.build if hasattr(model, "build") else model
+
     def make(shape: tuple[int, ...], classes: int) -> nn.Module:
         try:
             made = build_model(shape, classes)
         except TypeError as error:
-            raise ConfigError(f"task.model: {name} must be callable as (shape, classes): {error}") from None
+            raise ConfigError(f"{key}: {given.name} must be callable as (shape, classes): {error}") from None
         if not isinstance(made, nn.Module):
-            raise ConfigError(f"task.model: {name} made a {type(made).__name__}, not an nn.Module")
+            raise ConfigError(f"{key}: {given.name} made a {type(made).__name__}, not an nn.Module")
+        try:
+            with torch.no_grad():
+                outputs = made.eval()(torch.zeros(2, *shape))
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{key}: {given.name} does not take samples of shape {shape} [channels, height, width]: {first}"
+            ) from None
+        made.train()
+        if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, classes):
+            got = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            raise ConfigError(f"{key}: {given.name} must give {classes} outputs a sample, one a class; it gives {got}")
         return made
 
     return make
@@ -355,11 +409,21 @@ def build(settings: Settings) -> Job:
         dataset=chosen.load_data(),
         partition=chosen.partition,
         num_clients=settings.clients.num_clients,
-        build=_checked_build(chosen.build_model, section.model.name),
+        build=chosen.build_model,
         local=settings.local,
         seed=settings.seed,
         partition_seed=settings.seed if section.partition_seed is None else section.partition_seed,
         travel=section.travel,
+        subset=section.subset,
+        merged=section.merged,
+        split=section.split,
+        preparation=Preparation(section.normalize, section.resize, section.augment),
+        evaluation=settings.eval,
+        public=Public(section.public.n, section.public.seed),
+        public_dataset=chosen.load_public() if chosen.load_public is not None else None,
+        client_models=chosen.client_models,
+        own_init=settings.clients.init == "own",
+        model_name=_model_name(section.model),
     )
     deadlines = settings.deadlines
     return Job(
@@ -375,5 +439,4 @@ def build(settings: Settings) -> Job:
         checksum=settings.network.checksum == "full",
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         round_deadline_s=deadlines.round_deadline_s,
-        eval_every=settings.eval.every,
     )

@@ -53,7 +53,7 @@ class Progress:
         seconds = line["seconds"]
         left = (time.monotonic() - self._began) / number * (self._rounds - number)
         scored = "accuracy   -  " if line["accuracy"] is None else f"accuracy {line['accuracy']:.4f}"
-        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "encode", "wire", "wait", "evaluate"))
+        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "server", "encode", "wire", "wait", "evaluate"))
         logical = line["bytes"]["logical"]
         self._console.print(
             f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
@@ -90,7 +90,7 @@ class Progress:
             table.add_row(f"not used: {status}", *(f"{ways[w]:,} B" for w in ("up", "down")))
         self._console.print(table)
         seconds = result["seconds"]
-        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "encode", "wire", "wait", "evaluate"))
+        split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "server", "encode", "wire", "wait", "evaluate"))
         final = result["final"]
         if final["accuracy"] is not None:
             best = result["best"]

@@ -17,19 +17,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 
 from fldist.algorithm import Algorithm, NoReplies
-from fldist.config import Settings, build
+from fldist.config import Component, Settings, build
+from fldist.data.task import Split, Task
 from fldist.fold import Collect, Fold, Sum
 from fldist.kinds import Field, Form, Schema, call_schema, reference_for, reply_schema
 from fldist.resolve import from_package
 from fldist.runtime.cohort import Replies, argument_for, plain
-from fldist.runtime.job import Job
+from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.placement import Placement
 from fldist.runtime.server import ClientsView, ServerView
 from fldist.seeding import forked
+from fldist.selection import Report
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
 
@@ -48,7 +52,12 @@ def describe(name: str) -> str:
     if not dataclasses.fields(kind):
         lines.append("  none")
     stateful = kind.init_client is not Algorithm.init_client
-    lines += ["", f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds.", ""]
+    lines += ["", f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds."]
+    if kind.heterogeneous:
+        lines.append("Clients may have models of different architectures (clients.models).")
+    if not kind.has_global_model:
+        lines.append("There is no global model: clients score their own.")
+    lines.append("")
     for attribute in sorted(dir(kind)):
         method = getattr(kind, attribute)
         if getattr(method, "_fldist_on_client", False):
@@ -103,6 +112,7 @@ class _Tracer:
         self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.unknown: list[str] = []
+        self.reports: dict[int, Report] = {}
         self._methods = {m.name: m for m in job.methods.values()}
 
     def call(
@@ -118,7 +128,7 @@ class _Tracer:
         replies: dict[str, Any] = {}
         up = []
         for field in spec.reply.fields:
-            value = self._reply_value(spec.call, field, arguments)
+            value = self._reply_value(spec, field, arguments)
             if value is None and not field.optional:
                 self.unknown.append(
                     f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
@@ -136,17 +146,22 @@ class _Tracer:
             self._count("up", phase, spec.reply, client, up)
         return Replies(replies, list(ids), {}, dict.fromkeys(ids, 0.0))
 
-    def _reply_value(self, call: Schema, field: Field, arguments: dict[str, Any]) -> Any:
+    def _reply_value(self, spec: ClientMethod, field: Field, arguments: dict[str, Any]) -> Any:
         if field.form in (Form.FLOAT, Form.INT):
             return 1
-        reference = reference_for(field, call)
+        if field is REPORT:
+            return torch.ones(len(Report._fields), dtype=torch.float64)
+        if spec.name == "evaluate_client":
+            return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
+        reference = reference_for(field, spec.call)
         return plain(arguments[reference.name]) if reference is not None else None
 
     def _count(self, way: str, phase: str, schema: Schema, client: int, values: list[Any]) -> None:
         builder = FrameBuilder(Head(FrameType.CALL), share=False)
         builder.add(Message(client), schema, values)
         for kind, (logical, _) in costs(builder.frame, schema)[0][0].items():
-            self.by_kind[kind.label][way] += logical
+            if phase not in UNTRAINED_PHASES:
+                self.by_kind[kind.label][way] += logical
             self.phases[phase][way] += logical
 
 
@@ -164,6 +179,8 @@ def predict(job: Job) -> Prediction:
     clients.enter(1)
     try:
         job.algorithm.stages(job.rounds)[0].step(view, clients)
+        if job.evaluation.where != "server" and job.evaluation.every:
+            job.algorithm.evaluate(view, clients)
     except _UnknownSize:
         pass
     except NoReplies as error:
@@ -197,8 +214,91 @@ def dry_run(settings: Settings, nproc: int) -> str:
     total = prediction.training
     lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
     lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
+    scoring = prediction.phases.get("evaluate")
+    if scoring is not None:
+        lines.append(
+            f"  {'evaluation':<12} up {scoring['up']:>16,}   down {scoring['down']:>16,}   (not part of training)"
+        )
     lines += [f"  not predictable: {text}" for text in prediction.unknown]
     return "\n".join(lines)
+
+
+# ---- partition
+def partition(settings: Settings) -> tuple[str, Task]:
+    """The client-by-class table of training samples, and the task that it shows."""
+    task = build(settings).task
+    counts = task.label_counts()  # [K, C]
+    per_client = counts.sum(axis=1)
+    names = task.dataset.class_names or tuple(str(c) for c in range(task.num_classes))
+    section = settings.task
+    lines = [
+        f"{section.data.name}, {_model_text(section.partition)}, seed "
+        f"{settings.seed if section.partition_seed is None else section.partition_seed}: "
+        f"{per_client.sum():,} training samples of {task.num_clients} clients"
+    ]
+    wide = task.num_classes > 20  # one column a class would not fit a line
+    kept: tuple[Split, ...] = ("val", "test")
+    splits = [s for s in kept if getattr(task.split, s)]
+    header = ["client", "samples", *(f"({s})" for s in splits), "classes", *(["largest"] if wide else names)]
+    rows = []
+    for client, row in enumerate(counts):
+        own = [str(client), f"{per_client[client]:,}", *(f"{task.count(client, s):,}" for s in splits)]
+        largest = f"{row.max() / max(1, per_client[client]):.0%} {names[int(row.argmax())]}" if row.any() else "-"
+        rows.append([*own, str((row > 0).sum()), *([largest] if wide else [f"{n:,}" if n else "." for n in row])])
+    held_out = {s: sum(task.count(c, s) for c in range(task.num_clients)) for s in splits}
+    every = ["all", f"{per_client.sum():,}", *(f"{held_out[s]:,}" for s in splits)]
+    totals = counts.sum(axis=0)
+    rows.append([*every, str((totals > 0).sum()), *(["-"] if wide else [f"{n:,}" if n else "." for n in totals])])
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    quartiles = np.percentile(per_client, [0, 50, 100]).astype(int)
+    held = (counts > 0).sum(axis=1)
+    lines.append(
+        f"samples a client: {quartiles[0]:,} to {quartiles[2]:,}, median {quartiles[1]:,}; "
+        f"classes a client: {held.min()} to {held.max()}, mean {held.mean():.1f}"
+    )
+    lines += [f"note: {note}" for note in task.notes]
+    return "\n".join(lines), task
+
+
+def _model_text(given: Component) -> str:
+    return " ".join([given.name, *(f"{k}={v}" for k, v in given.fields.items())])
+
+
+def plot_partition(task: Task, path: Path, title: str) -> None:
+    """Draw the client-by-class table: a shade for each cell's share of its client, a bar for the client's samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts = task.label_counts()
+    clients, classes = counts.shape
+    figure, (bars, cells) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(min(16.0, 4.0 + 0.25 * clients), min(12.0, 3.0 + 0.28 * classes)),
+        height_ratios=[1, 3], layout="constrained",
+    )  # fmt: skip
+    bars.bar(range(clients), counts.sum(axis=1), color="#4477aa", width=0.9)
+    bars.set_ylabel("training samples")
+    bars.set_title(title.replace(": ", "\n"), fontsize=9)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    shade = cells.imshow(shares.T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    names = task.dataset.class_names or tuple(str(c) for c in range(classes))
+    cells.set_yticks(range(classes), names, fontsize=8 if classes <= 30 else 4)
+    cells.xaxis.get_major_locator().set_params(integer=True)
+    cells.set_xlabel("client")
+    cells.set_ylabel("class")
+    if clients <= 20 and classes <= 20:
+        for client, label in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[client, label] > 0.6 else "black"
+            cells.text(client, label, str(counts[client, label]), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(shade, ax=cells, label="share of the client's training samples")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot: {path} cannot be written: {error}") from None
+    finally:
+        pyplot.close(figure)
 
 
 # ---- doctor
@@ -297,4 +397,4 @@ def _check_data() -> Finding:
     text = "data: `digits` is always there (it comes with scikit-learn)"
     if where and not Path(where).is_dir():
         return "warn", f"{text}\nFLDIST_DATA is {where}, which is no directory: set it to where your data sets are"
-    return "ok", f"{text}; FLDIST_DATA is {where or 'not set'}"
+    return "ok", f"{text}; FLDIST_DATA is {where or 'not set'}; `fldist data list` shows the others"

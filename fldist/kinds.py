@@ -81,6 +81,7 @@ Labels = Annotated[Tensor, Kind.LABELS]
 Factors = Annotated[dict[str, Tensor], Kind.FACTORS]
 Seeds = Annotated[int, Kind.SEEDS]
 Histogram = Annotated[Tensor, Kind.HISTOGRAM]
+Report = Annotated[Tensor, Kind.REPORT]
 Scalar = Annotated[float, Kind.SCALARS]
 """A number: an int travels as int64, a float as float64; 8 bytes either way."""
 

@@ -74,6 +74,11 @@ class Streams:
         self._key = (round_number, client)
         self._uses: dict[str, int] = {}
 
+    @property
+    def round(self) -> int:
+        """The round's number."""
+        return self._key[0]
+
     def next_key(self, stream: str) -> tuple[int, int, int]:
         """(round, client, use) of the next use of `stream`; counts the use."""
         use = self._uses.get(stream, 0)

@@ -21,6 +21,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm"])
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Decoded data sets of the tests lie in a folder of their own, also for the processes that tests start."""
+    if "FLDIST_CACHE" not in os.environ:
+        os.environ["FLDIST_CACHE"] = str(config.rootpath / ".test-cache")
+
+
 def small(**changes: Any) -> dict[str, Any]:
     """A configuration that runs in a fraction of a second; `section__key=value` changes it."""
     config: dict[str, Any] = {

@@ -33,7 +33,7 @@ def make_task(build=None, n=30, **local):
     x = torch.randn(n, 1, 4, 4, generator=rng)
     y = torch.randint(CLASSES, (n,), generator=rng)
     return Task(
-        dataset=Dataset(x, y, x[:5].clone(), y[:5].clone(), CLASSES),
+        dataset=Dataset(x.numpy(), y.numpy(), x[:5].numpy(), y[:5].numpy(), CLASSES),
         partition=Iid(),
         num_clients=1,
         build=build or Mlp((6,)).build,
@@ -88,6 +88,11 @@ def assert_close(params, module, tolerance=1e-6):
 
 def bits(params):
     return params.floats.numpy().tobytes(), params.ints.numpy().tobytes()
+
+
+def half_mask(params):
+    """Keeps every other parameter."""
+    return torch.arange(params.layout.num_params) % 2 == 0
 
 
 MODELS = {"mlp": Mlp((6,)).build, "cnn_bn": CnnBn((4, 5)).build}
@@ -321,7 +326,7 @@ def test_a_partly_frozen_module_trains_as_in_a_bare_loop(frozen):
 # ---- stop and go on
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("local", [{"momentum": 0.9, "weight_decay": 0.01}, {"optimizer": "adam", "lr": 0.01}])
-@pytest.mark.parametrize("preset", ["plain", "proximal", "drift"])
+@pytest.mark.parametrize("preset", ["plain", "proximal", "drift", "mask", "frozen"])
 def test_two_and_three_epochs_are_five_epochs_bit_for_bit(model, local, preset):
     task = make_task(MODELS[model], **local)
     start = task.init_params()
@@ -329,6 +334,8 @@ def test_two_and_three_epochs_are_five_epochs_bit_for_bit(model, local, preset):
         "plain": {},
         "proximal": {"proximal": 0.5},
         "drift": {"drift": start.trainable.scale(0.1)},
+        "mask": {"mask": half_mask(start)},
+        "frozen": {"frozen": [next(iter(start.named()))[0]]},
     }[preset]
     at_once = data_of(task).train(start, epochs=5, **options)
     data = data_of(task)
@@ -340,7 +347,7 @@ def test_two_and_three_epochs_are_five_epochs_bit_for_bit(model, local, preset):
     assert resumed.steps == at_once.steps == 5 * 4
     assert resumed.loss == at_once.loss
     assert resumed.progress.losses == at_once.progress.losses
-    assert resumed.progress.first_epoch_squares == at_once.progress.first_epoch_squares
+    assert resumed.lr == at_once.lr
 
 
 def test_resuming_a_finished_training_changes_nothing():
@@ -351,13 +358,34 @@ def test_resuming_a_finished_training_changes_nothing():
     assert bits(data.train(task.init_params(), epochs=2, resume_from=done).params) == kept
 
 
-def test_first_epoch_squares_are_those_of_the_first_epoch():
-    task = make_task(batch_size=100, lr=0.5)  # one batch an epoch
-    data = data_of(task)
-    one = data.train(task.init_params(), epochs=1)
-    assert one.progress.first_epoch_squares == pytest.approx(30 * one.loss**2, rel=1e-5)
-    more = data_of(task).train(task.init_params(), epochs=3)
-    assert more.progress.first_epoch_squares == one.progress.first_epoch_squares
+def test_squares_are_those_of_every_sample_before_its_step_in_the_first_epoch():
+    """Sum over the samples of their squared cross-entropy, whatever loss is trained, only where reports are wanted."""
+    task = make_task(batch_size=8, lr=0.5)
+    start = task.init_params()
+    module = ordinary(Mlp((6,)).build, start)
+    x, y = task.rows(0)
+    order = Streams(SEED, 1, 0).generator("order")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    expected = 0.0
+    for batch in torch.randperm(30, generator=order).split(8):
+        losses = cross_entropy(module(x[batch]), y[batch], reduction="none")
+        expected += float((losses.detach().double() ** 2).sum())
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+    wanted = ClientData(task, 0, Streams(SEED, 1, 0), reports=True)
+    trained = wanted.train(start, epochs=2)
+    assert trained.squares == pytest.approx(expected, rel=1e-5)
+    assert wanted.trained is trained
+    assert bits(trained.params) == bits(data_of(task).train(start, epochs=2).params)
+    assert data_of(task).train(start, epochs=2).squares == 0.0
+
+    def own(module, batch):
+        return 2.0 * cross_entropy(module(batch.x), batch.y)
+
+    halved = make_task(batch_size=8, lr=0.25)
+    other = ClientData(halved, 0, Streams(SEED, 1, 0), reports=True).train(start, epochs=1, loss=own)
+    assert other.squares == pytest.approx(expected, rel=1e-5)
 
 
 # ---- proximal
@@ -477,3 +505,194 @@ def test_two_networks_with_one_joint_loss():
     assert progress.steps == 6
     for network, copied in zip(networks, copies, strict=True):
         assert_close(network.params, copied)
+
+
+# ---- mask
+@pytest.mark.parametrize("local", [{}, {"momentum": 0.9, "weight_decay": 0.05}, {"optimizer": "adam"}])
+def test_a_mask_closes_gradients_and_parameters(local):
+    """theta (*) M, then grad <- grad (*) M before the step and theta <- theta (*) M after it."""
+    task = make_task(**local)
+    start, keep = task.init_params(), half_mask(task.init_params())
+    trained = data_of(task).train(start, epochs=3, mask=keep)
+    masked = start.clone()
+    masked.floats.mul_(keep)
+    module = ordinary(Mlp((6,)).build, masked)
+    pieces = keep.split([p.numel() for p in module.parameters()])
+
+    def close(gradients):
+        def at(module):
+            for p, piece in zip(module.parameters(), pieces, strict=True):
+                target = p.grad if gradients else p.data
+                target.mul_(piece.view(p.shape))
+
+        return at
+
+    settings = task.local
+    adam = torch.optim.Adam(module.parameters(), lr=settings.lr) if settings.optimizer == "adam" else None
+    bare_loop(module, task, 3, before_step=close(True), after_step=close(False), optimizer=adam)
+    assert_close(trained.params, module)
+    assert not trained.params.trainable.floats[~keep].any()
+    assert trained.params.trainable.floats[keep].all()
+    assert start.floats[~keep].any(), "the start is not changed"
+
+
+def test_a_mask_counts_in_the_clipping_norm_only_where_it_is_open():
+    task = make_task(clip=0.01, batch_size=100)
+    start = task.init_params()
+    closed = torch.ones(start.layout.num_params)
+    closed[: start.layout.num_params // 2] = 0
+    trained = data_of(task).train(start, epochs=1, mask=closed)
+    begun = start.floats * closed
+    assert float((trained.params.floats - begun).norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_a_mask_of_ones_is_plain_training_and_a_wrong_one_is_refused():
+    task = make_task(momentum=0.9)
+    start = task.init_params()
+    plain = data_of(task).train(start, epochs=2)
+    open_everywhere = data_of(task).train(start, epochs=2, mask=torch.ones(start.layout.num_params))
+    assert bits(plain.params) == bits(open_everywhere.params)
+    with pytest.raises(ValueError, match=r"mask: shape \(3,\), not \["):
+        data_of(task).train(start, mask=torch.ones(3))
+
+
+# ---- frozen part
+def test_a_frozen_part_stays_and_the_rest_trains_as_in_torch():
+    task = make_task(momentum=0.9, weight_decay=0.05)
+    start = task.init_params()
+    first = next(iter(start.named()))[0].rpartition(".")[0]
+    trained = data_of(task).train(start, epochs=3, frozen=[first])
+    module = ordinary(Mlp((6,)).build, start)
+    module.get_submodule(first).requires_grad_(False)
+    optimizer = torch.optim.SGD(
+        [p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.05
+    )
+    bare_loop(module, task, 3, optimizer=optimizer)
+    assert_close(trained.params, module)
+    after = dict(trained.params.named())
+    for name, before in start.named():
+        assert torch.equal(before, after[name]) == name.startswith(f"{first}.")
+    assert all(p.requires_grad for p in task.module.parameters()), "thawed again"
+
+
+def test_drift_moves_no_frozen_parameter():
+    task = make_task()
+    start = task.init_params()
+    first = next(iter(start.named()))[0]
+    drift = start.trainable.scale(0.0)
+    drift.floats.fill_(1.0)
+    trained = data_of(task).train(start, epochs=1, frozen=[first], drift=drift)
+    assert torch.equal(dict(trained.params.named())[first], dict(start.named())[first])
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_the_others_do_not():
+    task = make_task(CnnBn((4, 5)).build)
+    start = task.init_params()
+    names = [n for n, _ in start.named() if n.endswith("running_mean")]
+    frozen = names[0].rpartition(".")[0]
+    trained = dict(data_of(task).train(start, frozen=[frozen]).params.named())
+    before = dict(start.named())
+    assert [torch.equal(before[n], trained[n]) for n in names] == [True, False]
+    plain = dict(data_of(task).train(start).params.named())
+    assert not any(torch.equal(before[n], plain[n]) for n in names), "the next training is not frozen"
+
+
+def test_an_unknown_frozen_name_is_refused_with_the_known_ones():
+    task = make_task()
+    with pytest.raises(ValueError, match=r"frozen: the model has no parameter 'head'; it has .*weight"):
+        data_of(task).train(task.init_params(), frozen=["head"])
+
+
+# ---- order and schedule
+def test_fixed_order_takes_the_batches_as_the_data_lie():
+    task = make_task(order="fixed", batch_size=7, tail="drop")
+    seen = []
+
+    def own(module, batch):
+        seen.append(batch.rows.tolist())
+        assert torch.equal(batch.x, task.rows(0)[0][batch.rows])
+        assert torch.equal(batch.y, task.rows(0)[1][batch.rows])
+        return cross_entropy(module(batch.x), batch.y)
+
+    data_of(task).train(task.init_params(), epochs=2, loss=own)
+    assert seen == [list(range(at, at + 7)) for at in (0, 7, 14, 21)] * 2
+
+
+def test_an_own_loss_that_is_cross_entropy_is_plain_training_bit_for_bit():
+    task = make_task(momentum=0.9)
+    start = task.init_params()
+
+    def own(module, batch):
+        return cross_entropy(module(batch.x), batch.y)
+
+    assert bits(data_of(task).train(start, loss=own).params) == bits(data_of(task).train(start).params)
+
+
+def test_the_learning_rate_follows_rounds_and_epochs():
+    local = LocalTraining(lr=0.2, epochs=4, schedule="cosine", lr_decay=0.5, lr_decay_every=2)
+    assert [local.lr_at(1, e, 4) for e in range(4)] == pytest.approx(
+        [0.2, 0.1 * (1 + math.sqrt(0.5)), 0.1, 0.1 * (1 - math.sqrt(0.5))]
+    )
+    assert [LocalTraining(lr=0.2, lr_decay=0.5, lr_decay_every=2).lr_at(r, 3, 4) for r in (1, 2, 3, 4, 5)] == [
+        0.2, 0.2, 0.1, 0.1, 0.05,
+    ]  # fmt: skip
+    assert local.lr_at(1, 1, 2) == local.lr_at(1, 1, 4), "a training that stops early keeps to the whole's schedule"
+
+
+def test_a_schedule_steps_as_torch_does_and_reports_the_mean_rate():
+    task = make_task(schedule="cosine", epochs=4, momentum=0.9)
+    start = task.init_params()
+    module = ordinary(Mlp((6,)).build, start)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    x, y = task.rows(0)
+    order = Streams(SEED, 1, 0).generator("order")
+    rates = []
+    for _ in range(4):
+        for batch in torch.randperm(30, generator=order).split(8):
+            optimizer.zero_grad()
+            cross_entropy(module(x[batch]), y[batch]).backward()
+            optimizer.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    trained = data_of(task).train(start)
+    assert_close(trained.params, module)
+    assert trained.lr == pytest.approx(sum(rates) / len(rates))
+    halfway = data_of(task)
+    half = halfway.train(start, epochs=2)
+    assert bits(halfway.train(start, resume_from=half).params) == bits(data_of(task).train(start).params)
+
+
+# ---- second loader, clipping of several networks
+def test_a_second_loader_runs_on_over_epochs_and_shuffles_at_each_pass():
+    task = make_task()
+    loader = data_of(task).second_loader(5, 2)
+    passes = [[next(loader).tolist() for _ in range(3)] for _ in range(4)]
+    for one in passes:
+        assert [len(b) for b in one] == [2, 2, 1]
+        assert sorted(i for b in one for i in b) == list(range(5))
+    assert len({str(one) for one in passes}) > 1
+    again = data_of(task).second_loader(5, 2)
+    assert [next(again).tolist() for _ in range(12)] == [b for one in passes for b in one]
+    with pytest.raises(ValueError, match="0 samples has no batch"):
+        next(data_of(task).second_loader(0, 2))
+
+
+def test_networks_are_clipped_together_or_each_by_its_own_norm():
+    def grown(clip):
+        modules = [nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)]
+        for m in modules:
+            nn.init.ones_(m.weight)
+        networks = [Network(m, Params.of(m)) for m in modules]
+        optimizers = [torch.optim.SGD(n.weights, lr=1.0) for n in networks]
+
+        def loss(batch):
+            return 3.0 * networks[0].module.weight.sum() + 40.0 * networks[1].module.weight.sum()
+
+        train(networks, loss, optimizers, epochs=1, order=Order(1, 1, None), clip=clip)
+        return [float((n.params.floats - 1).norm()) for n in networks]
+
+    assert grown(0.0) == pytest.approx([6.0, 80.0])
+    assert grown([5.0, 100.0]) == pytest.approx([5.0, 80.0], rel=1e-4)
+    together = math.hypot(6.0, 80.0)
+    assert grown(10.0) == pytest.approx([6.0 * 10 / together, 80.0 * 10 / together], rel=1e-4)

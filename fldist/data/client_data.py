@@ -1,20 +1,39 @@
 """What a client method gets as `data`: its samples and its services, local training above all.
 
-Training goes through `models/train.py`; the presets here (plain, proximal, drift) only set its hooks.
+Training goes through `models/train.py`; the presets here (plain, proximal, drift, mask, frozen part, a loss of
+the algorithm's own) only set its hooks.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fldist.data.task import Task
+from fldist.data.augment import add_noise, to_unit
+from fldist.data.partition import Noise
+from fldist.data.task import Split, Task
+from fldist.models.evaluate import Scores
 from fldist.models.train import Network, Order, Progress, has_batch_norm, train
 from fldist.params import Params
 from fldist.seeding import Streams
+
+
+class Batch(NamedTuple):
+    """A mini-batch: which of the client's samples, x [b, ...] as the model sees them, y [b]."""
+
+    rows: Tensor
+    x: Tensor
+    y: Tensor
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""A loss of an algorithm's own: the module being trained and a batch -> scalar, the mean over the batch."""
 
 
 @dataclass
@@ -22,7 +41,9 @@ class Trained:
     """The outcome of a local training.
 
     params: the trained model, in the layout of the model that was given; steps: optimizer steps made, T_i;
-    lr: the learning rate of these steps, eta; loss: mean training loss of the last epoch; progress: to go on.
+    lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
+    last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
+    (0 unless the selector wants reports); progress: to go on.
     """
 
     params: Params
@@ -30,22 +51,41 @@ class Trained:
     lr: float
     loss: float
     progress: Progress
+    squares: float = 0.0
+    lr_sum: float = 0.0
 
 
 class ClientData:
     """One client's samples and services during one call."""
 
-    def __init__(self, task: Task, client: int, streams: Streams) -> None:
+    def __init__(
+        self, task: Task, client: int, streams: Streams, *, sent: Params | None = None, reports: bool = False
+    ) -> None:
         self.task = task
         self.client = client
         self.streams = streams
-        self.n = task.sizes[client]
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self.sent = sent
+        self.trained: Trained | None = None
+        self._reports = reports
+        self._unit: tuple[Tensor, Tensor] | None = None
+        self._normal: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """How many training samples there are."""
+        return self.task.sizes[self.client]
+
+    @property
+    def round(self) -> int:
+        """The round's number, from 1."""
+        return self.streams.round
 
     @property
     def x(self) -> Tensor:
-        """Training samples [n, ...]."""
-        return self._load()[0]
+        """Training samples [n, ...] as the model sees them, without augmentation."""
+        if self._normal is None:
+            self._normal = self.task.normal(self._load()[0])
+        return self._normal
 
     @property
     def y(self) -> Tensor:
@@ -53,9 +93,65 @@ class ClientData:
         return self._load()[1]
 
     def _load(self) -> tuple[Tensor, Tensor]:
-        if self._rows is None:
-            self._rows = self.task.rows(self.client)
-        return self._rows
+        if self._unit is None:
+            self._unit = self._read()
+        return self._unit
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        return self.task.unit_rows(self.client)
+
+    @property
+    def varies(self) -> bool:
+        """Whether a sample looks different each time it is read: augmentation or feature noise."""
+        return self.task.preparation.augment.active or self._noise is not None
+
+    @property
+    def _noise(self) -> Noise | None:
+        return self.task.noise_of(self.client)
+
+    @property
+    def _model_of(self) -> int | None:
+        """Whose architecture is trained; None: the server's."""
+        return self.client
+
+    @property
+    def public(self) -> tuple[Tensor, Tensor]:
+        """The task's public samples and labels, which server and clients share without sending them."""
+        return self.task.public()
+
+    def reader(self) -> Callable[[Tensor], Batch]:
+        """Row numbers [b] -> Batch, in fresh tensors; augmentation and noise from a stream of its own."""
+        if not self.varies:
+            x, y = self.x, self.y
+            return lambda rows: Batch(rows, x[rows], y[rows])
+        unit, y = self._load()
+        rng = self.streams.generator("augment")
+        augment, noise = self.task.preparation.augment, self._noise
+
+        def read(rows: Tensor) -> Batch:
+            x = to_unit(unit[rows])
+            if augment.active:
+                x = augment(x, rng)
+            if noise is not None:
+                x = add_noise(x, noise.std, noise.cell, rng)
+            return Batch(rows, self.task.normal(x), y[rows])
+
+        return read
+
+    def order(self, num_samples: int | None = None, batch_size: int | None = None) -> Order:
+        """Mini-batches of the client's samples (or of `num_samples` others) as the section `local` says."""
+        local = self.task.local
+        return Order(
+            self.n if num_samples is None else num_samples,
+            batch_size or local.batch_size,
+            self.streams.generator("order") if local.order == "shuffle" else None,
+            local.tail,
+            no_single=has_batch_norm(self.task.architecture(self._model_of).module),
+        )
+
+    def second_loader(self, num_samples: int, batch_size: int) -> Iterator[Tensor]:
+        """Shuffled index batches of other samples without end; it runs on over steps and epochs."""
+        return Order(num_samples, batch_size, self.streams.generator("second")).forever()
 
     def train(
         self,
@@ -64,62 +160,178 @@ class ClientData:
         epochs: int | None = None,
         proximal: float = 0.0,
         drift: Params | None = None,
+        mask: Tensor | None = None,
+        frozen: Sequence[str] = (),
+        loss: Loss | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
         """Train a copy of `start` on the client's samples as the section `local` says.
 
         epochs: the total (default `local.epochs`); proximal: mu of (mu/2) ||y - start||^2 over the trainable
-        parameters; drift: d [P], y <- y - eta d after every step; resume_from: a training of this round to
-        go on with (its model and optimizer are taken over and changed).
+        parameters; drift: d [P], y <- y - eta d after every step, frozen parameters excepted; mask: [P], 1 where a
+        parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
+        frozen: names of parameters or modules that are not trained; loss: instead of cross-entropy;
+        resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
+        epochs = local.epochs if epochs is None else epochs
+        module = task.architecture(self._model_of).module
+        block = task.full(start if resume_from is None else resume_from.params, self._model_of)
+        keep = None if mask is None else mask.to(torch.float32)
+        if keep is not None:
+            if keep.shape != (block.layout.num_params,):
+                raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{block.layout.num_params}], the parameters")
+            block.trainable.floats.mul_(keep)
+        network = Network(module, block, frozen)
+        try:
+            return self._train(network, start, epochs, proximal, drift, keep, loss, resume_from)
+        finally:
+            network.release()
+
+    def _train(
+        self,
+        network: Network,
+        start: Params,
+        epochs: int,
+        proximal: float,
+        drift: Params | None,
+        keep: Tensor | None,
+        loss: Loss | None,
+        resume_from: Trained | None,
+    ) -> Trained:
+        local = self.task.local
         if resume_from is None:
-            network = Network(task.module, task.full(start))
-            order = Order(
-                self.n,
-                local.batch_size,
-                self.streams.generator("order"),
-                local.tail,
-                no_single=has_batch_norm(task.module),
-            )
             optimizers = [local.make_optimizer(network.weights)]
+            order = self.order()
         else:
-            assert resume_from.progress is not None
-            network = Network(task.module, task.full(resume_from.params))
             order = resume_from.progress.order
             optimizers = list(resume_from.progress.optimizers)
-            # the optimizers' own state (momentum) goes on; their leaves are those of the new blocks
-            for group, weights in zip(optimizers[0].param_groups, [network.weights], strict=True):
-                for old, new in zip(group["params"], weights, strict=True):
-                    optimizers[0].state[new] = optimizers[0].state.pop(old, {})
-                group["params"] = list(weights)
+            take_over(optimizers[0], network)
+        read = self.reader()
         trainable = network.params.trainable.floats  # [P]
         anchor = start.trainable.floats
+        constant = local.schedule == "constant"
+        lr_sum = 0.0 if resume_from is None else resume_from.lr_sum
+        lr = local.lr_at(self.round, 0, epochs)
+        watched = _Squares(0.0 if resume_from is None else resume_from.squares)
 
-        def step_loss(batch: Tensor) -> Tensor:
-            return cross_entropy(network.module(self.x[batch]), self.y[batch])
+        def before_epoch(number: int) -> None:
+            nonlocal lr
+            watched.on = self._reports and number == 0
+            lr = local.lr_at(self.round, number, epochs)
+            for group in optimizers[0].param_groups:
+                group["lr"] = lr
 
-        def add_proximal() -> None:
-            network.gradient.add_(trainable - anchor, alpha=proximal)
+        def step_loss(rows: Tensor) -> Tensor:
+            batch = read(rows)
+            if loss is None:
+                value: Tensor = cross_entropy(network.module(batch.x), batch.y)
+            else:
+                value = loss(network.module, batch)
+            if watched.on:
+                watched.add(batch.y)
+            return value
 
-        def add_drift() -> None:
-            assert drift is not None
+        def before_step() -> None:
+            if proximal:
+                network.gradient.add_(trainable - anchor, alpha=proximal)
+            if keep is not None:
+                network.gradient.mul_(keep)
+
+        def after_step() -> None:
+            nonlocal lr_sum
+            lr_sum += lr
             with torch.no_grad():
-                trainable.add_(drift.floats, alpha=-local.lr)
+                if drift is not None:
+                    for (begin, end), weights in zip(network.runs, network.weights, strict=True):
+                        weights.add_(drift.floats[begin:end], alpha=-lr)
+                if keep is not None:
+                    trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
-        progress = train(
-            [network],
-            step_loss,
-            optimizers,
-            epochs=local.epochs if epochs is None else epochs,
-            order=order,
-            clip=local.clip,
-            before_step=add_proximal if proximal else None,
-            after_step=add_drift if drift is not None else None,
-            resume_from=resume_from.progress if resume_from else None,
-        )
-        network.release()
+        with watched.watching(network.module, self._reports):
+            progress = train(
+                [network],
+                step_loss,
+                optimizers,
+                epochs=epochs,
+                order=order,
+                clip=local.clip,
+                before_epoch=before_epoch,
+                before_step=before_step if proximal or keep is not None else None,
+                after_step=None if constant and drift is None and keep is None else after_step,
+                resume_from=resume_from.progress if resume_from else None,
+            )
         part = start.layout
         trained = Params(part, network.params.floats[: part.num_floats], network.params.ints[: part.num_ints])
-        loss = progress.losses[-1] if progress.losses else float("nan")
-        return Trained(trained, progress.steps, local.lr, loss, progress)
+        last = progress.losses[-1] if progress.losses else float("nan")
+        mean_lr = lr if constant or not progress.steps else lr_sum / progress.steps
+        self.trained = Trained(trained, progress.steps, mean_lr, last, progress, watched.sum, lr_sum)
+        return self.trained
+
+    def frozen_copy(self, model: Params) -> nn.Module:
+        """A module of its own with these values, in eval mode, that takes no gradients."""
+        return self.task.frozen_copy(model, self._model_of)
+
+    def evaluate(self, model: Params, split: Split | Literal["global"]) -> Scores:
+        """Score a model on the client's own part, or on the global test set."""
+        return self.task.evaluate_client(model, self.client, split)
+
+
+class _Squares:
+    """Sums the squared cross-entropy of every sample of a training's batches, whatever loss is trained."""
+
+    def __init__(self, so_far: float) -> None:
+        self.sum = so_far
+        self.on = False
+        self._outputs: Tensor | None = None
+
+    @contextlib.contextmanager
+    def watching(self, module: nn.Module, wanted: bool) -> Iterator[None]:
+        """Keep the module's outputs of each step, if wanted."""
+        handle = module.register_forward_hook(self._keep) if wanted else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _keep(self, module: nn.Module, inputs: object, outputs: Tensor) -> None:
+        if self.on and self._outputs is None:  # the first pass of a step is the one on the client's samples
+            self._outputs = outputs.detach()
+
+    def add(self, labels: Tensor) -> None:
+        """Add a step's batch."""
+        assert self._outputs is not None, "the loss did not run the module"
+        self.sum += float(cross_entropy(self._outputs, labels, reduction="none").double().square().sum())
+        self._outputs = None
+
+
+class PooledData(ClientData):
+    """All clients' training samples together, at the server: what centralised training uses."""
+
+    def __init__(self, task: Task, streams: Streams) -> None:
+        super().__init__(task, -1, streams)
+
+    @property
+    def n(self) -> int:
+        """All training samples."""
+        return self.task.num_train
+
+    @property
+    def _noise(self) -> None:
+        return None
+
+    @property
+    def _model_of(self) -> None:
+        return None
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        return self.task.pooled()
+
+
+def take_over(optimizer: torch.optim.Optimizer, network: Network) -> None:
+    """Let an optimizer go on, with its own state (momentum), on the leaves of another network of the same form."""
+    old = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    for before, after in zip(old, network.weights, strict=True):
+        optimizer.state[after] = optimizer.state.pop(before, {})
+    optimizer.param_groups[0]["params"] = list(network.weights)

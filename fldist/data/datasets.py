@@ -1,109 +1,527 @@
-"""Data sets, decoded to tensors. Which client holds which rows is the business of `partition.py`."""
+"""Data sets, decoded to arrays that are mapped, not read. Which client holds which rows is in `partition.py`,
+what is done to values in `prepare.py`; nothing is ever downloaded here unless `download` is called.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
+
+from fldist.data import cache, image_files
+from fldist.vision import torchvision
 
 NAMES = {
     "digits": "fldist.data.datasets:Digits",
+    "mnist": "fldist.data.datasets:Mnist",
+    "fashion-mnist": "fldist.data.datasets:FashionMnist",
+    "cifar10": "fldist.data.datasets:Cifar10",
+    "cifar100": "fldist.data.datasets:Cifar100",
+    "svhn": "fldist.data.datasets:Svhn",
+    "images": "fldist.data.datasets:Images",
     "hdf5": "fldist.data.datasets:Hdf5",
 }
+
+Floats = tuple[float, ...]
+_TEN = tuple("0123456789")
+_BLOCK_VALUES = 1 << 22
+_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled samples: x float32 [n, channels, height, width], y int64 [n] in 0..classes-1."""
+    """Labelled samples, as they are stored.
 
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    x: uint8 0..255 or float32, [n, channels, height, width] or any shape per sample, mostly read-only memory maps;
+    y: int64 [n] in 0..classes-1; mean, std: per channel, of values scaled to 0..1 (empty: see `statistics`);
+    notes: what happened while loading that the user should know.
+    """
+
+    train_x: NDArray[Any]
+    train_y: NDArray[np.int64]
+    test_x: NDArray[Any]
+    test_y: NDArray[np.int64]
     classes: int
+    class_names: tuple[str, ...] = ()
+    mean: Floats = ()
+    std: Floats = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return tuple(self.train_x.shape[1:])
 
+    def statistics(self) -> tuple[Floats, Floats]:
+        """Mean and standard deviation per channel, of values scaled to 0..1; calculated when nobody knows them."""
+        return (self.mean, self.std) if self.mean else channel_statistics(self.train_x)
 
+
+def channel_statistics(x: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Mean and standard deviation per channel of x [n, channels, h, w] (of any other shape: one for all values).
+
+    uint8 is scaled to 0..1 first. In float64, over n h w values (not n h w - 1), in two passes of blocks of rows;
+    a channel that is constant gets deviation 1, so that dividing by it does no harm.
+    """
+    channels = x.shape[1] if x.ndim == 4 else 1
+    unit = 255.0 if x.dtype == np.uint8 else 1.0
+    rows = max(1, _BLOCK_VALUES // max(1, x[:1].size))
+    count = x.size // channels
+
+    def total(of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
+        sums = np.zeros(channels)
+        for first in range(0, len(x), rows):
+            block = x[first : first + rows].astype(np.float64)
+            sums += of(block.reshape(len(block), channels, -1)).sum(axis=(0, 2))
+        return sums
+
+    mean = total(lambda block: block) / count
+    std = np.sqrt(total(lambda block: np.square(block - mean[:, None])) / count)
+    std[std == 0.0] = unit
+    return tuple(map(float, mean / unit)), tuple(map(float, std / unit))
+
+
+def _cached(entry: cache.Entry, fingerprint: str | None, decode: Callable[[], Dataset]) -> Dataset:
+    """A data set by way of its cache; without a fingerprint its source is gone, and the cache does without."""
+
+    def contents() -> cache.Contents:
+        made = decode()
+        mean, std = made.statistics()
+        arrays = {"train_x": made.train_x, "train_y": made.train_y, "test_x": made.test_x, "test_y": made.test_y}
+        facts = {"classes": made.classes, "class_names": made.class_names, "mean": mean, "std": std}
+        return cache.Contents(arrays, facts)
+
+    got, notes = entry.load(fingerprint, contents)
+    if fingerprint is None:
+        notes = (*notes, f"what the cache {entry.path} was decoded from is not there any more; the cache is used")
+    return Dataset(
+        got.arrays["train_x"],
+        np.array(got.arrays["train_y"]),
+        got.arrays["test_x"],
+        np.array(got.arrays["test_y"]),
+        got.facts["classes"],
+        tuple(got.facts["class_names"]),
+        tuple(got.facts["mean"]),
+        tuple(got.facts["std"]),
+        notes,
+    )
+
+
+def _checked(data: Dataset, where: str) -> Dataset:
+    """Refuse what no later code expects; `where` begins the error."""
+    for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
+        if y.shape != (len(x),):
+            raise ValueError(f"{where} has {len(x)} rows of {split}_x and {len(y)} of {split}_y")
+        if not len(y):
+            raise ValueError(f"{where} has no rows of {split}_x; training and test samples are both needed")
+        if y.min() < 0 or y.max() >= data.classes:
+            raise ValueError(f"{where}: {split}_y must be 0 to {data.classes - 1}, not {y.min()} to {y.max()}")
+    train, test = (f"{x.dtype} {x.shape[1:]}" for x in (data.train_x, data.test_x))
+    if train != test:
+        raise ValueError(f"{where}: a sample of train_x is {train} and one of test_x {test}; make them alike")
+    return data
+
+
+# ---- in scikit-learn
 @dataclass(frozen=True)
 class Digits:
     """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; needs no download.
 
-    1,437 training and 360 test samples by a permutation that is the same for every run; values 0 to 1.
+    1,437 training and 360 test samples by a permutation that is the same for every run; float32 from 0 to 1.
     """
 
-    def load(self) -> Dataset:
-        """Read and split."""
-        from sklearn.datasets import load_digits
+    def entry(self) -> cache.Entry:
+        """Its place in the cache."""
+        return cache.Entry("digits", "scikit-learn")
 
+    def load(self) -> Dataset:
+        """Map the cache, which is made when it is not there: importing scikit-learn takes seconds."""
+        try:
+            found = version("scikit-learn")
+        except PackageNotFoundError:
+            found = None
+        return _cached(self.entry(), found, self._decode)
+
+    def _decode(self) -> Dataset:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise ValueError(
+                "task.data: digits come with scikit-learn, which is not installed; pip install scikit-learn"
+            ) from None
         digits = load_digits()
         order = np.random.default_rng(1797).permutation(len(digits.target))
-        x = torch.from_numpy((digits.images[order] / 16.0).astype(np.float32)).unsqueeze(1).contiguous()
-        y = torch.from_numpy(digits.target[order].astype(np.int64))
-        return Dataset(x[:1437].clone(), y[:1437].clone(), x[1437:].clone(), y[1437:].clone(), classes=10)
+        x = (digits.images[order] / 16.0).astype(np.float32)[:, None]
+        y = digits.target[order].astype(np.int64)
+        return Dataset(x[:1437], y[:1437], x[1437:], y[1437:], 10, _TEN)
+
+
+# ---- through torchvision
+@dataclass(frozen=True)
+class Torchvision:
+    """A data set that torchvision reads; the base of those below.
+
+    root: the folder that torchvision calls so; default FLDIST_DATA, else `data` in the user's cache directory.
+    """
+
+    root: str | None = None
+
+    name: ClassVar[str]
+    kind: ClassVar[str]  # torchvision's class
+    folder: ClassVar[str]  # below root
+    files: ClassVar[tuple[str, ...]]
+    classes: ClassVar[int]
+    mean: ClassVar[Floats] = ()
+    std: ClassVar[Floats] = ()
+
+    def place(self) -> Path:
+        """The root, absolute."""
+        given = self.root or os.environ.get("FLDIST_DATA")
+        return _absolute(given) if given else cache.user_directory() / "data"
+
+    def sources(self) -> list[Path]:
+        """The files that it is read from."""
+        return [self.place() / self.folder / name for name in self.files]
+
+    def entry(self) -> cache.Entry:
+        """Its place in the cache."""
+        return cache.Entry(self.name, str(self.place()))
+
+    def load(self) -> Dataset:
+        """Map the cache, which is made when it is not there or when the files have changed.
+
+        ValueError says which file is missing or damaged. When all of them are gone, a cache of them is used.
+        """
+        there = [path for path in self.sources() if path.is_file()]
+        state = cache.fingerprint([(p.name, p.stat()) for p in there]) if there else None
+        return _cached(self.entry(), state, self._decode)
+
+    def download(self) -> None:
+        """Download what is missing, checked by torchvision's MD5 sums; ValueError says what prevents it."""
+        if all(path.is_file() for path in self.sources()):
+            return
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_SILENCE_S)  # torchvision sets no limit on a server's silence
+        try:
+            self.place().mkdir(parents=True, exist_ok=True)
+            for train in (True, False):
+                self._torchvision_kind()(**self._arguments(train), download=True)
+        except Exception as error:  # URLError, RuntimeError, HTTPException, tarfile.ReadError, PermissionError ...
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"task.data.root: {self.name} cannot be downloaded to {self.place()} ({said}); "
+                f"see to the network, or put {', '.join(self.files)} into {self.place() / self.folder}{self._hint()}"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(before)
+
+    def _missing(self) -> ValueError:
+        path = next(path for path in self.sources() if not path.is_file())
+        option = f" --root {self.root}" if self.root else ""
+        remedy = "set or correct FLDIST_DATA" if not self.root else "correct task.data.root"
+        if self.root is None and "FLDIST_DATA" not in os.environ:
+            remedy = "set FLDIST_DATA to the folder that has it"
+        return ValueError(
+            f"task.data.root: no {self.name} found: looked for {path}; `fldist data prepare {self.name}{option}` "
+            f"downloads it; or {remedy}{self._hint()}"
+        )
+
+    def _hint(self) -> str:
+        return ""
+
+    def _torchvision_kind(self) -> Any:
+        return getattr(torchvision().datasets, self.kind)
+
+    def _arguments(self, train: bool) -> dict[str, Any]:
+        return {"root": str(self.place()), "train": train}
+
+    def _decode(self) -> Dataset:
+        if not all(path.is_file() for path in self.sources()):
+            raise self._missing()
+        self._check_files()
+        try:
+            train_x, train_y = self._arrays(self._torchvision_kind()(**self._arguments(True)))
+            test_x, test_y = self._arrays(self._torchvision_kind()(**self._arguments(False)))
+        except Exception as error:  # whatever torch, pickle or scipy say to a damaged file
+            raise self._damaged(self.place() / self.folder, f"{type(error).__name__}: {error}") from None
+        data = Dataset(train_x, train_y, test_x, test_y, self.classes, self._class_names(), self.mean, self.std)
+        return _checked(data, f"task.data.root: {self.name} in {self.place() / self.folder}")
+
+    def _damaged(self, path: Path, why: str) -> ValueError:
+        return ValueError(
+            f"task.data.root: {path} is damaged ({why}); delete it and run `fldist data prepare {self.name}"
+            f"{f' --root {self.root}' if self.root else ''}`, which downloads it again"
+        )
+
+    def _check_files(self) -> None:
+        """ValueError names the first damaged file."""
+        raise NotImplementedError
+
+    def _arrays(self, made: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """What torchvision has read, as x uint8 [n, c, h, w] and y int64 [n]."""
+        raise NotImplementedError
+
+    def _class_names(self) -> tuple[str, ...]:
+        return _TEN
+
+
+@dataclass(frozen=True)
+class Mnist(Torchvision):
+    """MNIST: 60,000 + 10,000 handwritten digits, uint8 [1, 28, 28]. Source: LeCun et al. 1998."""
+
+    name = "mnist"
+    kind = "MNIST"
+    folder = "MNIST/raw"
+    files = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
+    classes = 10
+    mean = (0.1307,)
+    std = (0.3081,)
+
+    def _torchvision_kind(self) -> Any:
+        kind = super()._torchvision_kind()
+        # without this, torchvision prefers processed/training.pt of its early versions to the files looked at here
+        return type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})
+
+    def _check_files(self) -> None:
+        for path in self.sources():  # IDX: 0, 0, type, rank, then the sizes as big-endian int32, then the values
+            rank = 3 if "images" in path.name else 1
+            with path.open("rb") as file:
+                head = file.read(4 + 4 * rank)
+            if len(head) < 4 + 4 * rank or head[:4] != bytes([0, 0, 8, rank]):
+                raise self._damaged(path, "it does not begin as an IDX file")
+            sizes = np.frombuffer(head, ">i4", offset=4).tolist()
+            want = len(head) + int(np.prod(sizes, dtype=np.int64))
+            if path.stat().st_size != want:
+                raise self._damaged(path, f"{path.stat().st_size} bytes instead of {want}")
+            if rank == 3 and sizes[1:] != [28, 28]:
+                raise self._damaged(path, f"images of {sizes[1]}x{sizes[2]} pixels instead of 28x28")
+
+    def _arrays(self, made: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return made.data.numpy()[:, None], made.targets.numpy().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class FashionMnist(Mnist):
+    """Fashion-MNIST: 60,000 + 10,000 pictures of clothes, uint8 [1, 28, 28]. Source: Xiao et al., arXiv 1708.07747."""
+
+    name = "fashion-mnist"
+    kind = "FashionMNIST"
+    folder = "FashionMNIST/raw"
+    mean = (0.2860,)
+    std = (0.3530,)
+
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(self._torchvision_kind().classes)
+
+
+@dataclass(frozen=True)
+class Cifar10(Torchvision):
+    """CIFAR-10: 50,000 + 10,000 photographs, uint8 [3, 32, 32]. Source: Krizhevsky 2009."""
+
+    name = "cifar10"
+    kind = "CIFAR10"
+    folder = "cifar-10-batches-py"
+    files = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+    classes = 10
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2023, 0.1994, 0.2010)
+
+    def _check_files(self) -> None:
+        # These files are pickles. Torchvision unpickles them only after their MD5 sums have been found on its list,
+        # and that is what keeps code in them from running: never read them past its check. Here it names the file.
+        from torchvision.datasets.utils import check_integrity
+
+        kind = self._torchvision_kind()
+        sums = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+        for path in self.sources():
+            if not check_integrity(str(path), sums[path.name]):
+                raise self._damaged(path, "its MD5 sum is not the published one")
+
+    def _arrays(self, made: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return made.data.transpose(0, 3, 1, 2), np.array(made.targets, dtype=np.int64)
+
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(self._torchvision_kind()(**self._arguments(False)).classes)
+
+    def _hint(self) -> str:
+        jpegs = self.place() / "cifar10-jpg.zip"
+        if self.name != "cifar10" or not jpegs.is_file():
+            return ""
+        path = jpegs.name if self.root is None else str(jpegs)
+        return f"; or use its JPEG images that are there with task.data={{name: images, path: {path}}}"
+
+
+@dataclass(frozen=True)
+class Cifar100(Cifar10):
+    """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 photographs, uint8 [3, 32, 32]. Source: Krizhevsky 2009."""
+
+    name = "cifar100"
+    kind = "CIFAR100"
+    folder = "cifar-100-python"
+    files = ("train", "test", "meta")
+    classes = 100
+    mean = (0.50708, 0.48655, 0.44092)
+    std = (0.26733, 0.25644, 0.27615)
+
+
+@dataclass(frozen=True)
+class Svhn(Torchvision):
+    """SVHN, cropped digits: 73,257 + 26,032 photographs, uint8 [3, 32, 32]. Source: Netzer et al. 2011.
+
+    Label 10 of the files is the digit 0, and class 0 here; mean and deviation are those of the training images.
+    """
+
+    name = "svhn"
+    kind = "SVHN"
+    folder = "."
+    files = ("train_32x32.mat", "test_32x32.mat")
+    classes = 10
+
+    def _arguments(self, train: bool) -> dict[str, Any]:
+        return {"root": str(self.place()), "split": "train" if train else "test"}
+
+    def _check_files(self) -> None:
+        from torchvision.datasets.utils import check_integrity
+
+        for path, split in zip(self.sources(), ("train", "test"), strict=True):
+            if not check_integrity(str(path), self._torchvision_kind().split_list[split][2]):
+                raise self._damaged(path, "its MD5 sum is not the published one")
+
+    def _arrays(self, made: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return made.data, made.labels
+
+
+# ---- a user's own
+@dataclass(frozen=True)
+class Images:
+    """A folder or a zip of images laid out `split/class/image`, decoded to uint8 [channels, height, width].
+
+    path: relative to the working directory, else to FLDIST_DATA; a single folder around the splits is skipped.
+    Splits are `train` and `test` (without it `val` or `valid`); classes are the folders of `train` in order of
+    their names. size: every image is brought to size x size (bilinear); without it all must be of one size.
+    channels: 1 or 3; without it as the files are, and 3 when some have colour.
+    """
+
+    path: str
+    size: Annotated[int, Field(ge=1, le=1 << 14)] | None = None
+    channels: Literal[1, 3] | None = None
+
+    def entry(self, place: Path) -> cache.Entry:
+        """Its place in the cache when it is read from `place`."""
+        options = {"size": self.size, "channels": self.channels}
+        said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+        return cache.Entry("images", f"{place}{f' ({said})' if said else ''}")
+
+    def load(self) -> Dataset:
+        """Map the cache, which is made when it is not there or when a file has changed.
+
+        ValueError names the image or folder that does not fit. When the files are gone, a cache of them is used.
+        """
+        key = "task.data.path"
+        places = _places(self.path)
+        place = next((p for p in places if p.exists()), None)
+        if place is not None:
+            found = place
+            state = cache.fingerprint(image_files.stats(found, key))
+            return _cached(self.entry(found), state, lambda: self._decode(found))
+        for gone in places:
+            if self.entry(gone).path.is_file():
+                return _cached(self.entry(gone), None, lambda: self._decode(find_data(self.path, key)))
+        return self._decode(find_data(self.path, key, folders=True))
+
+    def _decode(self, place: Path) -> Dataset:
+        files = image_files.find(place, "task.data.path")
+        x = files.decode(self.size, self.channels, "task.data.path")
+        y, n = files.labels, files.num_train
+        return Dataset(x[:n], y[:n], x[n:], y[n:], len(files.classes), files.classes)
 
 
 @dataclass(frozen=True)
 class Hdf5:
     """A user's own data in one HDF5 file: `train_x`, `train_y`, `test_x`, `test_y`.
 
-    x: [n, channels, height, width] (or any shape per sample), floats as they are, uint8 scaled to 0..1;
+    x: [n, channels, height, width] (or any shape per sample), uint8 as it is, all other numbers as float32;
     y: [n] integers from 0. A relative `path` is looked for in the working directory, then in FLDIST_DATA.
     """
 
     path: str
 
     def load(self) -> Dataset:
-        """Read the whole file; ValueError says where it was looked for or what it lacks."""
+        """Map x where it lies contiguous as uint8 or float32, read everything else; nothing is cached.
+
+        ValueError says where the file was looked for or what it lacks.
+        """
         import h5py
 
         wanted = ("train_x", "train_y", "test_x", "test_y")
         path = find_data(self.path, "task.data.path")
         try:
-            with h5py.File(path, "r") as file:
-                missing = [name for name in wanted if name not in file]
+            with path.open("rb") as raw, h5py.File(raw, "r") as file:
+                missing = [name for name in wanted if not isinstance(file.get(name), h5py.Dataset)]
                 if missing:
                     raise ValueError(f"task.data.path: {path} has no {missing[0]!r}; it needs {', '.join(wanted)}")
-                raw = [np.asarray(file[name]) for name in wanted]
-        except OSError as error:
+                train_x, test_x = (_features(raw, file[name], path) for name in ("train_x", "test_x"))
+                train_y, test_y = (_labels(file[name], path) for name in ("train_y", "test_y"))
+        except (OSError, RuntimeError) as error:
             raise ValueError(f"task.data.path: {path} cannot be read as HDF5 ({error}); make it again") from None
-        for name, labels in (("train_y", raw[1]), ("test_y", raw[3])):
-            if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-                raise ValueError(
-                    f"task.data.path: {name} of {path} must be [n] integers, not {labels.dtype} {labels.shape}"
-                )
-        train_x, test_x = (_as_floats(a) for a in (raw[0], raw[2]))
-        train_y, test_y = (torch.from_numpy(a.astype(np.int64)) for a in (raw[1], raw[3]))
-        for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
-            if y.shape != (len(x),):
-                raise ValueError(f"task.data.path: {path} has {len(x)} rows of {name}_x and {len(y)} of {name}_y")
-        classes = int(torch.cat([train_y, test_y]).max()) + 1
-        return Dataset(train_x, train_y, test_x, test_y, classes)
+        classes = 1 + max((int(y.max()) for y in (train_y, test_y) if len(y)), default=0)
+        return _checked(Dataset(train_x, train_y, test_x, test_y, classes), f"task.data.path: {path}")
 
 
-def _as_floats(array: NDArray[Any]) -> Tensor:
-    scaled = array / 255.0 if array.dtype == np.uint8 else array
-    return torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))
+def _features(file: Any, dataset: Any, path: Path) -> NDArray[Any]:
+    kind = np.dtype(np.uint8) if dataset.dtype == np.uint8 else np.dtype(np.float32)
+    if dataset.ndim < 1 or dataset.dtype.kind not in "fiu":
+        raise ValueError(
+            f"task.data.path: {dataset.name[1:]} of {path} must be [n, ...] numbers, not {dataset.dtype} "
+            f"{dataset.shape}"
+        )
+    mapped = cache.map_array(file, dataset) if dataset.dtype == kind else None
+    return np.asarray(dataset.astype(kind)[...]) if mapped is None else mapped
 
 
-def find_data(path: str, key: str) -> Path:
-    """Where a data file is: as given, else below FLDIST_DATA; ValueError names both places and the remedy."""
-    tried = [Path(path).absolute()]
+def _labels(dataset: Any, path: Path) -> NDArray[np.int64]:
+    if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
+        raise ValueError(
+            f"task.data.path: {dataset.name[1:]} of {path} must be [n] integers, not {dataset.dtype} {dataset.shape}"
+        )
+    return np.asarray(dataset[...]).astype(np.int64)
+
+
+# ---- where files are
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _places(path: str) -> Sequence[Path]:
+    places = [_absolute(path)]
     root = os.environ.get("FLDIST_DATA")
-    if root and not Path(path).is_absolute():
-        tried.append(Path(root).absolute() / path)
+    if root and not Path(path).expanduser().is_absolute():
+        places.append(_absolute(root) / path)
+    return places
+
+
+def find_data(path: str, key: str, *, folders: bool = False) -> Path:
+    """Where a data file (or, with `folders`, a folder) is: as given, else below FLDIST_DATA.
+
+    ValueError names both places and the remedy.
+    """
+    tried = _places(path)
     for candidate in tried:
-        if candidate.is_file():
+        if candidate.is_file() or (folders and candidate.is_dir()):
             return candidate
     places = " and ".join(str(p) for p in tried)
-    remedy = "put it there" if root else "set FLDIST_DATA to the folder that has it"
+    remedy = "put it there" if os.environ.get("FLDIST_DATA") else "set FLDIST_DATA to the folder that has it"
     raise ValueError(f"{key}: no data found: looked for {places}; {remedy}, or correct {key}")

@@ -1,33 +1,56 @@
-"""The task: data, partition and model, the same at every rank because all of it follows from the configuration."""
+"""The task: data, partition and models, the same at every rank because all of it follows from the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fldist.data.augment import add_noise
 from fldist.data.datasets import Dataset
-from fldist.data.partition import Rows
-from fldist.models.evaluate import Scores, evaluate
+from fldist.data.partition import Noise, Rows
+from fldist.data.prepare import ClientSplit, Preparation, Public, Subset
+from fldist.models.evaluate import Evaluation, Scores, evaluate
 from fldist.models.train import LocalTraining
 from fldist.params import Layout, Params, Travel
-from fldist.seeding import forked, numpy_generator
+from fldist.seeding import forked, generator, numpy_generator
+
+Build = Callable[[tuple[int, ...], int], nn.Module]
+Split = Literal["train", "val", "test"]
 
 
 class Partition(Protocol):
-    """A way to split rows; see `partition.py`."""
+    """A way to split rows; see `partition.py`. One with `noise_of(client, num_clients)` also blurs the features."""
 
     def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
         """Labels [n] -> K arrays of row numbers."""
 
 
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model's structure: a module to calculate with, its layout, its initial values."""
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    initial: Params
+
+
 class Task:
     """What is learnt, by how many clients, on which rows.
 
-    seed: the run's seed (initial weights); partition_seed: the partition's own; travel: which part of the
-    model's state is exchanged (`all`, `floats`, `params`; what does not travel keeps its initial value).
+    Rows are numbered over the training samples and, behind them, the test samples of the data set. seed: the run's
+    seed (initial weights); partition_seed: that of the subset, the partition and the clients' splits;
+    travel: which part of a model's state is exchanged (`all`, `floats`, `params`; what does not travel keeps its
+    initial value); merged: training and test samples are divided among the clients together, and there is no
+    global test set; client_models: name and builder of the clients' models, client i has number i mod their count
+    (none: everyone has the task's); own_init: every client's initial model is drawn on its own.
     """
 
     def __init__(
@@ -36,47 +59,269 @@ class Task:
         dataset: Dataset,
         partition: Partition,
         num_clients: int,
-        build: Callable[[tuple[int, ...], int], nn.Module],
+        build: Build,
         local: LocalTraining,
         seed: int,
         partition_seed: int,
         travel: Travel = "all",
+        subset: Subset | None = None,
+        merged: bool = False,
+        split: ClientSplit | None = None,
+        preparation: Preparation | None = None,
+        evaluation: Evaluation | None = None,
+        public: Public | None = None,
+        public_dataset: Dataset | None = None,
+        client_models: Sequence[tuple[str, Build]] = (),
+        own_init: bool = False,
+        model_name: str = "model",
     ) -> None:
         self.dataset = dataset
         self.num_clients = num_clients
         self.local = local
+        self.evaluation = evaluation or Evaluation()
+        self.preparation = preparation or Preparation()
+        self.split = split or ClientSplit()
         self.seed = seed
         self.travel: Travel = travel
-        self.parts = partition.split(dataset.train_y.numpy(), num_clients, numpy_generator(partition_seed, "partition"))
-        self.sizes = [len(p) for p in self.parts]
+        self.shape = self.preparation.shape(dataset.shape)
+        self.notes: list[str] = list(dataset.notes)
+        self._scale = self.preparation.scale(dataset)
+        self._divide(partition, partition_seed, subset or Subset(), merged, public or Public(), public_dataset)
+        self.architectures: list[Architecture] = []
+        self._builds = [(model_name, build)]
+        for name, other in client_models:
+            if name not in [n for n, _ in self._builds]:
+                self._builds.append((name, other))
+        for index in range(len(self._builds)):
+            self.architectures.append(self._architecture(index))
+        names = [a.name for a in self.architectures]
+        self._cycle = [names.index(name) for name, _ in client_models] or [0]
+        self.own_init = own_init
+
+    # ---- rows
+    def _divide(
+        self,
+        partition: Partition,
+        partition_seed: int,
+        subset: Subset,
+        merged: bool,
+        public: Public,
+        public_dataset: Dataset | None,
+    ) -> None:
+        """Decide which row is whose: public, each client's, of the global test set."""
+        data = self.dataset
+        rng = numpy_generator(partition_seed, "subset")
+        pool = subset.rows("train", len(data.train_y), rng)
+        test = subset.rows("test", len(data.test_y), rng) + len(data.train_y)
+        self._labels = np.concatenate([data.train_y, data.test_y])
+        self._public_from = public_dataset
+        source = len(public_dataset.train_y) if public_dataset is not None else len(pool)
+        if public.n > source:
+            raise ValueError(f"task.public.n: {public.n} of {source} training rows cannot be taken; lower it")
+        drawn = np.sort(numpy_generator(public.seed, "public").permutation(source)[: public.n])
+        if public_dataset is None:
+            self._public_rows, pool = pool[drawn], np.delete(pool, drawn)
+        else:
+            if public_dataset.shape[:1] != data.shape[:1]:
+                raise ValueError(
+                    f"task.public.data: its samples have shape {public_dataset.shape}, the task's {data.shape}; "
+                    "the channels must agree"
+                )
+            self._public_rows = drawn
+        self._test_rows = test[:0] if merged else test
+        if merged:
+            pool = np.concatenate([pool, test])
+        split = partition.split(self._labels[pool], self.num_clients, numpy_generator(partition_seed, "partition"))
+        whole = [pool[rows] for rows in split]
+        self._splits = [
+            self.split.of(rows, numpy_generator(partition_seed, "split", client)) for client, rows in enumerate(whole)
+        ]
+        self.parts = [parts["train"] for parts in self._splits]
+        self.sizes = [len(rows) for rows in self.parts]
         self.num_train = sum(self.sizes)
-        with forked(seed, "init"):
-            self.module = build(dataset.shape, dataset.classes)
-        self.layout = Layout.of(self.module)
-        self._initial = Params.of(self.module, self.layout)
+        noise_of = getattr(partition, "noise_of", None)
+        self._noise: list[Noise] | None = None
+        if noise_of is not None:
+            self._noise = [noise_of(client, self.num_clients) for client in range(self.num_clients)]
+        self._note_unused(pool, whole)
+
+    def _note_unused(self, pool: Rows, whole: list[Rows]) -> None:
+        """Say which classes nobody holds, and how many rows lie idle."""
+        held = np.unique(self._labels[np.concatenate(whole)])
+        absent = np.setdiff1d(np.unique(self._labels[pool]), held).tolist()
+        if absent:
+            shown = ", ".join(map(str, absent[:20])) + (" ..." if len(absent) > 20 else "")
+            self.notes.append(f"nobody holds a sample of class {shown}: the partition left them out")
+        unused = len(pool) - sum(len(rows) for rows in whole)
+        if unused:
+            self.notes.append(f"{unused} of {len(pool)} training rows are nobody's under this partition")
+
+    def _raw(self, rows: Rows) -> NDArray[np.generic]:
+        """Stored values of rows, as a fresh array."""
+        data = self.dataset
+        first = len(data.train_y)
+        late = rows >= first
+        if not late.any():
+            return np.asarray(data.train_x[rows])
+        if late.all():
+            return np.asarray(data.test_x[rows - first])
+        both = np.empty((len(rows), *data.shape), dtype=data.train_x.dtype)
+        both[~late] = data.train_x[rows[~late]]
+        both[late] = data.test_x[rows[late] - first]
+        return both
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Normalise values of 0..1 as `task.normalize` says."""
+        if self._scale is None:
+            return x
+        mean, std = self._scale
+        return (x - mean) / std
+
+    def unit_rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """A client's samples x [n, ...] in 0..1 and labels y [n], before augmentation and normalisation."""
+        rows = self._splits[client][split]
+        return self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+
+    def rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """A client's samples x [n, ...] and labels y [n] as its model sees them, in fresh tensors.
+
+        Under feature noise every client and split has one draw of it here; training draws anew at every batch.
+        """
+        x, y = self.unit_rows(client, split)
+        noise = self.noise_of(client)
+        if noise is not None:
+            x = add_noise(x, noise.std, noise.cell, generator(self.seed, f"noise-{split}", client))
+        return self.normal(x), y
+
+    def labels(self, client: int, split: Split = "train") -> Tensor:
+        """A client's labels [n], without reading its samples."""
+        return torch.from_numpy(self._labels[self._splits[client][split]])
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """All clients' training samples in 0..1 and their labels, in the order of the data set."""
+        if self._noise is not None:
+            raise ValueError("task.partition: with feature_noise there is no common data to pool; use another")
+        rows = np.sort(np.concatenate(self.parts))
+        return self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+
+    def noise_of(self, client: int) -> Noise | None:
+        """The noise on a client's features, if the partition has any."""
+        if self._noise is None or self._noise[client].std == 0.0:
+            return None
+        return self._noise[client]
+
+    def count(self, client: int, split: Split = "train") -> int:
+        """How many samples a client's split has."""
+        return len(self._splits[client][split])
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Training samples by client and class, [K, C]."""
+        counts = np.zeros((self.num_clients, self.num_classes), dtype=np.int64)
+        for client, rows in enumerate(self.parts):
+            counts[client] = np.bincount(self._labels[rows], minlength=self.num_classes)
+        return counts
+
+    def public(self) -> tuple[Tensor, Tensor]:
+        """The public samples x [n, ...] and labels y [n], equal at server and clients; they never travel."""
+        rows = self._public_rows
+        if self._public_from is None:
+            return self.normal(self.preparation.unit(self._raw(rows))), torch.from_numpy(self._labels[rows])
+        other = self._public_from
+        x = self.preparation.unit(np.asarray(other.train_x[rows]))
+        return self.normal(x), torch.from_numpy(np.asarray(other.train_y[rows]))
+
+    @property
+    def num_test(self) -> int:
+        """Samples of the global test set; 0 when it was merged with the training set."""
+        return len(self._test_rows)
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The global test set in batches; under feature noise, one noisy copy of it for every client."""
+        copies: list[Noise | None] = list(self._noise) if self._noise is not None else [None]
+        for number, noise in enumerate(copies):
+            rng = generator(self.seed, "noise-global", number)
+            for start in range(0, self.num_test, size):
+                rows = self._test_rows[start : start + size]
+                x = self.preparation.unit(self._raw(rows))
+                if noise is not None:
+                    x = add_noise(x, noise.std, noise.cell, rng)
+                yield self.normal(x), torch.from_numpy(self._labels[rows])
 
     @property
     def num_classes(self) -> int:
         """C."""
         return self.dataset.classes
 
-    def init_params(self) -> Params:
-        """The initial model (the part that travels), the same wherever it is asked for."""
-        return self._initial.restricted(self.travel).clone()
+    # ---- models
+    def _architecture(self, index: int) -> Architecture:
+        name, build = self._builds[index]
+        with forked(self.seed, "init", *([index] if index else [])):
+            module = build(self.shape, self.num_classes)
+        layout = Layout.of(module)
+        return Architecture(name, module, layout, Params.of(module, layout))
 
-    def full(self, part: Params) -> Params:
+    def architecture(self, client: int | None = None) -> Architecture:
+        """A client's architecture, or the server's."""
+        return self.architectures[0 if client is None else self._cycle[client % len(self._cycle)]]
+
+    @property
+    def module(self) -> nn.Module:
+        """The server's module."""
+        return self.architectures[0].module
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the server's model."""
+        return self.architectures[0].layout
+
+    def layout_of(self, client: int) -> Layout:
+        """The layout of a client's model."""
+        return self.architecture(client).layout
+
+    def init_params(self, client: int | None = None, *, whole: bool = False) -> Params:
+        """The initial model, the same wherever it is asked for: the part that travels, or the whole.
+
+        client: of this client's architecture; with `own_init`, drawn for it alone.
+        """
+        made = self.architecture(client)
+        travel: Travel = "all" if whole else self.travel
+        if client is None or not self.own_init:
+            return made.initial.restricted(travel).clone()
+        _, build = self._builds[self.architectures.index(made)]
+        with forked(self.seed, "own-init", client):
+            return Params.of(build(self.shape, self.num_classes), made.layout).restricted(travel)
+
+    def full(self, part: Params, client: int | None = None) -> Params:
         """Fresh blocks of the whole model: `part`, and initial values where it has none."""
-        full = self._initial.clone() if part.layout != self.layout else part.clone()
-        if part.layout != self.layout:
-            full.write(part)
+        made = self.architecture(client)
+        if part.layout == made.layout:
+            return part.clone()
+        full = made.initial.clone()
+        full.write(part)
         return full
 
-    def rows(self, client: int) -> tuple[Tensor, Tensor]:
-        """A client's training samples x [n, ...] and labels y [n], as fresh tensors."""
-        part = self.parts[client]
-        return self.dataset.train_x[part], self.dataset.train_y[part]
+    def frozen_copy(self, model: Params, client: int | None = None) -> nn.Module:
+        """A module of its own with these values, in eval mode, that takes no gradients."""
+        module = copy.deepcopy(self.architecture(client).module)
+        self.full(model, client).bind(module)
+        return module.eval().requires_grad_(False)
 
+    # ---- evaluation
     def evaluate(self, model: Params) -> Scores:
-        """Score a model on the global test set."""
-        self.full(model).bind(self.module)
-        return evaluate(self.module, self.dataset.test_x, self.dataset.test_y)
+        """Score a model of the server's architecture on the global test set."""
+        return self._score(model, None, self.test_batches(self.evaluation.batch_size))
+
+    def evaluate_client(self, model: Params, client: int, split: Split | Literal["global"]) -> Scores:
+        """Score a client's model on one of its splits, or on the global test set."""
+        size = self.evaluation.batch_size
+        if split == "global":
+            return self._score(model, client, self.test_batches(size))
+        x, y = self.rows(client, split)
+        # clones: a slice's address could change the bits of a matrix product
+        batches = ((x[at : at + size].clone(), y[at : at + size]) for at in range(0, len(y), size))
+        return self._score(model, client, batches)
+
+    def _score(self, model: Params, client: int | None, batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
+        module = self.architecture(client).module
+        self.full(model, client).bind(module)
+        return evaluate(module, batches, self.evaluation)

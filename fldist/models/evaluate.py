@@ -1,36 +1,130 @@
-"""Accuracy and loss of a model on labelled samples."""
+"""Scores of a model on labelled samples: the section `eval`, and the metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+Metric = Literal["accuracy", "loss", "top5", "f1", "precision", "recall", "auc"]
+_BY_LIBRARY = frozenset({"f1", "precision", "recall", "auc"})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The section `eval`: who scores which model on what, how often, and by which figures.
+
+    every: in every k-th round and the last one; 0: never. where: at the server (the global model on the global
+    test set), at the clients, both; `auto`: at the server where there is a global model and test set, else at the
+    clients. clients: all of them, or those selected in the round. split: the clients' own `train`, `val` or `test`
+    part, or the `global` test set; `auto`: `test` where clients have one, else `global`. model: at the clients,
+    the `global` model (sent for it), their `personal` one, or the one `sent` for training in this round (no extra
+    traffic); `auto`: personal where the algorithm has such, else global. weights: of clients in the headline
+    figures. batch_norm: running statistics, or each batch's own. average: of f1, precision and recall over classes.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    every: Annotated[int, Field(ge=0)] = 1
+    where: Literal["auto", "server", "clients", "both"] = "auto"
+    clients: Literal["all", "selected"] = "all"
+    split: Literal["auto", "train", "val", "test", "global"] = "auto"
+    model: Literal["auto", "global", "personal", "sent"] = "auto"
+    weights: Literal["samples", "equal"] = "samples"
+    batch_norm: Literal["running", "batch"] = "running"
+    metrics: tuple[Metric, ...] = ("accuracy", "loss")
+    average: Literal["weighted", "macro", "micro"] = "weighted"
+    batch_size: Annotated[int, Field(ge=1)] = 512
+
+    @property
+    def names(self) -> tuple[Metric, ...]:
+        """The metrics in the order in which they are reported; accuracy and loss are always among them."""
+        return tuple(dict.fromkeys(("accuracy", "loss", *self.metrics)))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """accuracy: share of samples whose largest logit is the label; loss: mean cross-entropy; n: samples."""
+    """What a model reached on n samples: `accuracy` (share whose largest output is the label), `loss` (mean
+    cross-entropy), and the further metrics that were asked for.
 
-    accuracy: float
-    loss: float
+    top5: share whose label is among the 5 largest outputs; f1, precision, recall: over classes as `eval.average`
+    says, 0 where undefined; auc: area under the ROC curve of the outputs as they are, every (sample, class) pair
+    one decision (micro-average). NaN without samples, and where the outputs are NaN.
+    """
+
     n: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose largest output is the label."""
+        return self.values["accuracy"]
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.values["loss"]
 
 
-def evaluate(module: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Scores:
-    """Score a module in eval mode; x [n, ...], y [n]. The module's mode is restored."""
+def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: Evaluation | None = None) -> Scores:
+    """Score a module on batches of x [b, ...] and y [b]; its mode is restored.
+
+    With `batch_norm: batch` the running statistics of the module it is given do change.
+    """
+    how = how or Evaluation()
     was_training = module.training
     module.eval()
-    correct = 0
-    loss = 0.0
+    if how.batch_norm == "batch":
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train()
+    correct, top5, loss, n = 0, 0, 0.0, 0
+    kept_outputs: list[Tensor] = []
+    kept_labels: list[Tensor] = []
+    keeps = bool(_BY_LIBRARY & set(how.names))
     with torch.no_grad():
-        for start in range(0, len(y), batch_size):
-            labels = y[start : start + batch_size]
-            # a fresh tensor: a slice's address could change the bits of a matrix product
-            logits = module(x[start : start + batch_size].clone())  # [b, C]
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
+        for x, labels in batches:
+            outputs = module(x)  # [b, C]
+            correct += int((outputs.argmax(dim=1) == labels).sum())
+            loss += float(cross_entropy(outputs, labels, reduction="sum"))
+            if "top5" in how.names:
+                best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices  # [b, 5]
+                top5 += int((best == labels[:, None]).sum())
+            if keeps:
+                kept_outputs.append(outputs)
+                kept_labels.append(labels)
+            n += len(labels)
     module.train(was_training)
-    n = len(y)
-    return Scores(correct / n if n else float("nan"), loss / n if n else float("nan"), n)
+    if not n:
+        return Scores(0, dict.fromkeys(how.names, float("nan")))
+    values = {"accuracy": correct / n, "loss": loss / n, "top5": top5 / n}
+    if keeps:
+        values |= class_metrics(torch.cat(kept_outputs), torch.cat(kept_labels), how.average)
+    return Scores(n, {name: values[name] for name in how.names})
+
+
+def class_metrics(
+    outputs: Tensor, labels: Tensor, average: Literal["weighted", "macro", "micro"] = "weighted"
+) -> dict[str, float]:
+    """f1, precision, recall and auc of outputs [n, C] for labels [n], by scikit-learn."""
+    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels.numpy(), outputs.argmax(dim=1).numpy(), average=average, zero_division=0.0
+    )
+    auc = float("nan")
+    if bool(torch.isfinite(outputs).all()) and outputs.shape[1] > 1:
+        truth = torch.nn.functional.one_hot(labels, outputs.shape[1])
+        auc = float(roc_auc_score(truth.reshape(-1).numpy(), outputs.reshape(-1).numpy()))
+    return {"f1": float(f1), "precision": float(precision), "recall": float(recall), "auc": auc}
+
+
+def warm_up_metrics(how: Evaluation) -> None:
+    """Import what the metrics need: 1.7 s that would else be part of the first evaluation."""
+    if _BY_LIBRARY & set(how.names):
+        import sklearn.metrics  # noqa: F401

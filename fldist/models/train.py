@@ -1,11 +1,12 @@
 """The local training primitive: every algorithm's local epochs run through `train`.
 
 It knows networks, batches and optimizers; it does not know clients, rounds or what is sent. Presets (plain,
-proximal, drift) are made of its hooks by `data/client_data.py`.
+proximal, drift, mask, frozen part) are made of its hooks by `data/client_data.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -33,7 +34,23 @@ class LocalTraining:
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
     clip: NonNegative = 0.0  # largest total gradient norm; 0 clips nothing
+    order: Literal["shuffle", "fixed"] = "shuffle"  # a new permutation every epoch, or the order of the data
     tail: Literal["keep", "drop", "merge"] = "keep"  # the last, smaller batch of an epoch
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr over the epochs of one round
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of round r: lr * lr_decay^floor((r - 1) / lr_decay_every)
+    lr_decay_every: Annotated[int, Field(ge=1)] = 1
+
+    def lr_at(self, round_number: int, epoch: int, epochs: int) -> float:
+        """The learning rate of an epoch (from 0) of a round (from 1); cosine: lr (1 + cos(pi epoch / E)) / 2.
+
+        E is the larger of `epochs`, the epochs of this training, and those configured: one that stops early and
+        goes on later keeps to the schedule of the whole.
+        """
+        epochs = max(epochs, self.epochs)
+        lr = self.lr
+        if self.lr_decay != 1.0:
+            lr *= self.lr_decay ** ((round_number - 1) // self.lr_decay_every)
+        return lr if self.schedule == "constant" else lr * (1.0 + math.cos(math.pi * epoch / epochs)) / 2.0
 
     def make_optimizer(self, weights: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer over flat weights."""
@@ -47,15 +64,25 @@ class Network:
 
     `weights` are the flat leaves that an optimizer steps: one for a module that trains whole, so that a step is
     a few operations on one tensor; one per contiguous run of trainable tensors where part of it is frozen.
+    frozen: names of parameters, or of modules with all below them, that are not trained; a layer whose parameters
+    are all frozen is in eval mode, so that BatchNorm's statistics stay as well. ValueError for a name that is none.
     """
 
-    def __init__(self, module: nn.Module, params: Params) -> None:
+    def __init__(self, module: nn.Module, params: Params, frozen: Sequence[str] = ()) -> None:
         params.bind(module)
         self.module = module
         self.params = params
         self.gradient = torch.zeros(params.layout.num_params)  # [P]
+        self._thawed: list[nn.Parameter] = []
         tensors = dict(module.named_parameters())
-        runs: list[list[int]] = []
+        for name in frozen:
+            below = [t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")]
+            if not below:
+                raise ValueError(f"frozen: the model has no parameter {name!r}; it has {', '.join(tensors)}")
+            self._thawed += [t for t in below if t.requires_grad]
+            for tensor in below:
+                tensor.requires_grad_(False)
+        self.runs: list[tuple[int, int]] = []  # [start, end) of every leaf in the blocks
         for slot in params.layout.params:
             tensor = tensors[slot.name]
             end = slot.offset + slot.numel
@@ -63,20 +90,32 @@ class Network:
                 tensor.grad = None
                 continue
             tensor.grad = self.gradient[slot.offset : end].view(slot.shape)
-            if runs and runs[-1][1] == slot.offset:
-                runs[-1][1] = end
+            if self.runs and self.runs[-1][1] == slot.offset:
+                self.runs[-1] = (self.runs[-1][0], end)
             else:
-                runs.append([slot.offset, end])
+                self.runs.append((slot.offset, end))
         self.weights: list[nn.Parameter] = []
-        for start, end in runs:
+        for start, end in self.runs:
             leaf = nn.Parameter(params.floats[start:end])
             leaf.grad = self.gradient[start:end]
             self.weights.append(leaf)
 
+    def train(self) -> None:
+        """Enter training mode, frozen layers excepted."""
+        self.module.train()
+        if all(t.requires_grad for t in self.module.parameters()):
+            return
+        for layer in self.module.modules():
+            own = list(layer.parameters(recurse=False))
+            if own and not any(t.requires_grad for t in own):
+                layer.eval()
+
     def release(self) -> None:
-        """Drop the module's gradients, so that it keeps no block alive."""
+        """Drop the module's gradients, so that it keeps no block alive, and thaw what was frozen."""
         for tensor in self.module.parameters():
             tensor.grad = None
+        for tensor in self._thawed:
+            tensor.requires_grad_(True)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -86,21 +125,25 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 @dataclass
 class Order:
-    """Shuffled mini-batches of indices, drawn anew each epoch from one generator.
+    """Mini-batches of indices: a permutation drawn anew each epoch from one generator, or without one 0, 1, 2 ...
 
-    tail: what happens to a last batch smaller than `batch_size`; with `no_single` a batch of one sample is
-    left out whatever the tail, since BatchNorm cannot train on it.
+    tail: what happens to a last batch smaller than `batch_size`, unless it is the only one; with `no_single` a
+    batch of one sample is left out whatever the tail, since BatchNorm cannot train on it.
     """
 
     num_samples: int
     batch_size: int
-    generator: torch.Generator
+    generator: torch.Generator | None
     tail: Literal["keep", "drop", "merge"] = "keep"
     no_single: bool = False
 
     def epoch(self) -> Iterator[Tensor]:
         """The index batches [b] of one epoch."""
-        batches = list(torch.randperm(self.num_samples, generator=self.generator).split(self.batch_size))  # type: ignore[no-untyped-call]
+        if self.generator is None:
+            indices = torch.arange(self.num_samples)
+        else:
+            indices = torch.randperm(self.num_samples, generator=self.generator)
+        batches = list(indices.split(self.batch_size))  # type: ignore[no-untyped-call]
         if len(batches) > 1 and len(batches[-1]) < self.batch_size:
             if self.tail == "merge":
                 batches[-2:] = [torch.cat(batches[-2:])]
@@ -109,6 +152,19 @@ class Order:
         for batch in batches:
             if len(batch) and not (self.no_single and len(batch) == 1):
                 yield batch
+
+    def forever(self) -> Iterator[Tensor]:
+        """Index batches without end, epoch after epoch: a second loader that runs beside the first.
+
+        ValueError when an epoch has no batch.
+        """
+        while True:
+            empty = True
+            for batch in self.epoch():
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError(f"a loader over {self.num_samples} samples has no batch to give")
 
 
 @dataclass
@@ -120,7 +176,6 @@ class Progress:
     epochs: int = 0
     steps: int = 0
     losses: list[float] = field(default_factory=list)  # mean loss per sample, one entry an epoch
-    first_epoch_squares: float = 0.0  # sum over the first epoch's batches of b loss^2
 
 
 def train(
@@ -130,24 +185,33 @@ def train(
     *,
     epochs: int,
     order: Order,
-    clip: float = 0.0,
+    clip: float | Sequence[float] = 0.0,
+    before_epoch: Callable[[int], None] | None = None,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     resume_from: Progress | None = None,
 ) -> Progress:
     """Run epochs of: zero gradients, loss of a batch, backward, clip, optimizer steps.
 
-    step_loss: index batch [b] -> scalar loss (mean over the batch). before_step: after backward and before
-    clipping (add to or mask gradients). after_step: after the optimizers (drift, masks). epochs: the total,
-    counted from the beginning also when resumed. resume_from: a former call's progress, whose optimizers and
-    order go on where they stopped; the arguments `optimizers` and `order` are then not used.
+    networks: all that the loss trains; a joint loss of several is one `step_loss`. step_loss: index batch [b] ->
+    scalar loss (mean over the batch). clip: largest norm of the gradient of all networks together, or one number
+    for each network; 0 clips nothing. before_epoch: gets the epoch's number from 0 (schedules). before_step:
+    after backward and before clipping (add to or mask gradients). after_step: after the optimizers (drift, masks).
+    epochs: the total, counted from the beginning also when resumed. resume_from: a former call's progress, whose
+    optimizers and order go on where they stopped; the arguments `optimizers` and `order` are then not used.
     """
     progress = resume_from or Progress(optimizers, order)
+    if isinstance(clip, int | float):
+        clips = [([w for n in networks for w in n.weights], float(clip))]
+    else:
+        clips = [(n.weights, float(c)) for n, c in zip(networks, clip, strict=True)]
+    clips = [(weights, largest) for weights, largest in clips if largest > 0.0]
     for network in networks:
-        network.module.train()
+        network.train()
     while progress.epochs < epochs:
+        if before_epoch is not None:
+            before_epoch(progress.epochs)
         total = torch.zeros((), dtype=torch.float64)
-        squares = torch.zeros((), dtype=torch.float64)
         seen = 0
         for batch in progress.order.epoch():
             for network in networks:
@@ -156,19 +220,15 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             if before_step is not None:
                 before_step()
-            if clip > 0.0:
-                torch.nn.utils.clip_grad_norm_([w for n in networks for w in n.weights], clip)
+            for weights, largest in clips:
+                torch.nn.utils.clip_grad_norm_(weights, largest)
             for optimizer in progress.optimizers:
                 optimizer.step()
             if after_step is not None:
                 after_step()
             progress.steps += 1
-            value = loss.detach()
-            total += value * len(batch)
-            squares += value * value * len(batch)
+            total += loss.detach() * len(batch)
             seen += len(batch)
-        if progress.epochs == 0:
-            progress.first_epoch_squares = float(squares)
         progress.epochs += 1
         progress.losses.append(float(total) / seen if seen else float("nan"))
     return progress

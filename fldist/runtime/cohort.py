@@ -16,8 +16,9 @@ from fldist.algorithm import NoReplies
 from fldist.fold import Accumulator, Collect, Collected, Fold, FoldContext, Mean, NoWeight, Refused, Sum
 from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
-from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.placement import Placement
+from fldist.selection import Report
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Ledger
 from fldist.wire.link import Lost, Received, Sent, ServerLink
@@ -38,6 +39,9 @@ class Replies:
     def __init__(
         self, values: dict[str, Any], clients: list[int], missing: dict[int, str], seconds: dict[int, float]
     ) -> None:
+        told = values.pop(REPORT.name, {})
+        fits = {c: t for c, t in told.items() if t is not None and t.shape == (len(Report._fields),)}
+        self.reports = {c: Report(*map(float, tensor)) for c, tensor in fits.items()}
         self._values = values
         self.clients = clients
         self.missing = missing
@@ -55,6 +59,9 @@ class Replies:
 
 class CallsClients(Protocol):
     """What a cohort needs of a caller."""
+
+    reports: dict[int, Report]
+    """The latest report of every client that has given one, where the selector wants reports."""
 
     def call(
         self,
@@ -96,6 +103,7 @@ class RoundFacts:
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
     encode_s: float = 0.0
+    calls_s: float = 0.0  # of the server, in calls, beginning to end
 
 
 class Caller:
@@ -117,6 +125,7 @@ class Caller:
         self.placement = placement
         self.offsets: dict[int, int] = {}
         self.facts = RoundFacts()
+        self.reports: dict[int, Report] = {}
         self._methods = {m.name: m for m in job.methods.values()}
         self._worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
@@ -154,6 +163,14 @@ class Caller:
             )
         if commit:
             self.placement.commit(c for c, calls in self._accepted.items() if calls)
+
+    def begin_evaluation(self) -> None:
+        """Go over to the calls of the round's evaluation, which change no state and have facts of their own."""
+        limit = self.job.round_deadline_s
+        self._deadline = time.monotonic() + limit if limit is not None else None
+        self._accepted.clear()
+        self._broken.clear()
+        self.facts = RoundFacts()
 
     def send_verdicts(self) -> None:
         """Send what verdicts are still waiting, in frames of their own."""
@@ -214,6 +231,20 @@ class Caller:
         arguments: dict[str, Any],
     ) -> Replies:
         """Call a client method on these clients and wait for their replies."""
+        began = time.monotonic()
+        try:
+            return self._make(ids, method, fold, phase, arguments)
+        finally:
+            self.facts.calls_s += time.monotonic() - began
+
+    def _make(
+        self,
+        ids: Sequence[int],
+        method: Callable[..., Any],
+        fold: dict[str, Fold],
+        phase: str | None,
+        arguments: dict[str, Any],
+    ) -> Replies:
         spec = self._method(method)
         phase = phase or self._default_phase or spec.phase
         self._call += 1
@@ -239,7 +270,9 @@ class Caller:
             self._broken.update(replied)
             raise NoReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
         self.facts.encode_s += time.monotonic() - began
-        return Replies(values, replied, running.missing, running.seconds)
+        replies = Replies(values, replied, running.missing, running.seconds)
+        self.reports.update(replies.reports)
+        return replies
 
     def _method(self, method: Callable[..., Any]) -> ClientMethod:
         name = getattr(method, "__name__", repr(method))
@@ -262,7 +295,7 @@ class Caller:
         for reply_field in spec.reply.fields:
             how = fold.get(reply_field.name)
             if how is None:
-                if reply_field.form not in (Form.FLOAT, Form.INT):
+                if reply_field.form not in (Form.FLOAT, Form.INT) and reply_field is not REPORT:
                     raise ValueError(
                         f"{spec.name}: the reply field {reply_field.name!r} ({reply_field.kind.label}) needs a fold: "
                         "Mean, Sum, or collect() to keep every reply"

@@ -8,9 +8,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from fldist.algorithm import State
 from fldist.data.client_data import ClientData
+from fldist.kinds import Form, Kind
+from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
+from fldist.params import Params
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.state import ClientStates, ClientView, Watch
 from fldist.seeding import Streams, forked, preserved, reseed
@@ -32,11 +37,15 @@ class Host:
 
     def __init__(self, job: Job) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
+        if job.evaluation.where != "server":
+            warm_up_metrics(job.evaluation)
         self.job = job
         self.states = ClientStates(self._first_state, job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
+        self._sent: dict[int, Params] = {}  # by client: the weights it was sent in this round, where these are scored
+        self._copied: tuple[Params, Params] | None = None  # weights of a message, and the copy that outlives it
 
     def _first_state(self, client: int) -> State:
         """A client's state before its first call: the same on any host, whenever it is asked for."""
@@ -73,6 +82,8 @@ class Host:
         assert method is not None  # the codec checked it
         if self.states.begin((head.round, head.attempt)):
             self._streams.clear()
+            self._sent.clear()
+            self._copied = None
         received_ns = time.monotonic_ns()
         builder = self._builder(head)
         opened = time.monotonic()
@@ -130,6 +141,8 @@ class Host:
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
         values = values_of(frame, message, job.layout(client))
         arguments = {spec.name: value for spec, value in zip(method.call.fields, values, strict=True)}
+        if job.evaluation.model == "sent":
+            self._keep_sent(method, client, values)
         shared = Watch()
         for name, value in arguments.items():
             shared.add(f"argument {name}", value)
@@ -139,7 +152,7 @@ class Host:
             me = self.states.view(client)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
-            data = ClientData(job.task, client, streams)
+            data = ClientData(job.task, client, streams, sent=self._sent.get(client), reports=job.reports(method.name))
             reseed(job.seed, "client", *streams.next_key("client"))
             result = method.run(me, data, **arguments)
             if method.reply_type is not None and not isinstance(result, method.reply_type):
@@ -159,7 +172,26 @@ class Host:
         if reply.status is Status.ERROR or me is None:
             return (), changed
         self.states.stage(client, me.writes)
-        return tuple(result) if result is not None else (), None
+        told = tuple(result) if result is not None else ()
+        if job.reports(method.name):
+            told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
+        return told, None
+
+    def _keep_sent(self, method: ClientMethod, client: int, values: list[Any]) -> None:
+        """Remember the weights that a client was sent, in a copy: a message's memory is the link's."""
+        for spec, value in zip(method.call.fields, values, strict=True):
+            if (spec.kind, spec.form) == (Kind.WEIGHTS, Form.PARAMS) and value is not None:
+                if self._copied is None or self._copied[0].floats.data_ptr() != value.floats.data_ptr():
+                    self._copied = (value, value.clone())
+                self._sent[client] = self._copied[1]
+
+
+def _report(data: ClientData, seconds: float) -> torch.Tensor:
+    """See `selection.Report`: float64 [5]."""
+    nan = float("nan")
+    trained = data.trained
+    squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
+    return torch.tensor([data.n, squares, loss, seconds, nan], dtype=torch.float64)
 
 
 def _fail(reply: Message, text: str) -> None:

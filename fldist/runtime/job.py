@@ -9,11 +9,15 @@ from typing import Any
 from fldist.algorithm import Algorithm
 from fldist.data.task import Task
 from fldist.fold import Integers
-from fldist.kinds import Schema, call_schema, reply_schema, reply_type
+from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, reply_type
+from fldist.models.evaluate import Evaluation
 from fldist.params import Layout
 from fldist.selection import Selector
 from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
+
+REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
+"""What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.Report`."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,35 @@ class Job:
     checksum: bool = False
     limits: Limits = field(default_factory=Limits)
     round_deadline_s: float | None = None
-    eval_every: int = 1
     methods: dict[str, ClientMethod] = field(init=False)
+    evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
+        self.evaluation = self.algorithm.scoring(self.task)
+        if len(self.task.architectures) > 1 and not self.algorithm.heterogeneous:
+            raise ValueError(
+                f"clients.models: {type(self.algorithm).__name__} needs the model of task.model at all clients; "
+                "remove clients.models, or use an algorithm for clients with different models"
+            )
         self.methods = {}
         for number, (name, method) in enumerate(self.algorithm.client_methods().items(), start=1):
-            self.methods[name] = ClientMethod(
-                number, name, method, call_schema(method), reply_schema(method), reply_type(method)
-            )
+            reply = reply_schema(method)
+            if self.reports(name):
+                reply = Schema((*reply.fields, REPORT))
+            self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
         self._by_number = {m.number: m for m in self.methods.values()}
 
     def method(self, number: int) -> ClientMethod | None:
         """The client method with this wire number."""
         return self._by_number.get(number)
 
+    def reports(self, method: str) -> bool:
+        """Whether replies of a client method carry a report for the selector."""
+        return self.selector.wants_reports and method != "evaluate_client"
+
     def layout(self, client: int) -> Layout:
         """The layout of a client's model."""
-        return self.task.layout
+        return self.task.layout_of(client)
 
     def calls(self) -> Expected:
         """What a host may receive."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +17,7 @@ from typing import Any, TextIO
 import yaml
 
 import fldist
+from fldist.models.evaluate import Scores
 from fldist.params import Params
 
 
@@ -59,6 +62,16 @@ class Output:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._rounds: TextIO = (directory / "rounds.jsonl").open("a", encoding="utf-8")
+        self._clients: TextIO | None = None
+
+    def clients(self, number: int, scores: Mapping[int, Scores]) -> None:
+        """clients.jsonl: one line per scored client of a round; the file exists once there is one."""
+        if self._clients is None:
+            self._clients = (self.directory / "clients.jsonl").open("a", encoding="utf-8")
+        for client, of in sorted(scores.items()):
+            line = {"round": number, "client": client, "n": of.n, **of.values}
+            self._clients.write(json.dumps(_finite(line)) + "\n")
+        self._clients.flush()
 
     @property
     def ledger_path(self) -> Path:
@@ -75,12 +88,12 @@ class Output:
 
     def round(self, line: dict[str, Any]) -> None:
         """One line of rounds.jsonl, flushed at once."""
-        self._rounds.write(json.dumps(line) + "\n")
+        self._rounds.write(json.dumps(_finite(line)) + "\n")
         self._rounds.flush()
 
     def result(self, result: dict[str, Any]) -> None:
         """result.json."""
-        self._write("result.json", json.dumps(result, indent=2) + "\n")
+        self._write("result.json", json.dumps(_finite(result), indent=2) + "\n")
 
     def arrays(self, rounds: list[dict[str, Any]]) -> None:
         """run.h5: what tables and plots need, one array a column, sealed at the end of the run."""
@@ -95,7 +108,7 @@ class Output:
             for way in ("up", "down"):
                 group[f"logical_bytes_{way}"] = np.array([r["bytes"]["logical"][way] for r in rounds], dtype=np.int64)
                 group[f"wire_bytes_{way}"] = np.array([r["bytes"]["wire"][way] for r in rounds], dtype=np.int64)
-            for name in ("total", "compute", "encode", "wire", "wait", "evaluate"):
+            for name in ("total", "compute", "server", "encode", "wire", "wait", "evaluate"):
                 group[f"{name}_s"] = np.array([r["seconds"][name] for r in rounds], dtype=np.float64)
         temporary.replace(self.directory / "run.h5")
 
@@ -110,13 +123,24 @@ class Output:
         temporary.replace(folder / "model.safetensors")
 
     def close(self) -> None:
-        """Close rounds.jsonl."""
+        """Close what lines are written to."""
         self._rounds.close()
+        if self._clients is not None:
+            self._clients.close()
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.directory / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.directory / name)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> float:

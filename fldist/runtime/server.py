@@ -12,13 +12,16 @@ import torch
 
 import fldist
 from fldist.algorithm import NoReplies, Stage, State
+from fldist.data.client_data import PooledData
+from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
 from fldist.runtime.state import Watch, check_value, hash_state
-from fldist.seeding import forked, generator
+from fldist.runtime.summary import over_clients
+from fldist.seeding import Streams, forked, generator
 from fldist.selection import Candidates
 from fldist.wire.ledger import Ledger
 from fldist.wire.link import Joined, Lost, ServerLink, Welcome
@@ -55,21 +58,21 @@ class Observer(Protocol):
 class ServerView:
     """The server half's view of a run; see `fldist.algorithm.Server`."""
 
-    _RESERVED = frozenset({"task", "round", "rng", "log", "state"})
+    _RESERVED = frozenset({"task", "data", "round", "rng", "log", "state"})
 
     def __init__(self, job: Job, state: State) -> None:
         set_ = object.__setattr__
         set_(self, "task", job.task)
         set_(self, "state", state)
-        set_(self, "round", 0)
-        set_(self, "rng", generator(job.seed, "server", 0))
         set_(self, "logged", {})
+        self.enter(0, job.seed)
 
     def enter(self, number: int, seed: int) -> None:
         """Begin a round: its random stream, an empty log."""
         set_ = object.__setattr__
         set_(self, "round", number)
         set_(self, "rng", generator(seed, "server", number))
+        set_(self, "data", PooledData(self.task, Streams(seed, number, -1)))
         self.logged.clear()
 
     def replace(self, state: State) -> None:
@@ -111,7 +114,8 @@ class ClientsView:
         if self._choice is None:
             job = self._job
             count = min(job.per_round, len(self._able))
-            candidates = Candidates(self._able, [job.task.sizes[c] for c in self._able], count)
+            sizes = [job.task.sizes[c] for c in self._able]
+            candidates = Candidates(self._able, sizes, count, self._caller.reports)
             rng = generator(job.seed, "select", self._round)
             self._choice = job.selector.select(candidates, rng)
         return Cohort(self._caller, self._choice)
@@ -126,6 +130,12 @@ class ClientsView:
         if unknown:
             raise ValueError(f"there is no client {unknown[0]}; clients are 0 to {self.num - 1}")
         return Cohort(self._caller, sorted(set(ids)))
+
+    def by(self, architecture: int) -> Cohort:
+        """The clients that hold samples and a model of this architecture."""
+        task = self._job.task
+        wanted = task.architectures[architecture]
+        return Cohort(self._caller, [c for c in self._able if task.architecture(c) is wanted])
 
 
 class ServerLoop:
@@ -154,7 +164,7 @@ class ServerLoop:
         self._explain_loss = explain_loss
         self._survives_loss = survives_loss
         self._lines: list[dict[str, Any]] = []
-        self._seconds = dict.fromkeys(("total", "compute", "encode", "wire", "wait", "evaluate"), 0.0)
+        self._seconds = dict.fromkeys(("total", "compute", "server", "encode", "wire", "wait", "evaluate"), 0.0)
         self._best: dict[str, Any] = {}
         self._ledger = Ledger(output.ledger_path)
         self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful)
@@ -235,7 +245,7 @@ class ServerLoop:
         if self._committed is None or not self._lines:
             return
         try:
-            self.output.model(self.job.algorithm.model(ServerView(self.job, self._committed)))
+            self._save_model(ServerView(self.job, self._committed))
             self.output.arrays(self._lines)
         except Exception:  # the run ends for another reason, which must be told
             log.exception("the model could not be saved")
@@ -271,9 +281,13 @@ class ServerLoop:
         if job.algorithm.stateful and self._survives_loss and self.ranks != [0]:
             survives = "clients keep states of their own: if a host dies after its first round, the run stops"
         self.observer.started({**self.facts, "survives": survives, "rounds": self._total})
+        for note in job.task.notes:
+            self.observer.warning(note)
         empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
         if empty:
-            self.observer.warning(f"clients {_ids(empty)} hold no samples and are never selected")
+            self.observer.warning(f"clients {_ids(empty)} hold no training samples: never selected, weight 0")
+        if job.evaluation.where != "clients":
+            warm_up_metrics(job.evaluation)
         self._caller.begin_round(0, 0, 0, phase="setup")
         try:
             with forked(job.seed, "setup"):
@@ -314,13 +328,16 @@ class ServerLoop:
         changed = watch.changed()
         if changed is not None:  # a round that is not committed could not be taken back
             raise ValueError(f"{changed} was changed in place in round {number}; set it to a new value instead")
+        facts = caller.facts
+        server_s = max(0.0, time.monotonic() - began - facts.calls_s)
         caller.end_round(commit=committed)
         evaluated = time.monotonic()
         scores = self._evaluate(number, view)
-        line = self._line(number, stage, caller.facts, scores, time.monotonic() - evaluated, began, committed)
+        evaluate_s = time.monotonic() - evaluated
+        line = self._line(number, stage, facts, scores, server_s, evaluate_s, began, committed)
         if view.logged:
             line["log"] = dict(view.logged)
-        refused = {c: r for c, r in caller.facts.missing.items() if r.startswith(("refused", "error"))}
+        refused = {c: r for c, r in facts.missing.items() if r.startswith(("refused", "error"))}
         if refused and committed:
             client, reason = next(iter(sorted(refused.items())))
             more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
@@ -330,21 +347,59 @@ class ServerLoop:
         self.output.round(line)
         self.observer.round(line)
 
-    def _evaluate(self, number: int, view: ServerView) -> dict[str, float] | None:
-        every = self.job.eval_every
-        if every == 0 or (number % every and number != self._total):
+    def _evaluate(self, number: int, view: ServerView) -> dict[str, Any] | None:
+        """Scores by whom they are of: `global` at the server, `clients` over the clients; None when none are due."""
+        how = self.job.evaluation
+        if how.every == 0 or (number % how.every and number != self._total):
             return None
-        scores = self.job.task.evaluate(self.job.algorithm.model(view))
-        if not self._best or scores.accuracy > self._best["accuracy"]:
-            self._best = {"round": number, "accuracy": scores.accuracy, "loss": scores.loss}
-        return {"accuracy": scores.accuracy, "loss": scores.loss}
+        scores: dict[str, Any] = {}
+        if how.where != "clients":
+            scores["global"] = dict(self.job.task.evaluate(self.job.algorithm.model(view)).values)
+        if how.where != "server":
+            at_clients = self._evaluate_clients(number, view)
+            if at_clients is not None:
+                scores["clients"] = at_clients
+        head = self._headline(scores)
+        if head is not None and (not self._best or head["accuracy"] > self._best["accuracy"]):
+            self._best = {"round": number, **head}
+        return scores
+
+    def _evaluate_clients(self, number: int, view: ServerView) -> dict[str, Any] | None:
+        how = self.job.evaluation
+        self._caller.begin_evaluation()
+        try:
+            got = self.job.algorithm.evaluate(view, self._clients)
+        except NoReplies as error:
+            some = next(iter(error.missing.values()), "")
+            self.observer.warning(f"round {number}: no client could be scored: {some}")
+            return None
+        missing, scores = dict(got.missing), {}
+        for client, row in got.scores.items():
+            if row.shape != (1 + len(how.names),) or not row[0] >= 1:
+                missing[client] = "refused: shape: its scores are not what was asked for"
+            else:
+                scores[client] = Scores(int(row[0]), dict(zip(how.names, row[1:].tolist(), strict=True)))
+        if missing:
+            client, reason = next(iter(missing.items()))
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            self.observer.warning(f"round {number}: client {client} could not be scored: {reason}{more}")
+        self.output.clients(number, scores)
+        return over_clients(scores) if scores else None
+
+    def _headline(self, scores: dict[str, Any] | None) -> dict[str, float] | None:
+        """The accuracy and loss that stand for a round: of the global model, else over the clients."""
+        if not scores:
+            return None
+        of = scores.get("global") or scores["clients"][self.job.evaluation.weights]
+        return {"accuracy": of["accuracy"], "loss": of["loss"]}
 
     def _line(
         self,
         number: int,
         stage: Stage,
         facts: RoundFacts,
-        scores: dict[str, float] | None,
+        scores: dict[str, Any] | None,
+        server_s: float,
         evaluate_s: float,
         began: float,
         committed: bool,
@@ -354,6 +409,7 @@ class ServerLoop:
         seconds = {
             "total": time.monotonic() - began,
             "compute": max(facts.compute_s.values(), default=0.0),
+            "server": server_s,
             "encode": facts.encode_s,
             "wire": max(facts.wire_s.values(), default=0.0),
             "evaluate": evaluate_s,
@@ -362,13 +418,15 @@ class ServerLoop:
         seconds["wait"] = max(0.0, seconds["total"] - spent)
         for name, value in seconds.items():
             self._seconds[name] += value
+        head = self._headline(scores)
         return {
             "round": number,
             "attempt": 0,
             "stage": stage.name,
             "committed": committed,
-            "accuracy": scores["accuracy"] if scores else None,
-            "loss": scores["loss"] if scores else None,
+            "accuracy": head["accuracy"] if head else None,
+            "loss": head["loss"] if head else None,
+            "scores": scores,
             "selected": len(facts.called),
             "replied": len(facts.replied),
             "missing": {str(c): r for c, r in sorted(facts.missing.items())},
@@ -383,8 +441,7 @@ class ServerLoop:
 
     # ---- end
     def _finish(self, view: ServerView) -> dict[str, Any]:
-        job = self.job
-        self.output.model(job.algorithm.model(view))
+        self._save_model(view)
         self.output.arrays(self._lines)
         state_hash = self._state_hash(view)
         self._caller.drain()
@@ -399,6 +456,11 @@ class ServerLoop:
         self.output.result(result)
         self.observer.finished(result)
         return result
+
+    def _save_model(self, view: ServerView) -> None:
+        """Save the global model; what is personal stays with its client."""
+        if self.job.algorithm.has_global_model:
+            self.output.model(self.job.algorithm.model(view))
 
     def _state_hash(self, view: ServerView) -> str | None:
         """Hash of the whole state, or None when a client's cannot be had."""
@@ -416,7 +478,7 @@ class ServerLoop:
     def _result(self, status: str, reason: str | None, state_hash: str | None) -> dict[str, Any]:
         job = self.job
         scored = [line for line in self._lines if line["accuracy"] is not None]
-        final = {k: scored[-1][k] for k in ("accuracy", "loss")} if scored else {"accuracy": None, "loss": None}
+        final = {k: scored[-1][k] if scored else None for k in ("accuracy", "loss", "scores")}
         return {
             "schema": SCHEMA,
             "name": job.name,
