@@ -1,0 +1,72 @@
+"""FedNova: Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+NeurIPS 2020, eqs. 3 to 7, for local SGD with momentum rho.
+
+    a_i = (tau_i - rho (1 - rho^tau_i) / (1 - rho)) / (1 - rho)     `normaliser`; tau_i: the client's steps
+    d_i = (x - y_i) / a_i                                           the client's mean direction
+    x  <- x - a_eff sum_i p_i d_i,   a_eff = sum_i p_i a_i          p_i = n_i / sum_j n_j, n_i samples
+
+A client sends x - d_i in place of its model, so that the mean by samples gives x - sum_i p_i d_i for the parameters
+and the ordinary average for the buffers, and a_i is all that travels beside FedAvg's. With equal a_i it is FedAvg.
+The published code takes the number of mini-batches for n_i and normalises BatchNorm's buffers too; neither is done.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fldist.algorithm import Algorithm, Clients, Me, Server, State, on_client
+from fldist.data.client_data import ClientData
+from fldist.data.task import Task
+from fldist.fold import Mean
+from fldist.kinds import Scalar, Weights
+from fldist.params import Params
+
+
+class Update(NamedTuple):
+    """One client's reply."""
+
+    y: Weights  # parameters x - d_i, buffers of the local model
+    a: Scalar  # a_i
+    n: Scalar  # training examples held by the client
+
+
+def normaliser(tau: int, rho: float) -> float:
+    """a_i of tau steps with momentum rho: sum over the steps s of (1 - rho^(tau - s)) / (1 - rho); tau if rho is 0."""
+    return (tau - rho * (1.0 - rho**tau) / (1.0 - rho)) / (1.0 - rho)
+
+
+def direction(x: Params, y: Params, a: float) -> Params:
+    """d_i = (x - y_i) / a_i; 0 when no step was made."""
+    return (x - y) / a if a else x.zeros_like()
+
+
+@dataclass(frozen=True)
+class FedNova(Algorithm):
+    """FedAvg whose clients' changes are normalised by the steps they took."""
+
+    def init_server(self, task: Task) -> State:
+        """One model, x."""
+        if task.local.optimizer != "sgd" or task.local.schedule != "constant":
+            raise ValueError(
+                f"algorithm: fednova is for SGD with a constant lr in a round; local has optimizer "
+                f"{task.local.optimizer}, schedule {task.local.schedule}"
+            )
+        return State(x=task.init_params())
+
+    def round(self, server: Server, clients: Clients) -> None:
+        """Average the normalised models; stretch the mean direction by a_eff."""
+        got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
+        total = sum(got.n.values())
+        a_eff = sum(got.n[k] / total * got.a[k] for k in got.clients)
+        x = got.y  # buffers are averaged already
+        before = server.x.trainable
+        x.write(before - a_eff * (before - got.y.trainable))
+        server.x = x
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        """E epochs of local SGD; the model is sent as x - d_i."""
+        local = data.train(x)
+        a = normaliser(local.steps, data.task.local.momentum)
+        y = local.params
+        y.write(x.trainable - direction(x.trainable, y.trainable, a))
+        return Update(y, a, data.n)
