@@ -196,6 +196,9 @@ class Algorithm:
     heterogeneous: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
 
+    def check(self, task: Task) -> None:
+        """Refuse a task that cannot be done: ValueError with the key and the remedy. Called before anything starts."""
+
     def init_server(self, task: Task) -> State:
         """The server's state before round 1."""
         raise TypeError(f"{type(self).__name__} does not define init_server(self, task)")
@@ -266,7 +269,13 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
     """Decide every `auto` of the section `eval` for an algorithm and a task; ValueError for what cannot be."""
     name = algorithm.__name__
     server = algorithm.has_global_model and task.num_test > 0
-    where = how.where if how.where != "auto" else "server" if server else "clients"
+    asked = [k for k, plain in (("clients", "all"), ("split", "auto")) if getattr(how, k) != plain]
+    asked += ["model"] if how.model in ("personal", "sent") else []
+    if how.where == "server" and asked:
+        raise ValueError(f"eval.{asked[0]}: {getattr(how, asked[0])} is about scoring at clients; use eval.where: both")
+    where = how.where
+    if where == "auto":
+        where = ("both" if asked else "server") if server else "clients"
     if where != "clients" and not algorithm.has_global_model:
         raise ValueError(f"eval.where: {where}, but {name} has no global model; use clients")
     if where != "clients" and not task.num_test:

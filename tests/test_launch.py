@@ -22,11 +22,12 @@ import fldist
 from fldist.config import load
 from fldist.runner import run_here
 from tests.conftest import Hosts, Recorder, small
+from tests.needs import needs_data
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-ALGORITHMS = ("fedavg", "fedprox", "scaffold")
+ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised")
 
 
 def config(algorithm: str, **changes: Any) -> dict[str, Any]:
@@ -82,6 +83,28 @@ def test_gloo_gives_the_same_bits_and_ledger(
     assert outcome(result) == outcome(alone[algorithm])
     assert ledger(tmp_path / "run") == ledger(alone[algorithm]["directory"])
     assert (result["backend"], result["world_size"]) == ("gloo", nproc)
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "local"])
+def test_augmentation_splits_schedules_and_scoring_at_clients_give_the_same_everywhere(
+    tmp_path: Path, hosts: Hosts, algorithm: str
+) -> None:
+    changed = config(algorithm, eval={"where": "clients", "split": "test", "metrics": ["top5", "f1", "auc"]})
+    changed["task"] |= {
+        "partition": {"name": "feature_noise", "noise": 0.1},
+        "split": {"val": 0.1, "test": 0.25},
+        "augment": {"crop": 1, "flip": 0.5, "jitter": 0.3, "rotate": 10},
+        "normalize": "standard",
+        "resize": 10,
+    }
+    changed["local"] |= {"schedule": "cosine", "lr_decay": 0.9, "tail": "merge", "epochs": 2}
+    if algorithm == "local":
+        changed["clients"] |= {"models": ["cnn_bn", "mlp"], "init": "own"}
+    here = fldist.run(changed, output=tmp_path / "here")
+    there = run_here(load(changed), nproc=3, output=tmp_path / "there", spawn=hosts)
+    assert outcome(there) == outcome(here)
+    assert ledger(tmp_path / "there") == ledger(tmp_path / "here")
+    assert (tmp_path / "there" / "clients.jsonl").read_text() == (tmp_path / "here" / "clients.jsonl").read_text()
 
 
 @pytest.mark.parametrize("network", [{"share": False}, {"checksum": "full"}])
@@ -307,3 +330,13 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "run" / "run.h5") as file:
         assert len(file["rounds/accuracy"]) == result["rounds"]
     assert load_file(tmp_path / "run" / "model" / "model.safetensors"), "the work of finished rounds is lost"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "family").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_family_configurations_run(tmp_path: Path, path: Path) -> None:
+    needs_data("MNIST/raw", "FashionMNIST/raw")
+    small_run = ["rounds=1", "task.subset={train: 300, test: 100, choice: random}", "task.partition=iid"]
+    result = fldist.run(path, small_run, output=tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["final"]["accuracy"] > 0
+    assert load(path).task.partition.name == "dirichlet_min"

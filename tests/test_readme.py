@@ -70,6 +70,14 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
 def test_commands_that_the_readme_names_exist() -> None:
     tree = ast.parse((ROOT / "fldist" / "cli.py").read_text())
     commands = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list}
-    named = set(re.findall(r"^(?:.*-m )?fldist (\w+)", README, re.M))
+    commands |= {
+        ast.literal_eval(k.value)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "app.add_typer"
+        for k in n.keywords
+        if k.arg == "name"
+    }
+    texts = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
+    named = {name for text in texts for name in re.findall(r"^(?:.*-m )?fldist (\w+)", text, re.M)}
     assert named <= commands, named - commands
-    assert {"run", "describe", "doctor"} <= named
+    assert {"run", "describe", "doctor", "data", "partition"} <= named

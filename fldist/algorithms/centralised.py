@@ -14,6 +14,13 @@ from fldist.data.task import Task
 class Centralised(Algorithm):
     """Plain training on the pooled samples."""
 
+    def check(self, task: Task) -> None:
+        """Refuse data that differ by client in more than who holds them."""
+        if any(task.noise_of(client) for client in range(task.num_clients)):
+            raise ValueError(
+                "algorithm: centralised has no common data under task.partition feature_noise; use another"
+            )
+
     def init_server(self, task: Task) -> State:
         """One model, x."""
         return State(x=task.init_params())

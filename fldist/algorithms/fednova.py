@@ -5,11 +5,14 @@ NeurIPS 2020, eqs. 3 to 7, for local SGD with momentum rho.
     d_i = (x - y_i) / a_i                                           the client's mean direction
     x  <- x - a_eff sum_i p_i d_i,   a_eff = sum_i p_i a_i          p_i = n_i / sum_j n_j, n_i samples
 
-A client sends x - d_i in place of its model, so that the mean by samples gives x - sum_i p_i d_i for the parameters
-and the ordinary average for the buffers, and a_i is all that travels beside FedAvg's. With equal a_i it is FedAvg.
-The published code takes the number of mini-batches for n_i and normalises BatchNorm's buffers too; neither is done.
+A client sends x - s d_i in place of its model, so that the mean by samples gives x - s sum_i p_i d_i for the parameters
+and the ordinary average for the buffers, and a_i is all that travels beside FedAvg's. s is a number that both ends
+know, the normaliser of the mean client's steps (`common_scale`): without it d_i, which is a_i times smaller than a
+model's change, would lose digits in float32. With equal a_i it is FedAvg. The published code takes the number of
+mini-batches for n_i and normalises BatchNorm's buffers too; neither is done.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from fldist.params import Params
 class Update(NamedTuple):
     """One client's reply."""
 
-    y: Weights  # parameters x - d_i, buffers of the local model
+    y: Weights  # parameters x - s d_i, buffers of the local model
     a: Scalar  # a_i
     n: Scalar  # training examples held by the client
 
@@ -34,22 +37,32 @@ def normaliser(tau: int, rho: float) -> float:
     return (tau - rho * (1.0 - rho**tau) / (1.0 - rho)) / (1.0 - rho)
 
 
-def direction(x: Params, y: Params, a: float) -> Params:
-    """d_i = (x - y_i) / a_i; 0 when no step was made."""
-    return (x - y) / a if a else x.zeros_like()
+def direction(x: Params, y: Params, a: float, s: float = 1.0) -> Params:
+    """s d_i = (x - y_i) s / a_i; 0 when no step was made."""
+    return (x - y) * (s / a) if a else x.zeros_like()
+
+
+def common_scale(task: Task) -> float:
+    """s: the normaliser of the mean number of steps of a client that has samples."""
+    local = task.local
+    steps = [local.epochs * math.ceil(n / local.batch_size) for n in task.sizes if n]
+    return normaliser(max(1, round(sum(steps) / max(1, len(steps)))), local.momentum)
 
 
 @dataclass(frozen=True)
 class FedNova(Algorithm):
     """FedAvg whose clients' changes are normalised by the steps they took."""
 
-    def init_server(self, task: Task) -> State:
-        """One model, x."""
+    def check(self, task: Task) -> None:
+        """Refuse optimizers that a_i does not describe."""
         if task.local.optimizer != "sgd" or task.local.schedule != "constant":
             raise ValueError(
                 f"algorithm: fednova is for SGD with a constant lr in a round; local has optimizer "
                 f"{task.local.optimizer}, schedule {task.local.schedule}"
             )
+
+    def init_server(self, task: Task) -> State:
+        """One model, x."""
         return State(x=task.init_params())
 
     def round(self, server: Server, clients: Clients) -> None:
@@ -59,14 +72,14 @@ class FedNova(Algorithm):
         a_eff = sum(got.n[k] / total * got.a[k] for k in got.clients)
         x = got.y  # buffers are averaged already
         before = server.x.trainable
-        x.write(before - a_eff * (before - got.y.trainable))
+        x.write(before - (a_eff / common_scale(server.task)) * (before - got.y.trainable))
         server.x = x
 
     @on_client
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
-        """E epochs of local SGD; the model is sent as x - d_i."""
+        """E epochs of local SGD; the model is sent as x - s d_i."""
         local = data.train(x)
         a = normaliser(local.steps, data.task.local.momentum)
         y = local.params
-        y.write(x.trainable - direction(x.trainable, y.trainable, a))
+        y.write(x.trainable - direction(x.trainable, y.trainable, a, common_scale(data.task)))
         return Update(y, a, data.n)

@@ -55,6 +55,11 @@ class Moon(Algorithm):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5  # T
     variant: Literal["contrastive", "l2norm"] = "contrastive"
 
+    def check(self, task: Task) -> None:
+        """Refuse models without a linear classifier, before which the representation is taken."""
+        if self.mu:
+            features_and_logits(task.frozen_copy(task.init_params()), torch.zeros(2, *task.shape))
+
     def init_server(self, task: Task) -> State:
         """One model, x."""
         return State(x=task.init_params())
@@ -77,16 +82,16 @@ class Moon(Algorithm):
 
     def loss(self, data: ClientData, x: Params, v: Params | None) -> Callable[[nn.Module, Batch], Tensor]:
         """The local loss against the received model x and the former local model v."""
+        if v is None and self.variant == "contrastive":
+            return lambda module, batch: cross_entropy(module(batch.x), batch.y)
         z_x = representations(data, x)
-        z_v = representations(data, v) if v is not None and self.variant == "contrastive" else None
+        z_v = representations(data, v) if v is not None else z_x
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             z_y, logits = features_and_logits(module, batch.x)
             ce: Tensor = cross_entropy(logits, batch.y)
             if self.variant == "l2norm":
                 return ce + self.mu * pull(z_y, z_x(batch))
-            if z_v is None:
-                return ce
             return ce + self.mu * contrast(z_y, z_x(batch), z_v(batch), self.temperature)
 
         return loss

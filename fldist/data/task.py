@@ -121,11 +121,14 @@ class Task:
         drawn = np.sort(numpy_generator(public.seed, "public").permutation(source)[: public.n])
         if public_dataset is None:
             self._public_rows, pool = pool[drawn], np.delete(pool, drawn)
+            if not len(pool):
+                raise ValueError(f"task.public.n: {public.n} public rows leave none to train on; lower it")
         else:
-            if public_dataset.shape[:1] != data.shape[:1]:
+            shape = self.preparation.shape(public_dataset.shape)
+            if shape != self.shape:
                 raise ValueError(
-                    f"task.public.data: its samples have shape {public_dataset.shape}, the task's {data.shape}; "
-                    "the channels must agree"
+                    f"task.public.data: its samples have shape {shape}, the task's {self.shape}; channels must agree, "
+                    "and task.resize makes sizes agree"
                 )
             self._public_rows = drawn
         self._test_rows = test[:0] if merged else test
@@ -198,9 +201,7 @@ class Task:
         return torch.from_numpy(self._labels[self._splits[client][split]])
 
     def pooled(self) -> tuple[Tensor, Tensor]:
-        """All clients' training samples in 0..1 and their labels, in the order of the data set."""
-        if self._noise is not None:
-            raise ValueError("task.partition: with feature_noise there is no common data to pool; use another")
+        """All clients' training samples in 0..1 and their labels, in the order of the data set, without noise."""
         rows = np.sort(np.concatenate(self.parts))
         return self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
 
@@ -235,13 +236,19 @@ class Task:
         """Samples of the global test set; 0 when it was merged with the training set."""
         return len(self._test_rows)
 
+    def num_scored(self, client: int, split: Split | Literal["global"]) -> int:
+        """How many samples a client scores a model on."""
+        if split != "global":
+            return self.count(client, split)
+        return self.num_test * (self.num_clients if self._noise is not None else 1)
+
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The global test set in batches; under feature noise, one noisy copy of it for every client."""
         copies: list[Noise | None] = list(self._noise) if self._noise is not None else [None]
         for number, noise in enumerate(copies):
             rng = generator(self.seed, "noise-global", number)
-            for start in range(0, self.num_test, size):
-                rows = self._test_rows[start : start + size]
+            for start, stop in spans(self.num_test, size):
+                rows = self._test_rows[start:stop]
                 x = self.preparation.unit(self._raw(rows))
                 if noise is not None:
                     x = add_noise(x, noise.std, noise.cell, rng)
@@ -318,10 +325,19 @@ class Task:
             return self._score(model, client, self.test_batches(size))
         x, y = self.rows(client, split)
         # clones: a slice's address could change the bits of a matrix product
-        batches = ((x[at : at + size].clone(), y[at : at + size]) for at in range(0, len(y), size))
+        batches = ((x[start:stop].clone(), y[start:stop]) for start, stop in spans(len(y), size))
         return self._score(model, client, batches)
 
     def _score(self, model: Params, client: int | None, batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
         module = self.architecture(client).module
         self.full(model, client).bind(module)
         return evaluate(module, batches, self.evaluation)
+
+
+def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of consecutive batches; a last batch of one joins the one before, for BatchNorm's sake."""
+    start = 0
+    while start < total:
+        stop = total if total - start <= size + 1 else start + size
+        yield start, stop
+        start = stop

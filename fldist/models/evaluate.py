@@ -21,11 +21,12 @@ class Evaluation:
 
     every: in every k-th round and the last one; 0: never. where: at the server (the global model on the global
     test set), at the clients, both; `auto`: at the server where there is a global model and test set, else at the
-    clients. clients: all of them, or those selected in the round. split: the clients' own `train`, `val` or `test`
-    part, or the `global` test set; `auto`: `test` where clients have one, else `global`. model: at the clients,
-    the `global` model (sent for it), their `personal` one, or the one `sent` for training in this round (no extra
-    traffic); `auto`: personal where the algorithm has such, else global. weights: of clients in the headline
-    figures. batch_norm: running statistics, or each batch's own. average: of f1, precision and recall over classes.
+    clients, and at both where one of the next three keys asks for clients. clients: all of them, or those selected
+    in the round. split: the clients' own `train`, `val` or `test` part, or the `global` test set; `auto`: `test`
+    where clients have one, else `global`. model: at the clients, the `global` model (sent for it), their `personal`
+    one, or the one `sent` to them last in this round (no extra traffic); `auto`: personal where the algorithm has
+    such, else global. weights: of clients in the headline figures. batch_norm: running statistics, or each batch's
+    own. average: of f1, precision and recall over classes.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -54,7 +55,7 @@ class Scores:
 
     top5: share whose label is among the 5 largest outputs; f1, precision, recall: over classes as `eval.average`
     says, 0 where undefined; auc: area under the ROC curve of the outputs as they are, every (sample, class) pair
-    one decision (micro-average). NaN without samples, and where the outputs are NaN.
+    one decision (micro-average). All are NaN without samples; loss and auc where outputs are NaN.
     """
 
     n: int
@@ -72,12 +73,12 @@ class Scores:
 
 
 def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: Evaluation | None = None) -> Scores:
-    """Score a module on batches of x [b, ...] and y [b]; its mode is restored.
+    """Score a module on batches of x [b, ...] and y [b]; the modes of its layers are restored.
 
     With `batch_norm: batch` the running statistics of the module it is given do change.
     """
     how = how or Evaluation()
-    was_training = module.training
+    modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     if how.batch_norm == "batch":
         for layer in module.modules():
@@ -99,7 +100,8 @@ def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: E
                 kept_outputs.append(outputs)
                 kept_labels.append(labels)
             n += len(labels)
-    module.train(was_training)
+    for layer, training in modes:
+        layer.training = training
     if not n:
         return Scores(0, dict.fromkeys(how.names, float("nan")))
     values = {"accuracy": correct / n, "loss": loss / n, "top5": top5 / n}

@@ -7,6 +7,7 @@ is missing and why, the ledger's entries, the verdict on the clients' staged wri
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -271,7 +272,9 @@ class Caller:
             raise NoReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
         self.facts.encode_s += time.monotonic() - began
         replies = Replies(values, replied, running.missing, running.seconds)
-        self.reports.update(replies.reports)
+        for client, report in replies.reports.items():
+            if client not in self.reports or not math.isnan(report.loss):  # a call that did not train tells less
+                self.reports[client] = report
         return replies
 
     def _method(self, method: Callable[..., Any]) -> ClientMethod:

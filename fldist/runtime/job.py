@@ -57,10 +57,16 @@ class Job:
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
+        self.algorithm.check(self.task)
         self.evaluation = self.algorithm.scoring(self.task)
+        name = type(self.algorithm).__name__
+        if self.task.own_init and self.evaluation.model != "personal" and self.algorithm.has_global_model:
+            self.task.notes.append(
+                f"clients.init: own changes nothing under {name}: clients begin with what they are sent"
+            )
         if len(self.task.architectures) > 1 and not self.algorithm.heterogeneous:
             raise ValueError(
-                f"clients.models: {type(self.algorithm).__name__} needs the model of task.model at all clients; "
+                f"clients.models: {name} needs the model of task.model at all clients; "
                 "remove clients.models, or use an algorithm for clients with different models"
             )
         self.methods = {}

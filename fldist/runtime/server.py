@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -115,7 +116,7 @@ class ClientsView:
             job = self._job
             count = min(job.per_round, len(self._able))
             sizes = [job.task.sizes[c] for c in self._able]
-            candidates = Candidates(self._able, sizes, count, self._caller.reports)
+            candidates = Candidates(self._able, sizes, count, MappingProxyType(self._caller.reports))
             rng = generator(job.seed, "select", self._round)
             self._choice = job.selector.select(candidates, rng)
         return Cohort(self._caller, self._choice)
@@ -360,7 +361,7 @@ class ServerLoop:
             if at_clients is not None:
                 scores["clients"] = at_clients
         head = self._headline(scores)
-        if head is not None and (not self._best or head["accuracy"] > self._best["accuracy"]):
+        if head is not None and not head["accuracy"] <= self._best.get("accuracy", -1.0):
             self._best = {"round": number, **head}
         return scores
 
@@ -373,12 +374,14 @@ class ServerLoop:
             some = next(iter(error.missing.values()), "")
             self.observer.warning(f"round {number}: no client could be scored: {some}")
             return None
+        assert how.split != "auto"
         missing, scores = dict(got.missing), {}
         for client, row in got.scores.items():
-            if row.shape != (1 + len(how.names),) or not row[0] >= 1:
-                missing[client] = "refused: shape: its scores are not what was asked for"
+            n = self.job.task.num_scored(client, how.split)  # what it says is not taken for it
+            if row.shape != (1 + len(how.names),) or float(row[0]) != n or not 0.0 <= float(row[1]) <= 1.0:
+                missing[client] = "refused: range: its scores are not what was asked for"
             else:
-                scores[client] = Scores(int(row[0]), dict(zip(how.names, row[1:].tolist(), strict=True)))
+                scores[client] = Scores(n, dict(zip(how.names, row[1:].tolist(), strict=True)))
         if missing:
             client, reason = next(iter(missing.items()))
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from fldist.models.evaluate import Scores
 
@@ -12,17 +13,19 @@ from fldist.models.evaluate import Scores
 def over_clients(scores: Mapping[int, Scores]) -> dict[str, Any]:
     """Means weighted by samples and equal, and the population standard deviation, of every metric.
 
-    Clients without samples are left out; so is, for one metric, a client whose figure is NaN (an AUC of one class).
+    Clients without samples are left out; so is, for one metric, a client whose figure is NaN.
     """
     held = [s for s in scores.values() if s.n > 0]
     names = list(held[0].values) if held else []
     summary: dict[str, Any] = {"count": len(held), "n": sum(s.n for s in held), "samples": {}, "equal": {}, "std": {}}
     for name in names:
-        pairs = [(s.n, s.values[name]) for s in held if not math.isnan(s.values[name])]
-        total = sum(n for n, _ in pairs)
-        values = [v for _, v in pairs]
-        mean = sum(values) / len(values) if values else float("nan")
-        summary["samples"][name] = sum(n * v for n, v in pairs) / total if total else float("nan")
-        summary["equal"][name] = mean
-        summary["std"][name] = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)) if values else float("nan")
+        values = np.array([s.values[name] for s in held], dtype=np.float64)
+        known = ~np.isnan(values)
+        values, weights = values[known], np.array([s.n for s in held], dtype=np.float64)[known]
+        with np.errstate(all="ignore"):  # figures are clients' claims: absurd ones give inf or NaN, not an error
+            figures = (
+                (np.average(values, weights=weights), values.mean(), values.std()) if len(values) else (np.nan,) * 3
+            )
+        for kind, figure in zip(("samples", "equal", "std"), figures, strict=True):
+            summary[kind][name] = float(figure)
     return summary
