@@ -314,7 +314,10 @@ def _serve_as_host(link: Any, rank: int) -> None:
     restore = fix_threads(settings.threads)
     try:
         log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
-        serve_link(Host(build(settings)), link)
+        job = build(settings)
+        for note in job.task.notes:
+            log.info("rank %d: %s", rank, note)
+        serve_link(Host(job), link)
         log.info("rank %d: done", rank)
     except TransportError as error:
         log.error("rank %d: %s", rank, error)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fldist.data.augment import Augment
 from fldist.data.client_data import ClientData
 from fldist.data.datasets import Dataset
 from fldist.data.partition import Iid
+from fldist.data.prepare import Preparation
 from fldist.data.task import Task
 from fldist.models.cnn import CnnBn
 from fldist.models.mlp import Mlp
@@ -27,7 +29,7 @@ def _imports():
     warm_up()
 
 
-def make_task(build=None, n=30, **local):
+def make_task(build=None, n=30, preparation=None, **local):
     """One client with n random images of 1 x 4 x 4."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(n, 1, 4, 4, generator=rng)
@@ -40,6 +42,7 @@ def make_task(build=None, n=30, **local):
         local=LocalTraining(**{"batch_size": 8, "lr": 0.1, **local}),
         seed=SEED,
         partition_seed=0,
+        preparation=preparation,
     )
 
 
@@ -348,6 +351,16 @@ def test_two_and_three_epochs_are_five_epochs_bit_for_bit(model, local, preset):
     assert resumed.loss == at_once.loss
     assert resumed.progress.losses == at_once.progress.losses
     assert resumed.lr == at_once.lr
+
+
+def test_augmentation_goes_on_where_it_stopped():
+    task = make_task(preparation=Preparation(augment=Augment(flip=0.5, crop=1)), momentum=0.9)
+    start = task.init_params()
+    at_once = data_of(task).train(start, epochs=4)
+    data = data_of(task)
+    resumed = data.train(start, epochs=4, resume_from=data.train(start, epochs=1))
+    assert bits(resumed.params) == bits(at_once.params)
+    assert bits(at_once.params) != bits(data_of(make_task(momentum=0.9)).train(start, epochs=4).params)
 
 
 def test_resuming_a_finished_training_changes_nothing():

@@ -53,6 +53,7 @@ class Trained:
     progress: Progress
     squares: float = 0.0
     lr_sum: float = 0.0
+    rng: torch.Generator | None = None  # draws augmentation
 
 
 class ClientData:
@@ -82,9 +83,10 @@ class ClientData:
 
     @property
     def x(self) -> Tensor:
-        """Training samples [n, ...] as the model sees them, without augmentation."""
+        """Training samples [n, ...] as the model sees them, without augmentation; under feature noise, one draw."""
         if self._normal is None:
-            self._normal = self.task.normal(self._load()[0])
+            noisy = self._noise is not None
+            self._normal = self.task.rows(self.client)[0] if noisy else self.task.normal(self._load()[0])
         return self._normal
 
     @property
@@ -119,13 +121,13 @@ class ClientData:
         """The task's public samples and labels, which server and clients share without sending them."""
         return self.task.public()
 
-    def reader(self) -> Callable[[Tensor], Batch]:
-        """Row numbers [b] -> Batch, in fresh tensors; augmentation and noise from a stream of its own."""
+    def reader(self, rng: torch.Generator | None = None) -> Callable[[Tensor], Batch]:
+        """Row numbers [b] -> Batch, in fresh tensors; rng draws augmentation and noise (default: a new stream)."""
         if not self.varies:
             x, y = self.x, self.y
             return lambda rows: Batch(rows, x[rows], y[rows])
         unit, y = self._load()
-        rng = self.streams.generator("augment")
+        rng = rng or self.streams.generator("augment")
         augment, noise = self.task.preparation.augment, self._noise
 
         def read(rows: Tensor) -> Batch:
@@ -207,7 +209,8 @@ class ClientData:
             order = resume_from.progress.order
             optimizers = list(resume_from.progress.optimizers)
             take_over(optimizers[0], network)
-        read = self.reader()
+        rng = resume_from.rng if resume_from is not None else self.streams.generator("augment") if self.varies else None
+        read = self.reader(rng)
         trainable = network.params.trainable.floats  # [P]
         anchor = start.trainable.floats
         constant = local.schedule == "constant"
@@ -265,7 +268,7 @@ class ClientData:
         trained = Params(part, network.params.floats[: part.num_floats], network.params.ints[: part.num_ints])
         last = progress.losses[-1] if progress.losses else float("nan")
         mean_lr = lr if constant or not progress.steps else lr_sum / progress.steps
-        self.trained = Trained(trained, progress.steps, mean_lr, last, progress, watched.sum, lr_sum)
+        self.trained = Trained(trained, progress.steps, mean_lr, last, progress, watched.sum, lr_sum, rng)
         return self.trained
 
     def frozen_copy(self, model: Params) -> nn.Module:
