@@ -83,7 +83,7 @@ class Replies(Protocol):
 
     @property
     def reports(self) -> Mapping[int, Any]:
-        """What each client reports of its training (`fldist.selection.Report`), where the selector wants reports."""
+        """What each client reports of its training (`selection.ClientReport`), where the selector wants reports."""
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -286,6 +286,8 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
         raise ValueError(f"eval.model: personal, but clients of {name} have no models of their own; use global")
     if model == "global" and where != "server" and not algorithm.has_global_model:
         raise ValueError(f"eval.model: global, but {name} has no global model; use personal")
+    if model == "global" and where != "server" and len(task.architectures) > 1:
+        raise ValueError("eval.model: global, but clients.models gives clients other architectures; use where: server")
     split = how.split if how.split != "auto" else "test" if task.split.test else "global"
     if where != "server":
         if split == "global" and not task.num_test:

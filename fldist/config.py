@@ -267,16 +267,35 @@ def unknown_key(key: str) -> str:
 
 
 def _explain(error: ValidationError, prefix: str = "") -> list[str]:
-    lines = []
+    lines: list[str] = []
     for problem in error.errors():
-        key = prefix + ".".join(str(part) for part in problem["loc"])
+        # of a union, pydantic tells what is wrong with every member, under names that are no keys
+        parts = [str(part) for part in problem["loc"]]
+        member = next((i for i, part in enumerate(parts) if part == "MeanStd" or "[" in part), None)
+        if member is not None:
+            key = prefix + ".".join(parts[:member])
+            line = f"{key}: it must be {UNIONS[parts[member - 1]]}; got {_at(error, problem, member)!r}"
+            lines += [line] if line not in lines else []
+            continue
+        key = prefix + ".".join(parts)
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(unknown_key(key))
         elif problem["type"] == "missing":
             lines.append(f"{key}: a value is needed")
         else:
-            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}; got {problem['input']!r}")
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {said[0].lower()}{said[1:]}; got {problem['input']!r}")
     return lines
+
+
+UNIONS = {"normalize": "unit, symmetric, standard, or {mean: [...], std: [...]} with a number a channel"}
+"""What is said of keys that take things of several forms."""
+
+
+def _at(error: ValidationError, problem: Any, member: int) -> Any:
+    """The value that was given for a union: the input of the problem that stands at the union's own place."""
+    same = [p for p in error.errors() if p["loc"][:member] == problem["loc"][:member] and len(p["loc"]) == member + 1]
+    return same[0]["input"] if same else problem["input"]
 
 
 def _check(settings: Settings) -> None:
@@ -292,6 +311,9 @@ def _check(settings: Settings) -> None:
             f"clients.per_round: {clients.per_round} of {clients.num_clients} clients cannot be selected; "
             "lower it or raise clients.num_clients"
         )
+    public = settings.task.public
+    if public.data is not None and not public.n:
+        raise ConfigError(f"task.public.data: {public.data.name} would not be used, since task.public.n is 0; set n")
     if settings.deadlines.join_s < settings.deadlines.client_timeout_s / 5:
         raise ConfigError("deadlines.join_s: shorter than a heartbeat's period; raise it")
 
@@ -347,6 +369,8 @@ def components(settings: Settings) -> Components:
     kind = resolve.from_package("fldist.selection", settings.selection.name, Selector, "selection.name")
     section = settings.task
     public = section.public.data
+    if public == section.data:
+        public = None  # the same data set: its rows must be kept out of the training rows
     return Components(
         make_algorithm(settings.algorithm),
         _component(kind, settings.selection, "selection"),
@@ -363,8 +387,8 @@ def components(settings: Settings) -> Components:
 
 def _loader(given: Component, key: str) -> Callable[[], Dataset]:
     data = _from_table(datasets.NAMES, given, key)
-    load_it: Callable[[], Dataset] = data.load if hasattr(data, "load") else data
-    return load_it
+    made = data.load if hasattr(data, "load") else data
+    return lambda: datasets.accepted(made(), f"{key}: {given.name}")
 
 
 def _model_name(given: Component) -> str:

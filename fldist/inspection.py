@@ -23,17 +23,20 @@ import yaml
 
 from fldist.algorithm import Algorithm, NoReplies
 from fldist.config import Component, Settings, build
+from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
 from fldist.fold import Collect, Fold, Sum
 from fldist.kinds import Field, Form, Schema, call_schema, reference_for, reply_schema
+from fldist.models.train import Order, Progress
+from fldist.params import Params
 from fldist.resolve import from_package
 from fldist.runtime.cohort import Replies, argument_for, plain
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.placement import Placement
 from fldist.runtime.server import ClientsView, ServerView
-from fldist.seeding import forked
-from fldist.selection import Report
+from fldist.seeding import Streams, forked
+from fldist.selection import ClientReport
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
 
@@ -112,7 +115,7 @@ class _Tracer:
         self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.unknown: list[str] = []
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, ClientReport] = {}
         self._methods = {m.name: m for m in job.methods.values()}
 
     def call(
@@ -150,7 +153,7 @@ class _Tracer:
         if field.form in (Form.FLOAT, Form.INT):
             return 1
         if field is REPORT:
-            return torch.ones(len(Report._fields), dtype=torch.float64)
+            return torch.ones(len(ClientReport._fields), dtype=torch.float64)
         if spec.name == "evaluate_client":
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
@@ -165,6 +168,14 @@ class _Tracer:
             self.phases[phase][way] += logical
 
 
+class _Untrained(PooledData):
+    """The server's data in a prediction: training gives back what it was given, since only sizes matter."""
+
+    def train(self, start: Params, **options: Any) -> Trained:
+        progress = Progress([], Order(0, 1, None))
+        return Trained(start, start, 0, 0.0, 0.0, progress)
+
+
 class _UnknownSize(Exception):
     pass
 
@@ -174,6 +185,7 @@ def predict(job: Job) -> Prediction:
     tracer = _Tracer(job)
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
+    object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
     clients = ClientsView(job, tracer)
     view.enter(1, job.seed)
     clients.enter(1)

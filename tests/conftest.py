@@ -8,12 +8,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.needs import skipped_all_the_same
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Decoded data sets of the tests lie in a folder of their own, also for the processes that tests start."""
     if "FLDIST_CACHE" not in os.environ:
         os.environ["FLDIST_CACHE"] = str(config.rootpath / ".test-cache")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where FLDIST_REQUIRE_DATA is set, a test may not be skipped for want of data that are there."""
+    report = yield
+    if report.skipped and os.environ.get("FLDIST_REQUIRE_DATA") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if skipped_all_the_same(reason):
+            report.outcome = "failed"
+            report.longrepr = f"skipped although the data are there: {reason}"
+    return report
 
 
 def small(**changes: Any) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fldist.algorithm import Algorithm, Clients, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
 from fldist.kinds import Scalar, Variates, Weights
+from fldist.models.train import Order, train
 
 
 class Update(NamedTuple):
@@ -185,3 +188,26 @@ class Nobody(Base):
     @on_client
     def broken(self, me: Me, data: ClientData, v: Variates) -> Zeros:
         return Zeros(v * float("inf"))
+
+
+@dataclass(frozen=True)
+class TrainsBetween(Base):
+    """The server's half holds a network open while clients train theirs, and then trains it."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        """Open, call, go on."""
+        task = server.task
+        x = torch.cat([task.rows(c)[0] for c in range(2)])
+        y = torch.cat([task.rows(c)[1] for c in range(2)])
+        with task.network(server.x) as network:
+            optimizer = torch.optim.SGD(network.weights, lr=0.1)
+            order = Order(len(y), 16, server.rng)
+
+            def loss(rows: Tensor) -> Tensor:
+                value: Tensor = cross_entropy(network.module(x[rows]), y[rows])
+                return value
+
+            progress = train([network], loss, [optimizer], epochs=1, order=order)
+            got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
+            train([network], loss, [optimizer], epochs=2, order=order, resume_from=progress)
+            server.x = 0.5 * network.params.restricted(task.travel) + 0.5 * got.y

@@ -71,10 +71,52 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("local.zzz=1", "local.zzz: unknown key; local has: epochs, batch_size, optimizer, lr,"),
         ("rounds", "override 'rounds' must have the form key.sub=value"),
         ("rounds.x=1", "override 'rounds.x=1': 'rounds' is 15 and has no keys"),
+        (
+            "task.normalize=standart",
+            "task.normalize: it must be unit, symmetric, standard, or {mean: [...], std: [...]}",
+        ),
+        ("task.normalize={mean: 0.1, std: 1}", "a number a channel; got {'mean': 0.1, 'std': 1}"),
+        (
+            "task.normalize={mean: [0, 0], std: [1, 1]}",
+            "task.normalize: 2 means and 2 deviations do not fit 1 channels",
+        ),
+        ("task.resize=0", "task.resize: input should be greater than or equal to 1; got 0"),
+        ("task.augment={crop: 20}", "crop"),
+        ("task.augment.flip=2", "task.augment.flip: input should be less than or equal to 1; got 2"),
+        ("task.split={val: 0.5, test: 0.5}", "task.split: val (0.5) and test (0.5) leave nothing to train on; lower"),
+        ("task.subset.train=5000", "task.subset.train: 5000 rows of 1437 cannot be taken; lower it"),
+        ("task.public.n=1437", "task.public.n: 1437 public rows leave none to train on; lower it"),
+        ("task.public.n=5000", "task.public.n: 5000 of 1437 training rows cannot be taken; lower it"),
+        ("task.public.data=digits", "task.public.data: digits would not be used, since task.public.n is 0; set n"),
+        ("task.merged=true", "with task.merged there is no global test set; give clients one: task.split.test"),
+        ("task.partition={name: iid, alpha: 1}", "task.partition.alpha: iid has no such field; it has no fields"),
+        ("task.partition={name: dirichlet_min, alpha: 0.01, min_size: 71, attempts: 5}", "Raise alpha, lower min_size"),
+        ("task.partition={name: feature_noise, where: cell}; clients.num_clients=100", "task.partition: feature_noise"),
+        ("task.model=lenet5", "lenet5"),
+        ("task.model={name: cnn_bn, norm: bach}", "task.model.norm: input should be 'batch', 'group' or 'none'; got"),
+        ("task.model=cnn_bn; local.batch_size=1", "local.batch_size: BatchNorm cannot train on batches of 1; raise it"),
+        ("clients.models=[mlp,cnn_nb]", "clients.models.1.name: unknown name 'cnn_nb'; did you mean 'cnn_bn'"),
+        ("clients.models=[mlp,cnn_bn]", "clients.models: FedAvg needs the model of task.model at all clients"),
+        ("eval.metrics=[acuracy]", "eval.metrics.0: input should be 'accuracy', 'loss', 'top5', 'f1', 'precision',"),
+        (
+            "eval={where: clients, model: personal}",
+            "eval.model: personal, but clients of FedAvg have no models of their",
+        ),
+        ("eval={where: clients, split: val}", "eval.split: clients have no val part; set task.split.val"),
+        ("eval={where: clients, split: test}; task.split.test=0.001", "eval.split: no client has a test part; raise"),
+        ("algorithm=local; eval.where=server", "eval.where: server, but Local has no global model; use clients"),
+        ("algorithm=local; eval.model=sent", "eval.model: sent, but Local sends its clients no model; use personal"),
+        ("eval={batch_norm: batch, batch_size: 1}", "eval: batch_norm: batch needs batches of at least two samples"),
+        (
+            "algorithm=fednova; local.optimizer=adam",
+            "algorithm: fednova is for SGD with a constant lr in a round; local",
+        ),
+        ("algorithm=scaffold; local.optimizer=adam", "algorithm: scaffold is for SGD; local.optimizer is adam"),
+        ("local.schedule=cosin", "local.schedule: input should be 'constant' or 'cosine'; got 'cosin'"),
     ],
 )
 def test_configuration_errors(cli: Cli, tmp_path: Path, override: str, says: str) -> None:
-    code, _, err = cli("run", QUICKSTART, override, "--output", str(tmp_path / "run"))
+    code, _, err = cli("run", QUICKSTART, *override.split("; "), "--output", str(tmp_path / "run"))
     assert code == 2
     assert says in err
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir()), "a failed start left files"

@@ -32,7 +32,7 @@ from fldist.runtime.output import Output
 from fldist.runtime.server import ServerLoop
 from fldist.runtime.summary import over_clients
 from fldist.seeding import Streams
-from fldist.selection import Candidates, Report, Selector
+from fldist.selection import Candidates, ClientReport, Selector
 from fldist.wire.local import LocalServer
 from tests.conftest import Recorder
 from tests.test_laws import CNN, CNN_BYTES, NUM_CLIENTS, SEED, assert_same_bits, config, final_model, ordinary
@@ -787,7 +787,7 @@ def test_a_selector_is_told_of_the_last_training_of_every_client(tmp_path):
         reports = selector.told[number][1]
         for k, wanted in expected.items():
             got = reports[k]
-            assert isinstance(got, Report)
+            assert isinstance(got, ClientReport)
             assert (got.n, got.squares, got.loss) == pytest.approx(wanted, rel=1e-5)
             assert 0 < got.seconds < 60
             assert math.isnan(got.joules)

@@ -94,6 +94,16 @@ def test_predicted_bytes_are_those_of_a_round_evaluation_included(tmp_path: Path
     assert prediction.training == result["bytes"]["logical"]
 
 
+def test_a_prediction_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fldist.data.client_data import ClientData
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a prediction must not train")
+
+    monkeypatch.setattr(ClientData, "train", never)
+    assert predict(job_of(algorithm="centralised")).training == {"up": 0, "down": 0}
+
+
 def ci(repository: Path, data: str | None) -> str:
     env = {k: v for k, v in os.environ.items() if not k.startswith("FLDIST_")} | ({"FLDIST_DATA": data} if data else {})
     done = subprocess.run(["bash", ".ci/run"], cwd=repository, env=env, capture_output=True, text=True, timeout=60)
@@ -126,18 +136,25 @@ def test_ci_finds_the_data_beside_the_main_worktree_and_keeps_what_is_set(tmp_pa
     assert "given [/elsewhere] [1]" in said
 
 
-def test_needing_data_that_are_not_there_skips_or_fails_as_asked(tmp_path: Path) -> None:
+def test_a_test_may_not_skip_for_want_of_data_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "MNIST").mkdir()
     (tmp_path / "test_it.py").write_text(
-        "from tests.needs import needs_data\ndef test_it(): needs_data('MNIST/none')\n"
+        "import pytest\nfrom tests.needs import needs_data\n"
+        "def test_absent(): needs_data('CIFAR')\n"
+        "def test_there(): assert needs_data('MNIST').is_dir()\n"
+        "def test_lazy(): pytest.skip('needs MNIST: FLDIST_DATA was not looked at')\n"
+        "def test_other(): pytest.skip('no GPU')\n"
     )
     said = {}
     for required in (None, "1"):
         env = {k: v for k, v in os.environ.items() if k != "FLDIST_REQUIRE_DATA"} | {"PYTHONPATH": str(ROOT)}
         env |= {"FLDIST_DATA": str(tmp_path)} | ({"FLDIST_REQUIRE_DATA": required} if required else {})
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-rsf", "-p", "tests.conftest", str(tmp_path)]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         said[required] = (done.returncode, done.stdout)
     assert said[None][0] == 0
-    assert f"needs MNIST/none: FLDIST_DATA={tmp_path} has no MNIST/none" in said[None][1]
+    assert f"needs CIFAR: FLDIST_DATA={tmp_path} has no CIFAR" in said[None][1]
+    assert "1 passed, 3 skipped" in said[None][1]
     assert said["1"][0] == 1
-    assert "FLDIST_REQUIRE_DATA is set, and" in said["1"][1]
+    assert "1 failed, 1 passed, 2 skipped" in said["1"][1]
+    assert "skipped although the data are there: needs MNIST" in said["1"][1]

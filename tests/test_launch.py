@@ -85,6 +85,13 @@ def test_gloo_gives_the_same_bits_and_ledger(
     assert (result["backend"], result["world_size"]) == ("gloo", nproc)
 
 
+def test_a_network_that_the_server_holds_open_is_not_the_clients(tmp_path: Path, hosts: Hosts) -> None:
+    changed = config("tests.own:TrainsBetween")
+    here = fldist.run(changed, output=tmp_path / "here")
+    there = run_here(load(changed), nproc=2, output=tmp_path / "there", spawn=hosts)
+    assert outcome(there) == outcome(here)
+
+
 @pytest.mark.parametrize("algorithm", ["fedavg", "local"])
 def test_augmentation_splits_schedules_and_scoring_at_clients_give_the_same_everywhere(
     tmp_path: Path, hosts: Hosts, algorithm: str

@@ -74,6 +74,12 @@ def test_an_algorithm_is_one_file(path: Path) -> None:
         assert not name.startswith(("fldist.algorithms", "fldist.wire", "fldist.runtime", "torch.distributed"))
 
 
+def test_torchvision_is_imported_in_one_place() -> None:
+    for path in FILES:
+        if path.name != "vision.py":
+            assert not any(n.split(".")[0] == "torchvision" for n in imported(path)), f"{path}: use fldist.vision"
+
+
 def test_every_file_says_what_it_is_for() -> None:
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not open with what it is for"

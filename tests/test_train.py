@@ -210,7 +210,7 @@ def test_a_large_clip_changes_nothing():
 
 def test_before_step_sees_the_gradient_before_clipping():
     task = make_task()
-    network = Network(task.module, task.init_params())
+    network = Network(task.architecture().template, task.init_params())
     x, y = task.rows(0)
     seen, stepped = [], []
 
@@ -489,7 +489,8 @@ def test_a_network_trains_whole_as_one_leaf():
 def test_after_training_the_module_holds_no_gradients():
     task = make_task()
     data_of(task).train(task.init_params())
-    assert all(p.grad is None for p in task.module.parameters())
+    with task.architecture().module() as module:
+        assert all(p.grad is None for p in module.parameters())
 
 
 def test_two_networks_with_one_joint_loss():
@@ -585,7 +586,8 @@ def test_a_frozen_part_stays_and_the_rest_trains_as_in_torch():
     after = dict(trained.params.named())
     for name, before in start.named():
         assert torch.equal(before, after[name]) == name.startswith(f"{first}.")
-    assert all(p.requires_grad for p in task.module.parameters()), "thawed again"
+    with task.architecture().module() as module:
+        assert all(p.requires_grad for p in module.parameters()), "thawed again"
 
 
 def test_drift_moves_no_frozen_parameter():
@@ -612,8 +614,82 @@ def test_frozen_batch_norm_keeps_its_statistics_and_the_others_do_not():
 
 def test_an_unknown_frozen_name_is_refused_with_the_known_ones():
     task = make_task()
+    first = next(iter(task.init_params().named()))[0]
     with pytest.raises(ValueError, match=r"frozen: the model has no parameter 'head'; it has .*weight"):
-        data_of(task).train(task.init_params(), frozen=["head"])
+        data_of(task).train(task.init_params(), frozen=[first, "head"])
+    plain = data_of(make_task()).train(task.init_params())
+    assert bits(data_of(task).train(task.init_params()).params) == bits(plain.params), "nothing stays frozen"
+
+
+def test_batch_norm_may_keep_its_running_statistics_while_its_weights_train():
+    task = make_task(CnnBn((4, 5)).build)
+    start = task.init_params()
+    trained = data_of(task).train(start, epochs=2, batch_norm="running")
+    module = ordinary(CnnBn((4, 5)).build, start)
+    module.eval()
+    module.train = lambda mode=True: module  # stays in eval mode
+    bare_loop(module, task, 2)
+    assert_close(trained.params, module)
+    after = dict(trained.params.named())
+    for name, before in start.named():
+        assert torch.equal(before, after[name]) == ("running" in name or "num_batches" in name), name
+
+
+def test_batch_norm_without_weights_inside_a_frozen_part_keeps_its_statistics():
+    def build(shape, classes):
+        part = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False))
+        return nn.Sequential(part, nn.Flatten(), nn.Linear(8, classes))
+
+    task = make_task(build)
+    trained = dict(data_of(task).train(task.init_params(), frozen=["0"]).params.named())
+    assert not trained["0.1.running_mean"].any()
+    assert dict(data_of(task).train(task.init_params()).params.named())["0.1.running_mean"].any()
+
+
+def test_scoring_in_the_midst_of_a_training_changes_nothing():
+    task = make_task(CnnBn((4, 5)).build, momentum=0.9)
+    start = task.init_params()
+    data = data_of(task)
+
+    def own(module, batch):
+        task.evaluate(start)
+        data.evaluate(start, "train")
+        data_of(task).train(start)
+        return cross_entropy(module(batch.x), batch.y)
+
+    assert bits(data.train(start, loss=own).params) == bits(data_of(task).train(start).params)
+
+
+def test_two_networks_of_one_architecture_are_two():
+    task = make_task()
+    start = task.init_params()
+    with task.network(start) as one, task.network(start.scale(2.0)) as other:
+        assert one.module is not other.module
+        assert torch.equal(other.params.floats, 2.0 * one.params.floats)
+        out = one.module(task.rows(0)[0])
+    assert torch.equal(out, task.frozen_copy(start)(task.rows(0)[0]))
+
+
+def test_batches_of_one_are_refused_where_batch_norm_would_see_them():
+    with pytest.raises(ValueError, match=r"local\.batch_size: BatchNorm cannot train on batches of 1"):
+        make_task(CnnBn((4, 5)).build, batch_size=1)
+    make_task(batch_size=1)
+    noted = make_task(CnnBn((4, 5)).build, n=1).notes
+    assert any("clients with one sample" in note and note.endswith(": 0") for note in noted)
+    loader = data_of(make_task(CnnBn((4, 5)).build)).second_loader(5, 2)
+    assert [len(next(loader)) for _ in range(4)] == [2, 2, 2, 2]
+
+
+def test_the_loss_of_the_last_batch_is_kept():
+    task = make_task()
+    losses = []
+
+    def own(module, batch):
+        losses.append(cross_entropy(module(batch.x), batch.y))
+        return losses[-1]
+
+    trained = data_of(task).train(task.init_params(), epochs=2, loss=own)
+    assert trained.progress.last_loss == float(losses[-1].detach())
 
 
 # ---- order and schedule

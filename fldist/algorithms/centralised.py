@@ -23,7 +23,7 @@ class Centralised(Algorithm):
 
     def init_server(self, task: Task) -> State:
         """One model, x."""
-        return State(x=task.init_params())
+        return State(x=task.init_params(whole=True))
 
     def round(self, server: Server, clients: Clients) -> None:
         """E epochs of SGD on everything."""

@@ -77,7 +77,7 @@ class Moon(Algorithm):
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
         """E epochs of local SGD on CE + mu times the term; keep the outcome as v."""
         local = data.train(x, loss=self.loss(data, x, me.v) if self.mu else None)
-        me.v = local.params
+        me.v = local.whole
         return Update(local.params, data.n)
 
     def loss(self, data: ClientData, x: Params, v: Params | None) -> Callable[[nn.Module, Batch], Tensor]:

@@ -40,6 +40,11 @@ def new_variate(c_i: Params, c: Params, x: Params, y: Params, steps: int, lr: fl
 class Scaffold(Algorithm):
     """FedAvg whose local steps are corrected by control variates."""
 
+    def check(self, task: Task) -> None:
+        """Refuse optimizers whose steps are no multiple of lr."""
+        if task.local.optimizer != "sgd":
+            raise ValueError(f"algorithm: scaffold is for SGD; local.optimizer is {task.local.optimizer}")
+
     def init_server(self, task: Task) -> State:
         """The model x and the server variate c = 0."""
         x = task.init_params()

@@ -92,7 +92,10 @@ def directory() -> Path:
 def user_directory() -> Path:
     """The user's own directory for what can be made again."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "fldist"
+    try:
+        return (Path(base) if base else Path.home() / ".cache").absolute() / "fldist"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise Unwritable(f"FLDIST_CACHE: there is no home directory to keep a cache in ({error}); set it") from None
 
 
 def sources_of(name: str) -> list[tuple[str, Path]]:
@@ -191,8 +194,12 @@ def _crc_of_file(file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: tuple
 
 
 # ---- writing
-def _unwritable(error: Exception) -> ValueError:
-    return ValueError(
+class Unwritable(ValueError):
+    """The cache directory cannot be written; says which and what to do."""
+
+
+def _unwritable(error: Exception) -> Unwritable:
+    return Unwritable(
         f"FLDIST_CACHE: the cache directory {directory()} cannot be written ({error}); "
         "set FLDIST_CACHE to a folder that can, with room for the decoded data"
     )

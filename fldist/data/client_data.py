@@ -40,13 +40,15 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 class Trained:
     """The outcome of a local training.
 
-    params: the trained model, in the layout of the model that was given; steps: optimizer steps made, T_i;
+    params: the trained model, in the layout of the model that was given; whole: all of it, what does not travel
+    included; steps: optimizer steps made, T_i;
     lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
     last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
     (0 unless the selector wants reports); progress: to go on.
     """
 
     params: Params
+    whole: Params
     steps: int
     lr: float
     loss: float
@@ -148,12 +150,17 @@ class ClientData:
             batch_size or local.batch_size,
             self.streams.generator("order") if local.order == "shuffle" else None,
             local.tail,
-            no_single=has_batch_norm(self.task.architecture(self._model_of).module),
+            no_single=self._no_single,
         )
+
+    @property
+    def _no_single(self) -> bool:
+        return has_batch_norm(self.task.architecture(self._model_of).template)
 
     def second_loader(self, num_samples: int, batch_size: int) -> Iterator[Tensor]:
         """Shuffled index batches of other samples without end; it runs on over steps and epochs."""
-        return Order(num_samples, batch_size, self.streams.generator("second")).forever()
+        rng = self.streams.generator("second")
+        return Order(num_samples, batch_size, rng, no_single=self._no_single).forever()
 
     def train(
         self,
@@ -164,6 +171,7 @@ class ClientData:
         drift: Params | None = None,
         mask: Tensor | None = None,
         frozen: Sequence[str] = (),
+        batch_norm: Literal["batch", "running"] = "batch",
         loss: Loss | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
@@ -172,23 +180,21 @@ class ClientData:
         epochs: the total (default `local.epochs`); proximal: mu of (mu/2) ||y - start||^2 over the trainable
         parameters; drift: d [P], y <- y - eta d after every step, frozen parameters excepted; mask: [P], 1 where a
         parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
-        frozen: names of parameters or modules that are not trained; loss: instead of cross-entropy;
+        frozen: names of parameters or modules that are not trained; batch_norm: see `Network`; loss: instead of
+        cross-entropy;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
         epochs = local.epochs if epochs is None else epochs
-        module = task.architecture(self._model_of).module
-        block = task.full(start if resume_from is None else resume_from.params, self._model_of)
         keep = None if mask is None else mask.to(torch.float32)
-        if keep is not None:
-            if keep.shape != (block.layout.num_params,):
-                raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{block.layout.num_params}], the parameters")
-            block.trainable.floats.mul_(keep)
-        network = Network(module, block, frozen)
-        try:
+        from_here = start if resume_from is None else resume_from.whole
+        with task.network(from_here, self._model_of, frozen, batch_norm) as network:
+            if keep is not None:
+                trainable = network.params.trainable.floats
+                if keep.shape != trainable.shape:
+                    raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{len(trainable)}], the parameters")
+                trainable.mul_(keep)
             return self._train(network, start, epochs, proximal, drift, keep, loss, resume_from)
-        finally:
-            network.release()
 
     def _train(
         self,
@@ -268,7 +274,9 @@ class ClientData:
         trained = Params(part, network.params.floats[: part.num_floats], network.params.ints[: part.num_ints])
         last = progress.losses[-1] if progress.losses else float("nan")
         mean_lr = lr if constant or not progress.steps else lr_sum / progress.steps
-        self.trained = Trained(trained, progress.steps, mean_lr, last, progress, watched.sum, lr_sum, rng)
+        self.trained = Trained(
+            trained, network.params, progress.steps, mean_lr, last, progress, watched.sum, lr_sum, rng
+        )
         return self.trained
 
     def frozen_copy(self, model: Params) -> nn.Module:
@@ -314,6 +322,16 @@ class PooledData(ClientData):
 
     def __init__(self, task: Task, streams: Streams) -> None:
         super().__init__(task, -1, streams)
+
+    def enter(self, streams: Streams) -> None:
+        """Begin a round: its random streams; the samples stay as they were read."""
+        self.streams = streams
+
+    def evaluate(self, model: Params, split: Split | Literal["global"]) -> Scores:
+        """Score a model on the global test set; ValueError for the splits, which only clients have."""
+        if split != "global":
+            raise ValueError(f"the pooled data have no split {split!r}; use global")
+        return self.task.evaluate(model)
 
     @property
     def n(self) -> int:

@@ -4,6 +4,7 @@ what is done to values in `prepare.py`; nothing is ever downloaded here unless `
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -115,6 +116,26 @@ def _cached(entry: cache.Entry, fingerprint: str | None, decode: Callable[[], Da
     )
 
 
+def accepted(made: Any, where: str) -> Dataset:
+    """What a user's own loader returned, brought to the types of `Dataset`; ValueError, beginning with `where`."""
+    if not isinstance(made, Dataset):
+        raise ValueError(
+            f"{where}: it must return a fldist.data.datasets.Dataset, or have `load()` that does; "
+            f"it gave a {type(made).__name__}"
+        )
+    x = [np.asarray(a) for a in (made.train_x, made.test_x)]
+    y = [np.asarray(a) for a in (made.train_y, made.test_y)]
+    for a in x:
+        if not (np.issubdtype(a.dtype, np.number) or a.dtype == np.bool_):
+            raise ValueError(f"{where}: samples of type {a.dtype} are no numbers; give uint8 or float32")
+    for a in y:
+        if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
+            raise ValueError(f"{where}: labels must be [n] integers, not {a.dtype} {a.shape}")
+    x = [a if a.dtype in (np.uint8, np.float32) else a.astype(np.float32) for a in x]
+    y = [a.astype(np.int64, copy=False) for a in y]
+    return _checked(dataclasses.replace(made, train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1]), where)
+
+
 def _checked(data: Dataset, where: str) -> Dataset:
     """Refuse what no later code expects; `where` begins the error."""
     for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
@@ -148,7 +169,10 @@ class Digits:
             found = version("scikit-learn")
         except PackageNotFoundError:
             found = None
-        return _cached(self.entry(), found, self._decode)
+        try:
+            return _cached(self.entry(), found, self._decode)
+        except cache.Unwritable as error:  # they are small and always there: no reason not to run
+            return dataclasses.replace(self._decode(), notes=(f"digits are decoded at every start: {error}",))
 
     def _decode(self) -> Dataset:
         try:
@@ -342,8 +366,7 @@ class Cifar10(Torchvision):
     def _check_files(self) -> None:
         # These files are pickles. Torchvision unpickles them only after their MD5 sums have been found on its list,
         # and that is what keeps code in them from running: never read them past its check. Here it names the file.
-        from torchvision.datasets.utils import check_integrity
-
+        check_integrity = torchvision().datasets.utils.check_integrity
         kind = self._torchvision_kind()
         sums = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
         for path in self.sources():
@@ -394,8 +417,7 @@ class Svhn(Torchvision):
         return {"root": str(self.place()), "split": "train" if train else "test"}
 
     def _check_files(self) -> None:
-        from torchvision.datasets.utils import check_integrity
-
+        check_integrity = torchvision().datasets.utils.check_integrity
         for path, split in zip(self.sources(), ("train", "test"), strict=True):
             if not check_integrity(str(path), self._torchvision_kind().split_list[split][2]):
                 raise self._damaged(path, "its MD5 sum is not the published one")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from fldist.data.datasets import Dataset
 from fldist.data.partition import Noise, Rows
 from fldist.data.prepare import ClientSplit, Preparation, Public, Subset
 from fldist.models.evaluate import Evaluation, Scores, evaluate
-from fldist.models.train import LocalTraining
+from fldist.models.train import LocalTraining, Network, has_batch_norm
 from fldist.params import Layout, Params, Travel
 from fldist.seeding import forked, generator, numpy_generator
 
@@ -34,12 +35,26 @@ class Partition(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A model's structure: a module to calculate with, its layout, its initial values."""
+    """A model's structure: a module that stands for it, its layout, its initial values.
+
+    Nobody calculates with `template`; who needs a module borrows one, so that a training, an evaluation in the
+    midst of it and another network of the same architecture never meet on one.
+    """
 
     name: str
-    module: nn.Module
+    template: nn.Module
     layout: Layout
     initial: Params
+    _free: list[nn.Module] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def module(self) -> Iterator[nn.Module]:
+        """A module of this architecture for the time of a `with`; its values are whatever they are."""
+        module = self._free.pop() if self._free else copy.deepcopy(self.template)
+        try:
+            yield module
+        finally:
+            self._free.append(module)
 
 
 class Task:
@@ -97,6 +112,28 @@ class Task:
         names = [a.name for a in self.architectures]
         self._cycle = [names.index(name) for name, _ in client_models] or [0]
         self.own_init = own_init
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Refuse at the start what every client would stumble over, and say what is left unused."""
+        blank = torch.zeros(1, *self.shape)
+        augment = self.preparation.augment
+        if augment.active:
+            augment(blank, torch.Generator())
+        for noise in (self._noise or [])[-1:]:
+            try:
+                add_noise(blank, noise.std, noise.cell, torch.Generator())
+            except ValueError as error:
+                raise ValueError(f"task.partition: feature_noise does not fit these samples: {error}") from None
+        norm = any(has_batch_norm(a.template) for a in self.architectures)
+        if norm and self.local.batch_size == 1:
+            raise ValueError("local.batch_size: BatchNorm cannot train on batches of 1; raise it, or use norm: group")
+        alone = [client for client, n in enumerate(self.sizes) if n == 1]
+        if norm and alone:
+            shown = ", ".join(map(str, alone[:20])) + (" ..." if len(alone) > 20 else "")
+            self.notes.append(f"clients with one sample, on which BatchNorm cannot train, send what they got: {shown}")
+        if self.local.optimizer == "adam" and self.local.momentum:
+            self.notes.append(f"local.momentum: {self.local.momentum} is not used by adam")
 
     # ---- rows
     def _divide(
@@ -272,11 +309,6 @@ class Task:
         return self.architectures[0 if client is None else self._cycle[client % len(self._cycle)]]
 
     @property
-    def module(self) -> nn.Module:
-        """The server's module."""
-        return self.architectures[0].module
-
-    @property
     def layout(self) -> Layout:
         """The layout of the server's model."""
         return self.architectures[0].layout
@@ -307,9 +339,28 @@ class Task:
         full.write(part)
         return full
 
+    @contextlib.contextmanager
+    def network(
+        self,
+        params: Params,
+        client: int | None = None,
+        frozen: Sequence[str] = (),
+        batch_norm: Literal["batch", "running"] = "batch",
+    ) -> Iterator[Network]:
+        """A network with these values (what does not travel: initial ones) to train for the time of a `with`.
+
+        `network.params` are fresh blocks, and stay valid afterwards. Several may be open at once.
+        """
+        with self.architecture(client).module() as module:
+            network = Network(module, self.full(params, client), frozen, batch_norm)
+            try:
+                yield network
+            finally:
+                network.release()
+
     def frozen_copy(self, model: Params, client: int | None = None) -> nn.Module:
         """A module of its own with these values, in eval mode, that takes no gradients."""
-        module = copy.deepcopy(self.architecture(client).module)
+        module = copy.deepcopy(self.architecture(client).template)
         self.full(model, client).bind(module)
         return module.eval().requires_grad_(False)
 
@@ -329,9 +380,9 @@ class Task:
         return self._score(model, client, batches)
 
     def _score(self, model: Params, client: int | None, batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
-        module = self.architecture(client).module
-        self.full(model, client).bind(module)
-        return evaluate(module, batches, self.evaluation)
+        with self.architecture(client).module() as module:
+            self.full(model, client).bind(module)
+            return evaluate(module, batches, self.evaluation)
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -42,6 +42,10 @@ class Evaluation:
     average: Literal["weighted", "macro", "micro"] = "weighted"
     batch_size: Annotated[int, Field(ge=1)] = 512
 
+    def __post_init__(self) -> None:
+        if self.batch_norm == "batch" and self.batch_size < 2:
+            raise ValueError("batch_norm: batch needs batches of at least two samples; raise eval.batch_size")
+
     @property
     def names(self) -> tuple[Metric, ...]:
         """The metrics in the order in which they are reported; accuracy and loss are always among them."""

@@ -66,22 +66,33 @@ class Network:
     a few operations on one tensor; one per contiguous run of trainable tensors where part of it is frozen.
     frozen: names of parameters, or of modules with all below them, that are not trained; a layer whose parameters
     are all frozen is in eval mode, so that BatchNorm's statistics stay as well. ValueError for a name that is none.
+    batch_norm: in training, BatchNorm uses each batch's statistics and moves the running ones (`batch`), or uses the
+    running ones and leaves them (`running`).
     """
 
-    def __init__(self, module: nn.Module, params: Params, frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Params,
+        frozen: Sequence[str] = (),
+        batch_norm: Literal["batch", "running"] = "batch",
+    ) -> None:
+        tensors = dict(module.named_parameters())
+        closed: dict[str, nn.Parameter] = {}
+        for name in frozen:
+            below = {n: t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")}
+            if not below:
+                raise ValueError(f"frozen: the model has no parameter {name!r}; it has {', '.join(tensors)}")
+            closed |= below
         params.bind(module)
         self.module = module
         self.params = params
         self.gradient = torch.zeros(params.layout.num_params)  # [P]
-        self._thawed: list[nn.Parameter] = []
-        tensors = dict(module.named_parameters())
-        for name in frozen:
-            below = [t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")]
-            if not below:
-                raise ValueError(f"frozen: the model has no parameter {name!r}; it has {', '.join(tensors)}")
-            self._thawed += [t for t in below if t.requires_grad]
-            for tensor in below:
-                tensor.requires_grad_(False)
+        self._frozen = tuple(frozen)
+        self._batch_norm = batch_norm
+        self._thawed = [t for t in closed.values() if t.requires_grad]
+        for tensor in self._thawed:
+            tensor.requires_grad_(False)
         self.runs: list[tuple[int, int]] = []  # [start, end) of every leaf in the blocks
         for slot in params.layout.params:
             tensor = tensors[slot.name]
@@ -101,13 +112,14 @@ class Network:
             self.weights.append(leaf)
 
     def train(self) -> None:
-        """Enter training mode, frozen layers excepted."""
+        """Enter training mode, frozen layers excepted, and BatchNorm where it keeps its statistics."""
         self.module.train()
-        if all(t.requires_grad for t in self.module.parameters()):
-            return
-        for layer in self.module.modules():
+        for name, layer in self.module.named_modules():
             own = list(layer.parameters(recurse=False))
-            if own and not any(t.requires_grad for t in own):
+            inside = any(name == f or name.startswith(f"{f}.") for f in self._frozen)
+            frozen = inside or (bool(own) and not any(t.requires_grad for t in own))
+            keeps = self._batch_norm == "running" and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            if frozen or keeps:
                 layer.eval()
 
     def release(self) -> None:
@@ -176,6 +188,7 @@ class Progress:
     epochs: int = 0
     steps: int = 0
     losses: list[float] = field(default_factory=list)  # mean loss per sample, one entry an epoch
+    last_loss: float = float("nan")  # of the last batch
 
 
 def train(
@@ -213,6 +226,7 @@ def train(
             before_epoch(progress.epochs)
         total = torch.zeros((), dtype=torch.float64)
         seen = 0
+        loss = None
         for batch in progress.order.epoch():
             for network in networks:
                 network.gradient.zero_()
@@ -230,6 +244,8 @@ def train(
             total += loss.detach() * len(batch)
             seen += len(batch)
         progress.epochs += 1
+        if loss is not None:
+            progress.last_loss = float(loss.detach())
         progress.losses.append(float(total) / seen if seen else float("nan"))
     return progress
 

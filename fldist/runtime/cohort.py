@@ -19,7 +19,7 @@ from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.placement import Placement
-from fldist.selection import Report
+from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Ledger
 from fldist.wire.link import Lost, Received, Sent, ServerLink
@@ -41,8 +41,8 @@ class Replies:
         self, values: dict[str, Any], clients: list[int], missing: dict[int, str], seconds: dict[int, float]
     ) -> None:
         told = values.pop(REPORT.name, {})
-        fits = {c: t for c, t in told.items() if t is not None and t.shape == (len(Report._fields),)}
-        self.reports = {c: Report(*map(float, tensor)) for c, tensor in fits.items()}
+        fits = {c: t for c, t in told.items() if t is not None and t.shape == (len(ClientReport._fields),)}
+        self.reports = {c: ClientReport(*map(float, tensor)) for c, tensor in fits.items()}
         self._values = values
         self.clients = clients
         self.missing = missing
@@ -61,7 +61,7 @@ class Replies:
 class CallsClients(Protocol):
     """What a cohort needs of a caller."""
 
-    reports: dict[int, Report]
+    reports: dict[int, ClientReport]
     """The latest report of every client that has given one, where the selector wants reports."""
 
     def call(
@@ -126,7 +126,7 @@ class Caller:
         self.placement = placement
         self.offsets: dict[int, int] = {}
         self.facts = RoundFacts()
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, ClientReport] = {}
         self._methods = {m.name: m for m in job.methods.values()}
         self._worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)

@@ -187,7 +187,7 @@ class Host:
 
 
 def _report(data: ClientData, seconds: float) -> torch.Tensor:
-    """See `selection.Report`: float64 [5]."""
+    """See `selection.ClientReport`: float64 [5]."""
     nan = float("nan")
     trained = data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)

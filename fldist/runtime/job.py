@@ -17,7 +17,7 @@ from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
 
 REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
-"""What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.Report`."""
+"""What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.ClientReport`."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Job:
     def __post_init__(self) -> None:
         self.algorithm.check(self.task)
         self.evaluation = self.algorithm.scoring(self.task)
-        name = type(self.algorithm).__name__
+        who = type(self.algorithm).__name__
         if self.task.own_init and self.evaluation.model != "personal" and self.algorithm.has_global_model:
             self.task.notes.append(
-                f"clients.init: own changes nothing under {name}: clients begin with what they are sent"
+                f"clients.init: own changes nothing under {who}: clients begin with what they are sent"
             )
         if len(self.task.architectures) > 1 and not self.algorithm.heterogeneous:
             raise ValueError(
-                f"clients.models: {name} needs the model of task.model at all clients; "
+                f"clients.models: {who} needs the model of task.model at all clients; "
                 "remove clients.models, or use an algorithm for clients with different models"
             )
         self.methods = {}
@@ -75,6 +75,22 @@ class Job:
             if self.reports(name):
                 reply = Schema((*reply.fields, REPORT))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
+        trains = [m for n, m in self.methods.items() if n != "evaluate_client"]
+        if self.evaluation.model == "sent" and not any(
+            (f.kind, f.form) == (Kind.WEIGHTS, Form.PARAMS) for m in trains for f in m.call.fields
+        ):
+            raise ValueError(f"eval.model: sent, but {who} sends its clients no model; use personal or global")
+        lacking = []
+        if self.evaluation.where != "server" and self.evaluation.split != "global":
+            split = self.evaluation.split
+            assert split != "auto"
+            lacking = [c for c in range(self.task.num_clients) if self.task.sizes[c] and not self.task.count(c, split)]
+        if lacking and len(lacking) == sum(n > 0 for n in self.task.sizes):
+            raise ValueError(
+                f"eval.split: no client has a {self.evaluation.split} part; raise task.split, or use global"
+            )
+        if lacking:
+            self.task.notes.append(f"{len(lacking)} clients have no {self.evaluation.split} part and are not scored")
         self._by_number = {m.number: m for m in self.methods.values()}
 
     def method(self, number: int) -> ClientMethod | None:

@@ -66,6 +66,7 @@ class ServerView:
         set_(self, "task", job.task)
         set_(self, "state", state)
         set_(self, "logged", {})
+        set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1)))
         self.enter(0, job.seed)
 
     def enter(self, number: int, seed: int) -> None:
@@ -73,7 +74,7 @@ class ServerView:
         set_ = object.__setattr__
         set_(self, "round", number)
         set_(self, "rng", generator(seed, "server", number))
-        set_(self, "data", PooledData(self.task, Streams(seed, number, -1)))
+        self.data.enter(Streams(seed, number, -1))
         self.logged.clear()
 
     def replace(self, state: State) -> None:
@@ -371,7 +372,7 @@ class ServerLoop:
         try:
             got = self.job.algorithm.evaluate(view, self._clients)
         except NoReplies as error:
-            some = next(iter(error.missing.values()), "")
+            some = next(iter(error.missing.values()), f"no client has a {how.split} part")
             self.observer.warning(f"round {number}: no client could be scored: {some}")
             return None
         assert how.split != "auto"

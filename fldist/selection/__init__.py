@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 from torch import Generator
 
 
-class Report(NamedTuple):
+class ClientReport(NamedTuple):
     """What a client tells of its training, 40 bytes.
 
     n: its training samples; squares: sum over the samples of their squared cross-entropy, taken in the first
@@ -35,14 +35,14 @@ class Candidates:
     ids: Sequence[int]
     sizes: Sequence[int]
     count: int
-    reports: Mapping[int, Report] = field(default_factory=dict)
+    reports: Mapping[int, ClientReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Selector:
     """Base of all selectors; a subclass is a frozen dataclass whose fields are its configuration.
 
-    wants_reports: whether clients send a `Report` with each reply; said by the class, not configured.
+    wants_reports: whether clients send a `ClientReport` with each reply; said by the class, not configured.
     """
 
     wants_reports: ClassVar[bool] = False
