@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -190,7 +191,7 @@ class Digits:
 
 # ---- through torchvision
 @dataclass(frozen=True)
-class Torchvision:
+class Torchvision(ABC):
     """A data set that torchvision reads; the base of those below.
 
     root: the folder that torchvision calls so; default FLDIST_DATA, else `data` in the user's cache directory.
@@ -285,13 +286,13 @@ class Torchvision:
             f"{f' --root {self.root}' if self.root else ''}`, which downloads it again"
         )
 
+    @abstractmethod
     def _check_files(self) -> None:
         """ValueError names the first damaged file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _arrays(self, made: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """What torchvision has read, as x uint8 [n, c, h, w] and y int64 [n]."""
-        raise NotImplementedError
 
     def _class_names(self) -> tuple[str, ...]:
         return _TEN
