@@ -19,7 +19,7 @@ from fldist.data.augment import add_noise, to_unit
 from fldist.data.partition import Noise
 from fldist.data.task import Split, Task
 from fldist.models.evaluate import Scores
-from fldist.models.train import Network, Order, Progress, has_batch_norm, train
+from fldist.models.train import Network, Order, Progress, train
 from fldist.params import Params
 from fldist.seeding import Streams
 
@@ -155,7 +155,7 @@ class ClientData:
 
     @property
     def _no_single(self) -> bool:
-        return has_batch_norm(self.task.architecture(self._model_of).template)
+        return self.task.architecture(self._model_of).batch_norm
 
     def second_loader(self, num_samples: int, batch_size: int) -> Iterator[Tensor]:
         """Shuffled index batches of other samples without end; it runs on over steps and epochs."""

@@ -35,7 +35,7 @@ class Partition(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A model's structure: a module that stands for it, its layout, its initial values.
+    """A model's structure: a module that stands for it, its layout, its initial values, whether it has BatchNorm.
 
     Nobody calculates with `template`; who needs a module borrows one, so that a training, an evaluation in the
     midst of it and another network of the same architecture never meet on one.
@@ -45,6 +45,7 @@ class Architecture:
     template: nn.Module
     layout: Layout
     initial: Params
+    batch_norm: bool
     _free: list[nn.Module] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -125,7 +126,7 @@ class Task:
                 add_noise(blank, noise.std, noise.cell, torch.Generator())
             except ValueError as error:
                 raise ValueError(f"task.partition: feature_noise does not fit these samples: {error}") from None
-        norm = any(has_batch_norm(a.template) for a in self.architectures)
+        norm = any(a.batch_norm for a in self.architectures)
         if norm and self.local.batch_size == 1:
             raise ValueError("local.batch_size: BatchNorm cannot train on batches of 1; raise it, or use norm: group")
         alone = [client for client, n in enumerate(self.sizes) if n == 1]
@@ -302,7 +303,7 @@ class Task:
         with forked(self.seed, "init", *([index] if index else [])):
             module = build(self.shape, self.num_classes)
         layout = Layout.of(module)
-        return Architecture(name, module, layout, Params.of(module, layout))
+        return Architecture(name, module, layout, Params.of(module, layout), has_batch_norm(module))
 
     def architecture(self, client: int | None = None) -> Architecture:
         """A client's architecture, or the server's."""

@@ -114,6 +114,9 @@ class Network:
     def train(self) -> None:
         """Enter training mode, frozen layers excepted, and BatchNorm where it keeps its statistics."""
         self.module.train()
+        trains_whole = sum(end - start for start, end in self.runs) == self.params.layout.num_params
+        if trains_whole and self._batch_norm == "batch":
+            return
         for name, layer in self.module.named_modules():
             own = list(layer.parameters(recurse=False))
             inside = any(name == f or name.startswith(f"{f}.") for f in self._frozen)
