@@ -57,6 +57,24 @@ def run(
 
 
 @app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="A run's directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="rounds=N, eval..., deadlines..., network...")] = None,
+    nproc: Annotated[int, typer.Option(help="Ranks to run: this process as server and N-1 hosts.")] = 1,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say of each client why its reply is missing.")
+    ] = False,
+) -> None:
+    """Go on with a run from its last round, on any number of ranks, with the same result; or extend one."""
+    from fldist.config import load_resumed
+    from fldist.console import Progress
+    from fldist.runner import run_here
+
+    settings = load_resumed(directory, overrides or [])
+    run_here(settings, nproc=nproc, output=directory, observer=Progress(verbose), resume=True)
+
+
+@app.command()
 def describe(
     algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing, or mine.py:Thing.")],
 ) -> None:

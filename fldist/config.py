@@ -31,6 +31,7 @@ from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
 from fldist.runtime.job import Job
+from fldist.runtime.output import differing, status_of
 from fldist.selection import Selector
 from fldist.wire.link import Limits
 
@@ -138,6 +139,15 @@ class AggregationSection(Section):
     integers: Integers = "mean"
 
 
+class CheckpointSection(Section):
+    """How a run outlives its processes. Every round is written to the run's directory; of `every` k-th one (and the
+    last) the files outlive a power failure too, and `keep` of these stay. every: 0 writes nothing: a run that ends
+    before its time cannot be continued."""
+
+    every: Annotated[int, Field(ge=0)] = 10
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
 class OutputSection(Section):
     """Where runs are written: a new directory under `root`, unless --output names it."""
 
@@ -161,6 +171,7 @@ class Settings(Section):
     threads: Annotated[int, Field(ge=1)] = 1
     network: NetworkSection = NetworkSection()
     deadlines: DeadlinesSection = DeadlinesSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
     def resolved(self) -> dict[str, Any]:
@@ -181,6 +192,26 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     _check(settings)
     components(settings)
     return settings
+
+
+RESUMABLE = ("rounds", "eval", "output", "deadlines", "checkpoint", "backend", "network")
+"""What may change when a run goes on: none of it changes what was computed so far."""
+
+
+def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The configuration of a run that is to go on, with overrides that do not change its meaning."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: {directory} holds no run (no config.yaml)")
+    before, now = load(path), load(path, overrides)
+    for key in differing(before.resolved(), now.resolved()):
+        if key.partition(".")[0] not in RESUMABLE:
+            raise ConfigError(
+                f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
+            )
+    if status_of(directory) == "finished" and now.rounds <= before.rounds:
+        raise ConfigError(f"rounds: the run in {directory} is finished after {before.rounds}; give more to extend it")
+    return now
 
 
 def _copied(value: Any) -> Any:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fldist.config import ConfigError, Settings, build
+from fldist.params import Travel
+from fldist.runtime.checkpoint import ClientFiles
 from fldist.runtime.host import Host, serve_link
+from fldist.runtime.keeper import Keeper, files_seen, owned
 from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_environment, spawn_host
 from fldist.runtime.output import Output, default_directory, discard, prepare
 from fldist.runtime.server import Observer, RunStopped, ServerLoop, fix_threads
@@ -88,10 +91,11 @@ def run_here(
     progress: bool = False,
     observer: Observer | None = None,
     spawn: Spawn = spawn_host,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Be this rank of the run. The server returns the result, a host an empty one when it is done.
 
-    spawn: how `nproc` starts a host (tests use warm processes).
+    spawn: how `nproc` starts a host (tests use warm processes). resume: `output` holds a run that is to go on.
     """
     if nproc < 1:
         raise ConfigError(f"--nproc must be at least 1, got {nproc}")
@@ -99,7 +103,9 @@ def run_here(
     backend = choose_backend(settings, world, nproc)
     if world.rank != 0:
         return _be_host(world, settings)
-    directory = prepare(Path(output) if output is not None else _directory(settings))
+    directory = prepare(
+        Path(output) if output is not None else _directory(settings), settings.resolved(), resume=resume
+    )
     if observer is None and progress:
         from fldist.console import Progress
 
@@ -110,7 +116,7 @@ def run_here(
         observer.warning(f"threads: {settings.threads} threads a rank on {cores} usable cores is slow; lower it")
     restore = fix_threads(settings.threads)
     try:
-        with _file_log(directory / "rank-0.log"), interruptible():
+        with owned(directory), _file_log(directory / "rank-0.log"), interruptible():
             if backend == "in-process":
                 return _alone(settings, directory, observer)
             if backend == "mpi":
@@ -143,18 +149,30 @@ def _server_loop(
     **options: Any,
 ) -> ServerLoop:
     resolved = settings.resolved()
+    keeper = None
+    going_on = (directory / "checkpoints").is_dir()
+    if settings.checkpoint.every:
+        keeper = Keeper(directory, every=settings.checkpoint.every, keep=settings.checkpoint.keep)
+        keeper.begin()
+        if going_on:
+            parts: tuple[Travel, ...] = ("all", "floats", "params")
+            keeper.resume([a.layout.restricted(part) for a in job.task.architectures for part in parts])
+    elif going_on:
+        raise ConfigError("checkpoint.every: 0, but a run is to go on, which needs checkpoints; set it to 1 or more")
     output = Output(directory)
     output.config(resolved)
     facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
     output.environment(facts)
-    return ServerLoop(job, link, output, observer, ranks=ranks, facts=facts, config=resolved, **options)
+    return ServerLoop(job, link, output, observer, ranks=ranks, facts=facts, config=resolved, keeper=keeper, **options)
 
 
 def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
     from fldist.wire.local import LocalServer
 
     job = build(settings)
-    link = LocalServer(Host(job).serve_aside, job.calls())
+    keeps = bool(settings.checkpoint.every) and job.algorithm.stateful
+    host = Host(job, ClientFiles(directory / "clients") if keeps else None)
+    link = LocalServer(host.serve_aside, job.calls())
     return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
 
 
@@ -317,7 +335,11 @@ def _serve_as_host(link: Any, rank: int) -> None:
         job = build(settings)
         for note in job.task.notes:
             log.info("rank %d: %s", rank, note)
-        serve_link(Host(job), link)
+        files = None
+        if settings.checkpoint.every and job.algorithm.stateful:
+            files = files_seen(str(link.welcome["directory"]), str(link.welcome["run_id"]))
+        link.about = {"files": files is not None or not job.algorithm.stateful}
+        serve_link(Host(job, files), link)
         log.info("rank %d: done", rank)
     except TransportError as error:
         log.error("rank %d: %s", rank, error)

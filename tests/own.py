@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fldist.algorithm import Algorithm, Clients, Me, Server, State, on_client
+from fldist.algorithm import Algorithm, Clients, Me, Server, Stage, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
@@ -211,3 +211,12 @@ class TrainsBetween(Base):
             got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
             train([network], loss, [optimizer], epochs=2, order=order, resume_from=progress)
             server.x = 0.5 * network.params.restricted(task.travel) + 0.5 * got.y
+
+
+@dataclass(frozen=True)
+class Halves(Base):
+    """Two stages, each of half the rounds."""
+
+    def stages(self, rounds: int) -> list[Stage]:
+        """First this, then that; both the same."""
+        return [Stage("this", rounds // 2, self.round), Stage("that", rounds - rounds // 2, self.round)]

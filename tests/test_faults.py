@@ -80,12 +80,12 @@ def test_a_stopped_host_is_lost_after_its_silence(tmp_path: Path, hosts: Hosts) 
     assert seen.lines[1]["replied"] == 6
 
 
-def test_losing_clients_with_state_stops_the_run_and_names_them(tmp_path: Path, hosts: Hosts) -> None:
+def test_losing_clients_with_state_that_nobody_kept_stops_the_run_and_names_them(tmp_path: Path, hosts: Hosts) -> None:
     def after(number: int) -> None:
         if number == 1:
             hosts.send(1, signal.SIGKILL)
 
-    config = own("Counts", fields={"bad": 99}, rounds=5)
+    config = own("Counts", fields={"bad": 99}, rounds=5, checkpoint={"every": 0})
     with pytest.raises(RunStopped, match=r"host 1 lost .*state of clients (\d, )+\d.*1 finished round is kept in"):
         run_here(load(config), nproc=3, output=tmp_path / "run", observer=Recorder(after), spawn=hosts)
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -277,8 +277,8 @@ def test_the_quickstart(tmp_path: Path) -> None:
         assert text in done.stdout
     shown = {p.name for p in (tmp_path / "q").iterdir()}
     assert shown == {
-        "config.yaml", "environment.json", "messages.jsonl", "model", "rank-0.log", "rank-1.log", "rank-2.log",
-        "result.json", "rounds.jsonl", "run.h5",
+        "checkpoints", "config.yaml", "environment.json", "messages.jsonl", "model", "owner.lock", "rank-0.log",
+        "rank-1.log", "rank-2.log", "result.json", "rounds.jsonl", "run.h5",
     }  # fmt: skip
 
 

@@ -29,3 +29,8 @@ def host(address: tuple[str, int], rank: int, token: str, log: str, join_s: floa
     except TransportError as error:
         print(f"fldist host: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def program(text: str) -> None:
+    """Run a test's program in a forked process, as `python -c` would after seconds of imports."""
+    exec(compile(text, "<program>", "exec"), {"__name__": "__main__"})

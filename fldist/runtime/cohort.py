@@ -136,6 +136,8 @@ class Caller:
         self._default_phase: str | None = None
         self._accepted: dict[int, int] = {}  # accepted calls up to the first one that was not
         self._broken: set[int] = set()  # clients with a call that was not accepted
+        self.versions: dict[int, str] = {}  # of every client's committed state, where it has been written
+        self._wrote: dict[int, str] = {}  # this round's, of accepted calls
         self._verdicts: dict[int, list[dict[str, Any]]] = {}  # by rank: not sent yet
         self._posted: dict[int, list[Booked]] = {}  # by sequence number: not acknowledged yet
 
@@ -150,6 +152,7 @@ class Caller:
         self._deadline = time.monotonic() + limit if limit is not None else None
         self._accepted.clear()
         self._broken.clear()
+        self._wrote.clear()
         self.facts = RoundFacts()
         self.placement.begin_round()
 
@@ -164,6 +167,8 @@ class Caller:
             )
         if commit:
             self.placement.commit(c for c, calls in self._accepted.items() if calls)
+            self.versions.update(self._wrote)
+        self._wrote.clear()
 
     def begin_evaluation(self) -> None:
         """Go over to the calls of the round's evaluation, which change no state and have facts of their own."""
@@ -190,7 +195,7 @@ class Caller:
         waiting: dict[int, set[int]] = {}
         for rank, clients in self.placement.homes().items():
             # of the round to come: a host leaves what it still does for an older one
-            self._post(rank, Frame(Head(FrameType.DIGEST, round=number + 1), note={"clients": clients}))
+            self._post(rank, Frame(Head(FrameType.DIGEST, round=number + 1), note=self._versions_of(clients)))
             waiting[rank] = set(clients)
         found: dict[int, str] = {}
         limit = self.job.round_deadline_s
@@ -209,6 +214,10 @@ class Caller:
             if isinstance(event, Lost):
                 waiting.pop(event.rank, None)
         return found
+
+    def _versions_of(self, clients: Sequence[int]) -> dict[str, Any]:
+        """The note that tells a host which states count."""
+        return {"versions": {str(c): self.versions.get(c, "") for c in clients}}
 
     def drain(self) -> None:
         """Book what has arrived and nobody waits for."""
@@ -347,6 +356,8 @@ class Caller:
                 values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
                 versions = {n: a.version for n, a in arguments.items() if isinstance(a, Once)}
                 builder.add(Message(client), spec.call, values, versions)
+            if self.job.algorithm.stateful:
+                builder.frame.note.update(self._versions_of(clients))
             ready = time.monotonic_ns()
             if not self._post(rank, builder.frame):
                 running.gone.add(rank)
@@ -435,6 +446,8 @@ class Caller:
         began = time.monotonic()
         frame, rank = event.frame, event.rank
         entries = self._book_up(event, running.spec, running.phase)
+        told = frame.note.get("wrote")
+        wrote = {c for c in told if isinstance(c, int)} if isinstance(told, list) else set()
         wire_s = (event.done_ns - frame.head.sent_ns - self.offsets[rank]) / 1e9
         self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + wire_s
         for message, booked in zip(frame.messages, entries, strict=True):
@@ -460,6 +473,9 @@ class Caller:
             running.seconds[client] = seconds
             if client not in self._broken:
                 self._accepted[client] = self._accepted.get(client, 0) + 1
+                if client in wrote:
+                    number, attempt = self._key
+                    self._wrote[client] = f"{number}.{attempt}.{frame.head.call}"
         event.release()
         self.facts.encode_s += time.monotonic() - began
 

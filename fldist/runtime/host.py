@@ -16,6 +16,7 @@ from fldist.kinds import Form, Kind
 from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Params
+from fldist.runtime.checkpoint import ClientFiles, Damaged
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.state import ClientStates, ClientView, Watch
 from fldist.seeding import Streams, forked, preserved, reseed
@@ -35,12 +36,12 @@ class Host:
     The global generators are seeded anew before every client method.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, files: ClientFiles | None = None) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
         if job.evaluation.where != "server":
             warm_up_metrics(job.evaluation)
         self.job = job
-        self.states = ClientStates(self._first_state, job.algorithm.stateful)
+        self.states = ClientStates(self._first_state, job.algorithm.stateful, files)
         self._streams: dict[int, Streams] = {}
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
@@ -63,7 +64,13 @@ class Host:
         if frame.head.type is FrameType.CALL:
             yield from self._call(frame, obsolete)
         elif frame.head.type is FrameType.DIGEST:
-            digests = {str(c): self.states.digest(int(c)) for c in frame.note["clients"]}
+            digests = {}
+            for client, version in frame.note["versions"].items():
+                try:
+                    self.states.take(int(client), str(version))
+                    digests[client] = self.states.digest(int(client))
+                except Damaged as error:
+                    log.error("%s", error)
             yield Frame(Head(FrameType.DIGEST), note={"digests": digests})
 
     def serve_aside(self, frame: Frame, obsolete: Callable[[], bool]) -> Iterator[Frame]:
@@ -85,6 +92,7 @@ class Host:
             self._sent.clear()
             self._copied = None
         received_ns = time.monotonic_ns()
+        versions = frame.note.get("versions", {})
         builder = self._builder(head)
         opened = time.monotonic()
         spoilt: str | None = None  # what an earlier client of this frame changed although all share it
@@ -93,8 +101,11 @@ class Host:
                 log.info("round %d: the server has gone on; the rest of its calls is left", head.round)
                 break
             reply = Message(message.client, received_ns=received_ns, started_ns=time.monotonic_ns())
+            wrote = False
             if spoilt is None:
-                values, spoilt = self._run(method, frame, message, reply)
+                values, spoilt, wrote = self._run(
+                    method, frame, message, reply, str(versions.get(str(message.client), ""))
+                )
             else:
                 _fail(reply, f"{spoilt} by another client of this host; work on a clone()")
             reply.ready_ns = time.monotonic_ns()
@@ -105,6 +116,8 @@ class Host:
                     _fail(reply, f"the reply of {method.name}: {error}")
             if reply.status is Status.ERROR:
                 builder.frame.messages.append(reply)
+            elif wrote:
+                builder.frame.note.setdefault("wrote", []).append(message.client)
             if self._due(method, reply, builder.frame, opened):
                 yield builder.frame
                 builder = self._builder(head)
@@ -131,11 +144,12 @@ class Host:
         return FrameBuilder(reply, share=False, layout=self.job.layout)
 
     def _run(
-        self, method: ClientMethod, frame: Frame, message: Message, reply: Message
-    ) -> tuple[tuple[Any, ...], str | None]:
-        """Run one client's half: its values, and which shared argument it changed in place, if any.
+        self, method: ClientMethod, frame: Frame, message: Message, reply: Message, version: str
+    ) -> tuple[tuple[Any, ...], str | None, bool]:
+        """Run one client's half from a version of its state.
 
-        An exception becomes the reply's error and stages nothing.
+        Returns its values, which shared argument it changed in place, if any, and whether a new version of its state
+        is in its files. An exception becomes the reply's error and stages nothing.
         """
         job, client, round_number = self.job, message.client, frame.head.round
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
@@ -149,6 +163,7 @@ class Host:
         me: ClientView | None = None
         result: Any = None
         try:
+            self.states.take(client, version)
             me = self.states.view(client)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
@@ -170,12 +185,18 @@ class Host:
             changed = f"{changed} was changed in place"
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
-            return (), changed
-        self.states.stage(client, me.writes)
+            return (), changed, False
+        try:
+            head = frame.head
+            wrote = self.states.stage(client, me.writes, f"{head.round}.{head.attempt}.{head.call}")
+        except OSError as error:  # a full disk costs this client's reply, not the host
+            log.exception("round %d: client %d: its state cannot be written", round_number, client)
+            _fail(reply, f"its state cannot be written: {error}")
+            return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
             told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
-        return told, None
+        return told, None, wrote
 
     def _keep_sent(self, method: ClientMethod, client: int, values: list[Any]) -> None:
         """Remember the weights that a client was sent, in a copy: a message's memory is the link's."""

@@ -21,11 +21,31 @@ from fldist.models.evaluate import Scores
 from fldist.params import Params
 
 
-def prepare(directory: Path) -> Path:
-    """Make a new run's directory; refuse one that holds anything."""
+def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) -> Path:
+    """Make a new run's directory, or take one whose run can go on; refuse one that holds anything else.
+
+    A directory is taken without `resume` when it holds an unfinished run with the same configuration.
+    """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output: {directory} is a file; name a directory with --output")
-    if directory.exists() and any(directory.iterdir()):
+    if (directory / "config.yaml").is_file() and (directory / "checkpoints").is_dir():
+        if resume:
+            return directory
+        if status_of(directory) == "finished":
+            raise ValueError(
+                f"output: {directory} holds a finished run; `fldist resume {directory} rounds=N` extends it, and "
+                "--output names another directory"
+            )
+        changed = differing(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")), resolved)
+        if changed:
+            raise ValueError(
+                f"output: {directory} holds an unfinished run with another configuration ({', '.join(changed[:5])}); "
+                f"`fldist resume {directory}` continues it as it was, and --output names another directory"
+            )
+        return directory
+    if resume:
+        raise ValueError(f"resume: {directory} holds no run that could go on (no config.yaml, no checkpoints)")
+    if directory.exists() and any(p.name != "owner.lock" for p in directory.iterdir()):
         raise ValueError(
             f"output: {directory} exists and is not empty; nothing is overwritten: "
             "name another with --output, or remove it"
@@ -37,10 +57,26 @@ def prepare(directory: Path) -> Path:
     return directory
 
 
+def status_of(directory: Path) -> str | None:
+    """The status in result.json, or None while there is none."""
+    try:
+        return str(json.loads((directory / "result.json").read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def differing(before: Any, now: Any, key: str = "") -> list[str]:
+    """The dotted keys in which two resolved configurations differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [d for k in keys for d in differing(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if before == now else [key]
+
+
 def discard(directory: Path) -> None:
-    """Take back the directory of a run that never began: the ranks' logs, and the directory if then empty."""
-    for log in directory.glob("rank-*.log"):
-        log.unlink()
+    """Take back the directory of a run that never began: logs and lock, and the directory if then empty."""
+    for left in [*directory.glob("rank-*.log"), directory / "owner.lock"]:
+        left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         directory.rmdir()
 
@@ -54,6 +90,32 @@ def default_directory(root: Path, name: str) -> Path:
         number += 1
         wanted = root / f"{name}-{stamp}-{number}"
     return wanted
+
+
+LINES = ("rounds.jsonl", "clients.jsonl", "messages.jsonl")
+"""Files that grow line by line."""
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes of the files that grow, and how many messages-*.jsonl were filled: where a checkpoint was taken."""
+    found = {name: path.stat().st_size for name in LINES if (path := directory / name).exists()}
+    return {**found, "rotated": len(list(directory.glob("messages-*.jsonl")))}
+
+
+def cut_back(directory: Path, to: Mapping[str, int]) -> None:
+    """Take the files that grow back to where they were at a checkpoint; what came later belongs to no round."""
+    filled = sorted(directory.glob("messages-*.jsonl"))
+    if len(filled) > to["rotated"]:  # the file that was growing then has been filled since
+        (directory / "messages.jsonl").unlink(missing_ok=True)
+        filled[to["rotated"]].rename(directory / "messages.jsonl")
+        for later in filled[to["rotated"] + 1 :]:
+            later.unlink()
+    for name in LINES:
+        path = directory / name
+        if name not in to:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, to[name])
 
 
 class Output:
@@ -72,6 +134,11 @@ class Output:
             line = {"round": number, "client": client, "n": of.n, **of.values}
             self._clients.write(json.dumps(_finite(line)) + "\n")
         self._clients.flush()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What rounds.jsonl holds."""
+        text = (self.directory / "rounds.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     @property
     def ledger_path(self) -> Path:

@@ -13,6 +13,8 @@ class Placement:
     """
 
     def __init__(self, sizes: Sequence[int], ranks: Sequence[int], stateful: bool) -> None:
+        self.shared_files = False
+        """Whether every host can read every client's state: then none is lost with a host."""
         self._sizes = sizes
         self._stateful = stateful
         self._alive = sorted(ranks)
@@ -60,7 +62,7 @@ class Placement:
         if rank in self._alive:
             self._alive.remove(rank)
         orphans = [c for c, home in self._home.items() if home == rank]
-        lost = [c for c in orphans if c in self._touched or c in fresh]
+        lost = [] if self.shared_files else [c for c in orphans if c in self._touched or c in fresh]
         if self._alive:
             loads = dict.fromkeys(self._alive, 0)
             for client, home in self._home.items():

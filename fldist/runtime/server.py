@@ -17,14 +17,15 @@ from fldist.data.client_data import PooledData
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
+from fldist.runtime.keeper import Keeper
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
 from fldist.runtime.state import Watch, check_value, hash_state
 from fldist.runtime.summary import over_clients
 from fldist.seeding import Streams, forked, generator
-from fldist.selection import Candidates
-from fldist.wire.ledger import Ledger
+from fldist.selection import Candidates, ClientReport
+from fldist.wire.ledger import Ledger, Totals
 from fldist.wire.link import Joined, Lost, ServerLink, Welcome
 
 log = logging.getLogger("fldist.server")
@@ -155,6 +156,7 @@ class ServerLoop:
         config: dict[str, Any],
         explain_loss: Callable[[int, str], str] = lambda rank, reason: reason,
         survives_loss: bool = True,
+        keeper: Keeper | None = None,
     ) -> None:
         self.job = job
         self.link = link
@@ -165,12 +167,24 @@ class ServerLoop:
         self.config = config
         self._explain_loss = explain_loss
         self._survives_loss = survives_loss
-        self._lines: list[dict[str, Any]] = []
+        self._keeper = keeper
+        resumed = keeper.resumed if keeper is not None else None
+        self._lines: list[dict[str, Any]] = output.lines() if resumed is not None else []
         self._seconds = dict.fromkeys(("total", "compute", "server", "encode", "wire", "wait", "evaluate"), 0.0)
         self._best: dict[str, Any] = {}
-        self._ledger = Ledger(output.ledger_path)
+        self._ran_s = 0.0  # before this process
+        totals = None
+        if resumed is not None:
+            self._seconds.update(resumed.facts["seconds"])
+            self._ran_s = float(resumed.facts["run_s"])
+            self._best = resumed.facts["best"]
+            totals = Totals.of(resumed.facts["bytes"])
+        self._ledger = Ledger(output.ledger_path, totals)
         self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful)
         self._caller = Caller(job, link, self._ledger, self._placement, self._lost_host)
+        if resumed is not None:
+            self._caller.versions = {int(c): str(v) for c, v in resumed.facts["versions"].items()}
+            self._caller.reports = {int(c): ClientReport(*row) for c, row in resumed.facts["reports"].items()}
         self._clients = ClientsView(job, self._caller)
         self._total = 0  # rounds of all stages
         self._committed: State | None = None  # after the last finished round
@@ -203,6 +217,8 @@ class ServerLoop:
                     self._ledger.flush(final=True)
                     self.output.result(self._result(status, reason, None))
                     self._keep_what_there_is()
+                    if self._keeper is not None:
+                        self._keeper.secure()
                 self._ledger.close()
                 self.output.close()
 
@@ -212,7 +228,13 @@ class ServerLoop:
         job, link = self.job, self.link
         link.expected = job.replies()
         directory = str(self.output.directory.absolute())
-        link.admit(Welcome(secrets.token_bytes(16), 0, self.config, job.checksum, directory))
+        run_id, epoch = secrets.token_bytes(16), 0
+        if self._keeper is not None:
+            if self.job.algorithm.stateful:
+                self._keeper.mark(run_id)
+            epoch = self._keeper.epoch
+        link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory))
+        shared = self._keeper is not None
         waiting = set(self.ranks)
         deadline = time.monotonic() + job.limits.join_s
         while waiting:
@@ -220,6 +242,7 @@ class ServerLoop:
             if isinstance(event, Joined):
                 waiting.discard(event.rank)
                 self._caller.offsets[event.rank] = event.offset_ns
+                shared = shared and (self.ranks == [0] or bool(event.info.get("files")))
             elif isinstance(event, Lost):
                 reason = self._explain_loss(event.rank, event.reason)
                 raise RunStopped(f"host {event.rank} was lost while it joined: {reason}")
@@ -233,6 +256,22 @@ class ServerLoop:
                     f"hosts {sorted(silent)} did not join within {job.limits.join_s:g} s (deadlines.join_s); "
                     "are they started, and can they reach this machine?"
                 )
+        self._share(shared)
+
+    def _share(self, shared: bool) -> None:
+        """Note whether every host sees the clients' states in the run's directory."""
+        self._placement.shared_files = shared
+        if self._keeper is not None and self.job.algorithm.stateful and not shared:
+            if self._keeper.resumed is not None:
+                raise RunStopped(
+                    f"not every host sees {self.output.directory}, where the clients' states are; put the run on a "
+                    "file system that all machines share, or go on on one machine"
+                )
+            self.observer.warning(
+                "not every host sees the run's directory: clients' states are not kept, so this run cannot be "
+                "continued, and stops when a host is lost; put --output on a file system that all machines share"
+            )
+            self._keeper = None
 
     def _kept(self) -> str:
         """What is there of a run that ends before its time."""
@@ -274,13 +313,20 @@ class ServerLoop:
     # ---- rounds
     def _run(self) -> dict[str, Any]:
         job = self.job
-        with forked(job.seed, "init_server"):
-            state = job.algorithm.init_server(job.task)
+        done = 0
+        keeper = self._keeper
+        if keeper is not None and keeper.resumed is not None:
+            state, done = State(**keeper.resumed.values), keeper.resumed.round
+        else:
+            with forked(job.seed, "init_server"):
+                state = job.algorithm.init_server(job.task)
         view = ServerView(job, state)
         stages = job.algorithm.stages(job.rounds)
+        if keeper is not None and keeper.resumed is not None:
+            _check_stages(keeper.resumed.facts["stages"], stages, done)
         self._total = sum(stage.rounds for stage in stages)
         survives = self.link.survives
-        if job.algorithm.stateful and self._survives_loss and self.ranks != [0]:
+        if job.algorithm.stateful and self._survives_loss and self.ranks != [0] and not self._placement.shared_files:
             survives = "clients keep states of their own: if a host dies after its first round, the run stops"
         self.observer.started({**self.facts, "survives": survives, "rounds": self._total})
         for note in job.task.notes:
@@ -290,6 +336,24 @@ class ServerLoop:
             self.observer.warning(f"clients {_ids(empty)} hold no training samples: never selected, weight 0")
         if job.evaluation.where != "clients":
             warm_up_metrics(job.evaluation)
+        if keeper is not None and keeper.resumed is not None:
+            for problem in keeper.resumed.problems:
+                self.observer.warning(problem)
+            self._committed = state
+            self.observer.warning(f"continued after round {done}, from {self.output.directory}")
+        else:
+            self._setup(view)
+        number = 0
+        for index, stage in enumerate(stages):
+            for _ in range(stage.rounds):
+                number += 1
+                if number > done:
+                    self._round(number, index, stage, view)
+        return self._finish(view)
+
+    def _setup(self, view: ServerView) -> None:
+        """What an algorithm does once before round 1."""
+        job = self.job
         self._caller.begin_round(0, 0, 0, phase="setup")
         try:
             with forked(job.seed, "setup"):
@@ -299,12 +363,26 @@ class ServerLoop:
         self._caller.end_round(commit=True)
         self._ledger.flush()
         self._ledger.take_round()
-        number = 0
-        for index, stage in enumerate(stages):
-            for _ in range(stage.rounds):
-                number += 1
-                self._round(number, index, stage, view)
-        return self._finish(view)
+        self._keep(0, view)
+
+    def _keep(self, number: int, view: ServerView) -> None:
+        """Write the round's checkpoint: from here on it is not lost with this process."""
+        if self._keeper is None:
+            return
+        self._count_transport()
+        facts = {
+            "stages": [[s.name, s.rounds] for s in self.job.algorithm.stages(self.job.rounds)],
+            "versions": {str(c): v for c, v in sorted(self._caller.versions.items())},
+            "reports": {str(c): list(r) for c, r in sorted(self._caller.reports.items())},
+            "best": self._best,
+            "seconds": self._seconds,
+            "run_s": self._ran_s + time.monotonic() - self._began,
+            "bytes": self._ledger.totals.as_dict(),
+        }
+        try:
+            self._keeper.keep(number, view.state.values, facts, last=number == self._total)
+        except OSError as error:
+            self.observer.warning(f"round {number}: no checkpoint could be written ({error}); the run goes on")
 
     def _round(self, number: int, index: int, stage: Stage, view: ServerView) -> None:
         began = time.monotonic()
@@ -347,6 +425,7 @@ class ServerLoop:
         self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
+        self._keep(number, view)
         self.observer.round(line)
 
     def _evaluate(self, number: int, view: ServerView) -> dict[str, Any] | None:
@@ -497,7 +576,7 @@ class ServerLoop:
             "bytes": self._ledger.totals.as_dict(),
             "seconds": {
                 **{k: round(v, 6) for k, v in self._seconds.items()},
-                "run": round(time.monotonic() - self._began, 6),
+                "run": round(self._ran_s + time.monotonic() - self._began, 6),
             },
             "peak_rss_bytes": peak_rss_bytes(),
             "state_hash": state_hash,
@@ -520,3 +599,17 @@ def fix_threads(threads: int) -> Callable[[], None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     return lambda: torch.set_num_threads(before)
+
+
+def _check_stages(before: list[list[Any]], stages: Sequence[Stage], done: int) -> None:
+    """Refuse to go on when the rounds that are done would have been other ones: ValueError."""
+
+    def plan(named: Sequence[tuple[str, int]]) -> list[str]:
+        return [name for name, rounds in named for _ in range(rounds)][:done]
+
+    now = plan([(s.name, s.rounds) for s in stages])
+    if plan([(str(name), int(rounds)) for name, rounds in before]) != now or len(now) < done:
+        raise ValueError(
+            f"rounds: {done} rounds are done, and with this number of rounds they would have been other stages; "
+            "give the number that the run was begun with, or begin a new run"
+        )

@@ -1,7 +1,9 @@
 """Client state that is transactional, and the hash of a state.
 
 What a client method writes is staged under (round, attempt). The verdict at the round's end says, per client,
-how many of its calls were accepted: their writes are committed in order, the rest is dropped.
+how many of its calls were accepted: their writes are committed in order, the rest is dropped. A state has a version,
+`round.attempt.call` of the call that wrote it last ("" before any); each call says which version it starts from, and
+a host that does not have it in memory reads it from the client's files.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fldist.algorithm import State
 from fldist.params import Params
+from fldist.runtime.checkpoint import ClientFiles, Damaged
 
 RoundKey = tuple[int, int]
 """(round, attempt)."""
@@ -103,14 +106,16 @@ def _contents(container: State | dict[Any, Any] | list[Any] | tuple[Any, ...]) -
 
 
 class ClientStates:
-    """The states of the clients that this host holds."""
+    """The states of the clients that this host holds. files: where versions are kept past this process, if anywhere."""
 
-    def __init__(self, init: Callable[[int], State], stateful: bool) -> None:
+    def __init__(self, init: Callable[[int], State], stateful: bool, files: ClientFiles | None = None) -> None:
         self._init = init
         self._stateful = stateful
+        self._files = files
         self._committed: dict[int, dict[str, Any]] = {}
+        self._versions: dict[int, str] = {}  # of what is committed here
         self._key: RoundKey = (0, 0)
-        self._staged: dict[int, list[dict[str, Any]]] = {}
+        self._staged: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # by call: version, writes
         self._scratch: dict[int, State] = {}
 
     def begin(self, key: RoundKey) -> bool:
@@ -128,15 +133,41 @@ class ClientStates:
             self._committed[client] = dict(self._init(client).values) if self._stateful else {}
         return self._committed[client]
 
+    def take(self, client: int, version: str) -> None:
+        """Have this version of a client's state as the committed one; Damaged when it cannot be had."""
+        if not self._stateful or self._versions.get(client, "") == version:
+            return
+        if version and self._files is None:
+            raise Damaged(f"client {client}: this host has no state of version {version}, and no files to look in")
+        if version:
+            assert self._files is not None
+            self._committed[client] = self._files.read(client, version)
+        else:
+            self._committed.pop(client, None)
+        self._versions[client] = version
+        self._staged.pop(client, None)
+
     def view(self, client: int) -> ClientView:
         """`me` for one call."""
-        layers = [*reversed(self._staged.get(client, [])), self.committed(client)]
+        layers = [*(w for _, w in reversed(self._staged.get(client, []))), self.committed(client)]
         scratch = self._scratch.setdefault(client, State())
         return ClientView(client, layers, scratch, self._stateful)
 
-    def stage(self, client: int, writes: dict[str, Any]) -> None:
-        """Keep a call's writes until the verdict."""
-        self._staged.setdefault(client, []).append(writes)
+    def stage(self, client: int, writes: dict[str, Any], version: str = "") -> bool:
+        """Keep a call's writes until the verdict, also in the client's files; True if the version is there now.
+
+        Nothing is staged when the files cannot be written: OSError, which costs the client its reply.
+        """
+        staged = self._staged.setdefault(client, [])
+        kept = bool(writes) and self._files is not None
+        if kept:
+            assert self._files is not None
+            whole = dict(self.committed(client))
+            for _, earlier in staged:
+                whole.update(earlier)
+            self._files.write(client, version, {**whole, **writes})
+        staged.append((version, writes))
+        return kept
 
     def verdict(self, key: RoundKey, commit: bool, accepted: dict[int, int]) -> None:
         """End a round: commit the first `accepted[client]` calls of each client (all where it is not named)."""
@@ -144,8 +175,10 @@ class ClientStates:
             return
         if commit:
             for client, calls in self._staged.items():
-                for writes in calls[: accepted.get(client, len(calls))]:
+                for version, writes in calls[: accepted.get(client, len(calls))]:
                     self.committed(client).update(writes)
+                    if writes and self._files is not None:
+                        self._versions[client] = version
         self._staged.clear()
         self._scratch.clear()
 

@@ -308,7 +308,7 @@ class GlooHost(HostLink):
         """Tell the server that calls may come; `expected` must be set."""
         assert self._session is not None and self.expected is not None
         self._session.expected = self.expected
-        self.send(Frame(Head(FrameType.READY), note=own_info()))
+        self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 
     def recv(self) -> Frame:
         """The next frame; waits as long as the server is alive."""

@@ -143,6 +143,15 @@ class Totals:
         self.wire["up"] += up
         self.wire["down"] += down
 
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Totals:
+        """What `as_dict` gave."""
+        made = cls(*(dict(saved[name]) for name in ("logical", "encoded", "framing", "wire")))
+        made.transport = dict(saved["transport"])
+        for name in ("by_kind", "by_phase", "wasted"):
+            getattr(made, name).update({k: dict(v) for k, v in saved[name].items()})
+        return made
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries in a fixed order."""
         return {
@@ -160,8 +169,8 @@ class Totals:
 class Ledger:
     """Books messages as they are posted and received; writes and counts them when they are settled."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.totals = Totals()
+    def __init__(self, path: Path | None, totals: Totals | None = None) -> None:
+        self.totals = totals or Totals()
         self.round_totals = Totals()
         self._open: list[Booked] = []
         self._path = path

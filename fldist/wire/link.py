@@ -104,9 +104,9 @@ class Welcome:
         }
 
 
-def own_info() -> dict[str, Any]:
-    """What a host says of itself when it is ready."""
-    return {"pid": os.getpid(), "hostname": socket.gethostname(), "clock_ns": time.monotonic_ns()}
+def own_info(about: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a host says of itself when it is ready; about: what its owner adds."""
+    return {"pid": os.getpid(), "hostname": socket.gethostname(), "clock_ns": time.monotonic_ns(), **(about or {})}
 
 
 def check_session(head: Head, run_id: bytes, epoch: int, incarnation: int) -> None:
@@ -179,6 +179,8 @@ class HostLink(ABC):
     """What calls may look like; set before `ready`."""
 
     def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+        """What `ready` tells the server beside the link's own facts."""
         self.latest: tuple[int, int] = (0, 0)
         """(round, attempt) of the newest call that has arrived, also of one not yet taken by `recv`."""
 

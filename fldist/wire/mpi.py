@@ -437,7 +437,7 @@ class MpiHost(HostLink):
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
         self._engine.expected = self.expected
-        self.send(Frame(Head(FrameType.READY), note=own_info()))
+        self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 
     def recv(self) -> Frame:
         """The next frame; waits as long as the server is alive."""

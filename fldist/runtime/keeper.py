@@ -1,0 +1,128 @@
+"""Who keeps a run's state in its directory, and takes it up again: one owner at a time, a checkpoint every round.
+
+owner.lock                              held by the process that writes here
+checkpoints/round-000012.safetensors    the server's state after round 12, with all that a continuation needs
+checkpoints/LATEST                      the newest one's name
+clients/00003/12.0.1.safetensors        client 3 after call 1 of round 12, written by its host
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fldist.params import Layout
+from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_facts
+from fldist.runtime.output import LINES, cut_back, sizes
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: after `round`, with the server's values; problems: newer checkpoints that are damaged."""
+
+    round: int
+    values: dict[str, Any]
+    facts: dict[str, Any]
+    problems: list[str]
+
+
+class Keeper:
+    """Writes a run's checkpoints. every: of how many rounds one outlives a power failure too (with the last one);
+    keep: how many of these stay."""
+
+    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
+        self.directory = directory
+        self.resumed: Resumed | None = None
+        self.epoch = 0
+        self.clients = ClientFiles(directory / "clients")
+        self._every = every
+        self._checkpoints = Checkpoints(directory / "checkpoints", keep)
+        self._versions: dict[int, dict[str, str]] = {}  # by round kept: every client's version
+
+    def begin(self) -> None:
+        """Make the place for checkpoints: its being there says that the run in this directory can go on."""
+        self._checkpoints.directory.mkdir(exist_ok=True)
+
+    def resume(self, layouts: Iterable[Layout]) -> None:
+        """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew."""
+        found = self._checkpoints.newest(layouts)
+        (self.directory / "result.json").unlink(missing_ok=True)
+        if found is None:
+            for name in LINES:
+                (self.directory / name).unlink(missing_ok=True)
+            return
+        number, values, facts, problems = found
+        cut_back(self.directory, facts["files"])
+        self.resumed = Resumed(number, values, facts, problems)
+        self.epoch = int(facts["epoch"]) + 1
+        for kept in self._checkpoints.kept:
+            with contextlib.suppress(Damaged):
+                self._versions[kept] = read_facts(self._checkpoints.path(kept))["versions"]
+
+    def mark(self, run_id: bytes) -> None:
+        """Leave a sign by which a host knows that it sees this directory, not another of the same name."""
+        folder = self.clients.directory
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("run-*"):
+            old.unlink(missing_ok=True)
+        (folder / f"run-{run_id.hex()}").touch()
+
+    def keep(self, number: int, values: Mapping[str, Any], facts: Mapping[str, Any], *, last: bool) -> None:
+        """Write the checkpoint of a round; OSError when it cannot be written, and then the one before stays."""
+        durable = last or (number > 0 and number % self._every == 0)
+        before = self._versions.get(max(self._versions, default=-1), {})
+        versions: dict[str, str] = dict(facts["versions"])
+        whole = {
+            **facts,
+            "epoch": self.epoch,
+            "files": sizes(self.directory),
+            "durable": [*self._checkpoints.durable, *([number] if durable else [])],
+        }
+        if durable:
+            self._sync_clients(versions)
+        self._checkpoints.write(number, values, whole, durable=durable)
+        self._versions[number] = versions
+        self._versions = {n: v for n, v in self._versions.items() if n in self._checkpoints.kept}
+        changed = [c for c, version in versions.items() if before.get(c) != version]
+        self.clients.prune({int(c): {v[c] for v in self._versions.values() if c in v} for c in changed})
+
+    def _sync_clients(self, versions: Mapping[str, str]) -> None:
+        """Have the clients' states that a durable checkpoint names on the disk itself."""
+        if versions:
+            os.sync()  # one call: a file each would be one wait each
+
+    def secure(self) -> None:
+        """Have the newest checkpoint outlive a power failure; the run ends before its time."""
+        with contextlib.suppress(OSError):
+            self._checkpoints.secure()
+
+
+def files_seen(directory: str, run_id: str) -> ClientFiles | None:
+    """The clients' files of a run, where this host sees them."""
+    folder = Path(directory) / "clients"
+    return ClientFiles(folder) if directory and (folder / f"run-{run_id}").is_file() else None
+
+
+@contextlib.contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Be the only one that writes a run's directory; ValueError names who else does."""
+    path = directory / "owner.lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"output: {directory} belongs to a run that is still going ({file.read().strip() or 'unknown'}); "
+                "wait for it, end it, or name another directory with --output"
+            ) from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        file.flush()
+        yield
