@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from typing import Any
 from fldist.params import Layout
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_facts
 from fldist.runtime.output import LINES, cut_back, sizes
+
+log = logging.getLogger("fldist")
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,14 @@ def owned(directory: Path) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise ValueError(
                 f"output: {directory} belongs to a run that is still going ({file.read().strip() or 'unknown'}); "
                 "wait for it, end it, or name another directory with --output"
             ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it yourself that one run writes there", directory, error)
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
         file.flush()
