@@ -24,7 +24,7 @@ from fldist.algorithm import Algorithm
 from fldist.data import datasets, partition
 from fldist.data.augment import Augment
 from fldist.data.datasets import Dataset
-from fldist.data.prepare import ClientSplit, MeanStd, Preparation, Public, Subset
+from fldist.data.prepare import ClientSplit, Normalize, Preparation, Public, Subset
 from fldist.data.task import Build, Partition, Task
 from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
@@ -112,7 +112,7 @@ class TaskSection(Section):
     split: ClientSplit = ClientSplit()
     resize: Annotated[int, Field(ge=1)] | None = None
     augment: Augment = Augment()
-    normalize: Literal["unit", "symmetric", "standard"] | MeanStd = "unit"
+    normalize: Normalize = "unit"
     model: Named = Component(name="mlp")
     travel: Travel = "all"
 

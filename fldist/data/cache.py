@@ -263,9 +263,9 @@ def _write(path: Path, contents: Contents, origin: Mapping[str, Any]) -> None:
             text = json.dumps(about)
             h5.attrs["about"] = text
             h5.attrs["crc32"] = zlib.crc32(text.encode())
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:  # h5py tells of a full disk with either
         raise _unwritable(error) from None
     finally:
@@ -283,7 +283,8 @@ def _fill(dataset: Any, array: NDArray[Any]) -> int:
     return crc
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a directory's entries, written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fldist.algorithm import State
+from fldist.data.cache import sync
 from fldist.params import Layout, Params, Slot
 
 FORMAT = 1
@@ -87,15 +88,6 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Damaged(f"{path} is damaged: {error}") from None
     return facts
-
-
-def sync(path: Path) -> None:
-    """Have a file or a directory's entries written to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc(text: str, tensors: Mapping[str, Tensor]) -> int:

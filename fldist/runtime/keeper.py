@@ -87,22 +87,19 @@ class Keeper:
             "files": sizes(self.directory),
             "durable": [*self._checkpoints.durable, *([number] if durable else [])],
         }
-        if durable:
-            self._sync_clients(versions)
+        if durable and versions:
+            os.sync()  # the clients' files it names: one call, where a file each would be one wait each
         self._checkpoints.write(number, values, whole, durable=durable)
         self._versions[number] = versions
         self._versions = {n: v for n, v in self._versions.items() if n in self._checkpoints.kept}
         changed = [c for c, version in versions.items() if before.get(c) != version]
         self.clients.prune({int(c): {v[c] for v in self._versions.values() if c in v} for c in changed})
 
-    def _sync_clients(self, versions: Mapping[str, str]) -> None:
-        """Have the clients' states that a durable checkpoint names on the disk itself."""
-        if versions:
-            os.sync()  # one call: a file each would be one wait each
-
     def secure(self) -> None:
         """Have the newest checkpoint outlive a power failure; the run ends before its time."""
         with contextlib.suppress(OSError):
+            if any(self._versions.values()):
+                os.sync()
             self._checkpoints.secure()
 
 
