@@ -55,10 +55,12 @@ class Progress:
         scored = "accuracy   -  " if line["accuracy"] is None else f"accuracy {line['accuracy']:.4f}"
         split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "server", "encode", "wire", "wait", "evaluate"))
         logical = line["bytes"]["logical"]
+        present, of = line["hosts"]["present"], line["hosts"]["of"]
+        hosts = "" if present == of else f"  {present} of {of} hosts"
         self._console.print(
             f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
             f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
-            f"{line['replied']}/{line['selected']} replies  {seconds['total']:.2f} s ({split})"
+            f"{line['replied']}/{line['selected']} replies{hosts}  {seconds['total']:.2f} s ({split})"
             + (f"  ETA {seconds_text(left)}" if number < self._rounds else "")
         )
         if self._verbose:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from fldist.algorithm import Algorithm, NoReplies
+from fldist.algorithm import Algorithm, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
@@ -195,7 +195,7 @@ def predict(job: Job) -> Prediction:
             job.algorithm.evaluate(view, clients)
     except _UnknownSize:
         pass
-    except NoReplies as error:
+    except TooFewReplies as error:
         tracer.unknown.append(str(error))
     return Prediction(dict(tracer.by_kind), dict(tracer.phases), tracer.unknown)
 

@@ -20,9 +20,18 @@ from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
 from fldist.runtime.host import Host, serve_link
 from fldist.runtime.keeper import Keeper, files_seen, owned
-from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_environment, spawn_host
+from fldist.runtime.launch import (
+    Children,
+    Spawn,
+    Unsupervised,
+    World,
+    find_world,
+    own_host_environment,
+    spawn_host,
+)
+from fldist.runtime.membership import RunStopped, Supervisor
 from fldist.runtime.output import Output, default_directory, discard, prepare
-from fldist.runtime.server import Observer, RunStopped, ServerLoop, fix_threads
+from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import TransportError
 from fldist.wire.link import Limits, ServerLink
@@ -146,7 +155,7 @@ def _server_loop(
     ranks: list[int],
     backend: str,
     launcher: str,
-    **options: Any,
+    supervisor: Supervisor,
 ) -> ServerLoop:
     resolved = settings.resolved()
     keeper = None
@@ -163,7 +172,9 @@ def _server_loop(
     output.config(resolved)
     facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
     output.environment(facts)
-    return ServerLoop(job, link, output, observer, ranks=ranks, facts=facts, config=resolved, keeper=keeper, **options)
+    return ServerLoop(
+        job, link, output, observer, ranks=ranks, supervisor=supervisor, facts=facts, config=resolved, keeper=keeper
+    )
 
 
 def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
@@ -173,7 +184,8 @@ def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str,
     keeps = bool(settings.checkpoint.every) and job.algorithm.stateful
     host = Host(job, ClientFiles(directory / "clients") if keeps else None)
     link = LocalServer(host.serve_aside, job.calls())
-    return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
+    nobody = Unsupervised(survives_loss=True)
+    return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone", nobody).run()
 
 
 def _serve_children(
@@ -188,25 +200,15 @@ def _serve_children(
         ranks=ranks,
         limits=limits,
         checksum=settings.network.checksum == "full",
-        survives="a host may die: its replies of the round are missing, clients without state move to the others",
+        survives=_survives_children(settings),
     )
-    children = Children(link.address, link.token, directory, limits.join_s, spawn)
+    restart = settings.faults.restart == "on-failure"
+    children = Children(link.address, link.token, directory, limits.join_s, spawn, restart=restart)
     try:
         # started before this process has built anything: the hosts import while it does
         children.start(ranks)
         job = build(settings)
-        loop = _server_loop(
-            settings,
-            directory,
-            observer,
-            link,
-            job,
-            ranks,
-            "gloo",
-            "children",
-            explain_loss=children.explain,
-        )
-        return loop.run()
+        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "children", children).run()
     finally:
         goodbye_s = GOODBYE_S if sys.exc_info()[0] is None else 1.0
         with undisturbed():
@@ -214,14 +216,20 @@ def _serve_children(
             children.stop(goodbye_s)
 
 
+def _survives_children(settings: Settings) -> str:
+    faults = settings.faults
+    clients = "its clients move to the others" if faults.orphans == "adopt" else "its clients wait for it"
+    again = " until it has been started again" if faults.restart == "on-failure" else ""
+    return f"a host may die: its replies of the round are missing, and {clients}{again}; if this process dies, go on"
+
+
 def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
     link = _listen_torchrun(settings, world)
     try:
         ranks = list(range(1, world.size))
-        loop = _server_loop(
-            settings, directory, observer, link, build(settings), ranks, "gloo", "torchrun", survives_loss=False
-        )
-        return loop.run()
+        hosts = Unsupervised(survives_loss=False)
+        job = build(settings)
+        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
     finally:
         with undisturbed():
             link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
@@ -260,10 +268,8 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     link = MpiServer(comm, Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s))
     try:
         ranks = list(range(1, comm.Get_size()))
-        loop = _server_loop(
-            settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", survives_loss=False
-        )
-        result = loop.run()
+        hosts = Unsupervised(survives_loss=False)
+        result = _server_loop(settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", hosts).run()
     except BaseException as error:
         if isinstance(error, ValueError):
             print(f"fldist: {error}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from fldist.params import Layout, Params
 from fldist.runner import run_here
 from fldist.runtime import checkpoint, keeper, output
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_state, write_state
-from fldist.runtime.server import RunStopped
+from fldist.runtime.membership import RunStopped
 from fldist.runtime.state import hash_state
 from tests.conftest import CONTEXT, Hosts, Recorder, small
 from tests.warm import program as warm_program

@@ -6,6 +6,7 @@ Finds rank and world size in the environment, starts and watches host processes,
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,10 @@ from typing import Literal, Protocol
 
 Launcher = Literal["alone", "children", "torchrun", "mpi"]
 
+log = logging.getLogger("fldist")
+
+ENDING_S = 1.0
+"""Between the end of a host's connection and that of its process; one that lasts longer is killed."""
 HOST_ENVIRONMENT = "FLDIST_HOST"
 """Set for a child: `address port rank parent-pid join-seconds`; the token stands in FLDIST_TOKEN."""
 
@@ -78,19 +83,69 @@ def spawn_host(address: Address, rank: int, token: str, log: Path, join_s: float
         )
 
 
-class Children:
-    """The hosts that this process has started."""
+class Unsupervised:
+    """Hosts that somebody else started: nothing is known of their ends but what the link saw.
 
-    def __init__(self, address: Address, token: str, logs: Path, join_s: float, spawn: Spawn = spawn_host) -> None:
+    survives_loss: whether the others live on when one dies; returns: whether whoever started them starts them again.
+    """
+
+    def __init__(self, *, survives_loss: bool, returns: bool = False) -> None:
+        self.survives_loss = survives_loss
+        self._returns = returns
+
+    def explain(self, rank: int, reason: str) -> str:
+        """What the link saw."""
+        return reason
+
+    def killed(self, rank: int) -> bool:
+        """What comes back may as well have been killed."""
+        return self._returns
+
+    def restart(self, rank: int) -> bool:
+        """Nothing to do: it is started again, or it is not."""
+        return self._returns
+
+
+class Children:
+    """The hosts that this process has started. restart: whether one that has died is started again."""
+
+    survives_loss = True
+
+    def __init__(
+        self,
+        address: Address,
+        token: str,
+        logs: Path,
+        join_s: float,
+        spawn: Spawn = spawn_host,
+        *,
+        restart: bool = True,
+    ) -> None:
         self._processes: dict[int, HostProcess] = {}
         self._spawn = spawn
         self._arguments = (address, token, logs, join_s)
+        self._restart = restart
 
     def start(self, ranks: Iterable[int]) -> None:
         """Start these hosts."""
         address, token, logs, join_s = self._arguments
         for rank in ranks:
             self._processes[rank] = self._spawn(address, rank, token, logs / f"rank-{rank}.log", join_s)
+
+    def killed(self, rank: int) -> bool:
+        """Whether a host was ended by a signal."""
+        return (self._processes[rank].poll() or 0) < 0
+
+    def restart(self, rank: int) -> bool:
+        """Start a host that has ended again."""
+        if not self._restart:
+            return False
+        try:
+            self.start([rank])
+        except OSError as error:  # no memory or no process to be had: the run goes on without this host
+            log.warning("host %d cannot be started again: %s", rank, error)
+            return False
+        return True
 
     def explain(self, rank: int, reason: str) -> str:
         """Why a host has ended, from its exit code; an empty text while it lives and `reason` is empty.
@@ -101,9 +156,10 @@ class Children:
         if reason:
             # the link notices an end before the process has quite ended; one that fell silent will not end
             try:
-                process.wait(0.0 if "silent" in reason else 3.0)
+                process.wait(0.0 if "silent" in reason else ENDING_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
                 return f"{reason}; its process has been killed"
         code = process.poll()
         if code is None:

@@ -58,8 +58,8 @@ class Booked:
         return sum(logical for logical, _ in self.kinds.values())
 
     def settle(self, status: Outcome, done_ns: int = 0) -> None:
-        """Give the outcome; only the first one counts, except that a delivered message may prove late or refused."""
-        if self.status == "open" or (self.status == "delivered" and status in ("late", "refused")):
+        """Give the outcome; only the first one counts, except that what was delivered may prove to be of no use."""
+        if self.status == "open" or (self.status == "delivered" and status in ("late", "refused", "resent")):
             self.status = status
             self.done_ns = done_ns or self.done_ns
 
@@ -211,6 +211,12 @@ class Ledger:
             )
         self._open += entered
         return entered
+
+    def void(self, number: int, attempt: int) -> None:
+        """An attempt at a round is made again: what it exchanged is exchanged once more, and counts as `resent`."""
+        for message in self._open:
+            if (message.round, message.attempt) == (number, attempt):
+                message.settle("resent")
 
     def flush(self, *, final: bool = False) -> None:
         """Write and count what is settled, in order of call, direction and client; `final`: the rest is lost."""
