@@ -128,9 +128,12 @@ class DeadlinesSection(Section):
 
 
 class NetworkSection(Section):
-    """How messages travel: `share` sends what several clients of a host are sent once per host."""
+    """How messages travel: `share` sends what several clients of a host are sent once per host; `control_port` is where
+    the server listens (gloo; default: MASTER_PORT + 1 where every rank has an agent of its own, else any free one).
+    """
 
     share: bool = True
+    control_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     checksum: Literal["header", "full"] = "header"
 
 

@@ -244,7 +244,7 @@ class Checkpoints:
 
 # ---- the clients'
 class ClientFiles:
-    """Every client's states, one file a version: `00012/7.0.2.safetensors` for client 12 after call 2 of round 7.
+    """Every client's states, one file a version: `00012/7.0.2.0.safetensors` for client 12 after call 2 of round 7.
 
     A host writes a version before the reply that goes with it leaves; which version counts is the server's word.
     """

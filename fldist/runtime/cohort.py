@@ -20,6 +20,7 @@ from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.membership import Faults
 from fldist.runtime.placement import Placement
+from fldist.runtime.state import version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Ledger
@@ -521,8 +522,7 @@ class Caller:
             if client not in self._broken:
                 self._accepted[client] = self._accepted.get(client, 0) + 1
                 if client in wrote:
-                    number, attempt = self._key
-                    self._wrote[client] = f"{number}.{attempt}.{frame.head.call}"
+                    self._wrote[client] = version_of(frame.head)
         event.release()
         self.facts.encode_s += time.monotonic() - began
 

@@ -16,9 +16,9 @@ from fldist.kinds import Form, Kind
 from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Params
-from fldist.runtime.checkpoint import ClientFiles, Damaged
+from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.job import ClientMethod, Job
-from fldist.runtime.state import ClientStates, ClientView, Watch
+from fldist.runtime.state import ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.link import HostLink
@@ -36,12 +36,12 @@ class Host:
     The global generators are seeded anew before every client method.
     """
 
-    def __init__(self, job: Job, files: ClientFiles | None = None) -> None:
+    def __init__(self, job: Job) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
         if job.evaluation.where != "server":
             warm_up_metrics(job.evaluation)
         self.job = job
-        self.states = ClientStates(self._first_state, job.algorithm.stateful, files)
+        self.states = ClientStates(self._first_state, job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
@@ -52,6 +52,13 @@ class Host:
         """A client's state before its first call: the same on any host, whenever it is asked for."""
         with forked(self.job.seed, "init_client", client):
             return self.job.algorithm.init_client(self.job.task, client)
+
+    def begin_session(self) -> None:
+        """A server, perhaps another one than before, has welcomed this host: no round has begun."""
+        self.states.forget_round()
+        self._streams.clear()
+        self._sent.clear()
+        self._copied = None
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -135,6 +142,7 @@ class Host:
     def _builder(self, head: Head) -> FrameBuilder:
         reply = Head(
             FrameType.REPLY,
+            epoch=head.epoch,
             round=head.round,
             attempt=head.attempt,
             call=head.call,
@@ -187,8 +195,7 @@ class Host:
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
         try:
-            head = frame.head
-            wrote = self.states.stage(client, me.writes, f"{head.round}.{head.attempt}.{head.call}")
+            wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
             _fail(reply, f"its state cannot be written: {error}")
@@ -223,6 +230,7 @@ def _fail(reply: Message, text: str) -> None:
 
 def serve_link(host: Host, link: HostLink) -> None:
     """Answer the server until it says goodbye; PeerLost when it is gone."""
+    host.begin_session()
     link.expected = host.job.calls()
     link.ready()
     while True:

@@ -3,7 +3,8 @@
 owner.lock                              held by the process that writes here
 checkpoints/round-000012.safetensors    the server's state after round 12, with all that a continuation needs
 checkpoints/LATEST                      the newest one's name
-clients/00003/12.0.1.safetensors        client 3 after call 1 of round 12, written by its host
+checkpoints/EPOCH                       how many servers this run has had before the one that writes now
+clients/00003/12.0.1.0.safetensors      client 3 after call 1 of round 12, written by its host
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,8 +51,18 @@ class Keeper:
         self._versions: dict[int, dict[str, str]] = {}  # by round kept: every client's version
 
     def begin(self) -> None:
-        """Make the place for checkpoints: its being there says that the run in this directory can go on."""
-        self._checkpoints.directory.mkdir(exist_ok=True)
+        """Make the place for checkpoints: its being there says that the run in this directory can go on.
+
+        Counts this server's epoch, before any host hears of it.
+        """
+        folder = self._checkpoints.directory
+        folder.mkdir(exist_ok=True)
+        path = folder / "EPOCH"
+        with contextlib.suppress(OSError, ValueError):
+            self.epoch = int(path.read_text(encoding="utf-8")) + 1
+        temporary = folder / "EPOCH.tmp"
+        temporary.write_text(f"{self.epoch}\n", encoding="utf-8")
+        temporary.replace(path)
 
     def resume(self, layouts: Iterable[Layout]) -> None:
         """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew."""
@@ -63,7 +75,7 @@ class Keeper:
         number, values, facts, problems = found
         cut_back(self.directory, facts["files"])
         self.resumed = Resumed(number, values, facts, problems)
-        self.epoch = int(facts["epoch"]) + 1
+        self.epoch = max(self.epoch, int(facts["epoch"]) + 1)
         for kept in self._checkpoints.kept:
             with contextlib.suppress(Damaged):
                 self._versions[kept] = read_facts(self._checkpoints.path(kept))["versions"]
@@ -101,6 +113,19 @@ class Keeper:
             if any(self._versions.values()):
                 os.sync()
             self._checkpoints.secure()
+
+
+def kept_token(directory: Path) -> str:
+    """The run's token, the same for every server that the run has; hex, in a file that only its owner may read."""
+    path = directory / "token"
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="ascii")
+    token = secrets.token_hex(32)
+    temporary = directory / f"token.tmp-{os.getpid()}"
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(token)
+    temporary.replace(path)
+    return token
 
 
 def files_seen(directory: str, run_id: str) -> ClientFiles | None:

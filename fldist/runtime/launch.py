@@ -29,18 +29,23 @@ HOST_ENVIRONMENT = "FLDIST_HOST"
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run. Rank 0 is the server."""
+    """This process among the ranks of a run. Rank 0 is the server.
+
+    own_agents: every rank has an agent or supervisor of its own, which starts it again alone; the others live on.
+    """
 
     rank: int
     size: int
     launcher: Launcher
+    own_agents: bool = False
 
 
 def find_world() -> World:
     """Read rank and world size from the environment that torchrun or mpirun (srun) made."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
+        own_agents = env.get("LOCAL_WORLD_SIZE", "1") == "1"
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun", own_agents)
     for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
         if rank in env and size in env:
             return World(int(env[rank]), int(env[size]), "mpi")
@@ -191,7 +196,8 @@ def own_host_environment() -> tuple[Address, int, str, float]:
         raise ValueError("`fldist _host` is started by `fldist run --nproc`, not by hand")
     address, port, rank, parent, join_s = text.split()
     die_with_parent(int(parent))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to a whole group of processes: the server ends the run
+        signal.signal(number, signal.SIG_IGN)
     return (address, int(port)), int(rank), os.environ["FLDIST_TOKEN"], float(join_s)
 
 

@@ -45,7 +45,7 @@ def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) 
         return directory
     if resume:
         raise ValueError(f"resume: {directory} holds no run that could go on (no config.yaml, no checkpoints)")
-    if directory.exists() and any(p.name != "owner.lock" for p in directory.iterdir()):
+    if (directory / "config.yaml").exists() or (directory.exists() and any(map(_foreign, directory.iterdir()))):
         raise ValueError(
             f"output: {directory} exists and is not empty; nothing is overwritten: "
             "name another with --output, or remove it"
@@ -55,6 +55,12 @@ def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) 
     except OSError as error:
         raise ValueError(f"output: {directory} cannot be made: {error.strerror}; name another with --output") from None
     return directory
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of those that a run leaves that was killed before it had written its configuration."""
+    ours = {"owner.lock", "token", "checkpoints", "clients", "config.yaml.tmp", *LINES}
+    return path.name not in ours and not path.match("rank-*.log")
 
 
 def status_of(directory: Path) -> str | None:
@@ -75,7 +81,7 @@ def differing(before: Any, now: Any, key: str = "") -> list[str]:
 
 def discard(directory: Path) -> None:
     """Take back the directory of a run that never began: logs and lock, and the directory if then empty."""
-    for left in [*directory.glob("rank-*.log"), directory / "owner.lock"]:
+    for left in [*directory.glob("rank-*.log"), directory / "owner.lock", directory / "token"]:
         left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         directory.rmdir()
