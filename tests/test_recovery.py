@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -287,15 +288,43 @@ def test_checkpoints_that_are_all_damaged_are_an_error_and_nothing_is_lost(tmp_p
     assert {p: p.read_bytes() for p in run.glob("*.jsonl")} == before
 
 
-def test_a_client_whose_state_is_damaged_is_missing_and_said_to_be(tmp_path: Path) -> None:
+def test_a_clients_state_that_is_cut_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    expected = straight(tmp_path, "local", rounds=4)
+    run = tmp_path / "run"
+    fldist.run(config("local", rounds=3), output=run)
+    state = next(run.glob("clients/*/3.*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-9])
+    seen = Recorder()
+    result = go_on(run, "rounds=4", seen=seen)
+    assert_as_if_nothing_had_happened(result, expected)
+    assert f"continued after round 2, from {run}" in seen.warnings
+    assert any("round-000003.safetensors cannot be used" in w and state.name in w for w in seen.warnings)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_client_whose_state_is_damaged_is_missing_and_said_to_be(tmp_path: Path, damage: str) -> None:
     run = tmp_path / "run"
     fldist.run(config("local", rounds=2, clients={"num_clients": 3}), output=run)
-    state = next((run / "clients" / "00001").glob("2.*.safetensors"))
-    state.write_bytes(state.read_bytes()[:-9])
+    for state in (run / "clients" / "00001").glob("*.safetensors"):
+        whole = state.read_bytes()
+        state.write_bytes(whole[:-9] if damage == "cut" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     seen = Recorder()
     result = go_on(run, "rounds=3", seen=seen)
     assert "is damaged" in seen.lines[0]["missing"]["1"]
     assert result["state_hash"] is None
+    resumed = [w for w in seen.warnings if w.startswith("no checkpoint in ")]
+    assert len(resumed) == (damage == "cut"), "a look at the head is enough to find a cut file"
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "messages.jsonl"])
+def test_lines_that_a_power_failure_has_taken_fall_back_to_the_checkpoint_before(tmp_path: Path, name: str) -> None:
+    expected = straight(tmp_path, "fedavg")
+    run = killed(tmp_path, "fedavg", MOMENTS["after a round"])
+    os.truncate(run / name, (run / name).stat().st_size - 5)
+    seen = Recorder()
+    assert_as_if_nothing_had_happened(run_here(load(config("fedavg")), output=run, observer=seen), expected)
+    assert any(f"{name} has lost lines" in w for w in seen.warnings)
+    assert f"continued after round 2, from {run}" in seen.warnings
 
 
 # ---- what goes on and what does not

@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from fldist.data.cache import sync
 from fldist.params import Layout, Params, Slot
 
 FORMAT = 1
+SYNCS = 8
+"""Files that are synced to the disk at a time."""
 _GROUPS = ("params", "buffers", "integers")
 
 
@@ -211,10 +214,13 @@ class Checkpoints:
         self._durable = [n for n in self._durable if n in kept]
         self._others = [n for n in self._others if n in kept]
 
-    def newest(self, layouts: Iterable[Layout] = ()) -> tuple[int, dict[str, Any], dict[str, Any], list[str]] | None:
+    def newest(
+        self, layouts: Iterable[Layout] = (), lacking: Callable[[dict[str, Any]], str | None] = lambda facts: None
+    ) -> tuple[int, dict[str, Any], dict[str, Any], list[str]] | None:
         """The newest whole checkpoint (round, values, facts), and what is wrong with newer ones; None: there is none.
 
-        Files of rounds that come after it are removed, as is what a killed writer left.
+        lacking: what else a checkpoint with these facts needs that is not there. Files of rounds that come after the
+        one that is taken are removed, as is what a killed writer left.
         """
         problems = []
         layouts = list(layouts)
@@ -225,6 +231,9 @@ class Checkpoints:
             except Damaged as error:
                 problems.append(f"{error}; the checkpoint before it is taken")
                 continue
+            if (lack := lacking(facts)) is not None:
+                problems.append(f"{self.path(number)} cannot be used: {lack}; the checkpoint before it is taken")
+                continue
             for later in found[: found.index(number)]:
                 self.path(later).unlink(missing_ok=True)
             for left in self.directory.glob("*.tmp*"):
@@ -233,7 +242,7 @@ class Checkpoints:
             self._others = sorted(n for n in found if n <= number and n not in self._durable)
             return number, values, facts, problems
         if problems:
-            raise Damaged(f"no checkpoint in {self.directory} is whole; the newest: {problems[0].partition(';')[0]}")
+            raise Damaged(f"no checkpoint in {self.directory} is whole; the newest: {problems[0].rpartition(';')[0]}")
         return None
 
     def _numbers(self) -> Iterator[int]:
@@ -266,6 +275,25 @@ class ClientFiles:
             return read_state(self.path(client, version), layouts)[0]
         except FileNotFoundError:
             raise Damaged(f"client {client}: there is no state of version {version} in {self.directory}") from None
+
+    def broken(self, client: int, version: str) -> str | None:
+        """What is wrong with the file of a version, as far as a look at its head and length tells; None: nothing."""
+        try:
+            read_facts(self.path(client, version))
+        except Damaged as error:
+            return str(error)
+        return None
+
+    def sync(self, versions: Mapping[int, str]) -> None:
+        """Have these versions outlive a power failure; OSError when one is not there.
+
+        Whoever wrote them: a file is flushed by any process of the machine, and by its writer's closing it on a
+        network file system. Several at a time, since each wait is one for the disk.
+        """
+        files = [self.path(client, version) for client, version in versions.items() if version]
+        with ThreadPoolExecutor(SYNCS, thread_name_prefix="fldist-sync") as pool:
+            list(pool.map(sync, files))
+            list(pool.map(sync, [self.directory, *(file.parent for file in files)]))
 
     def prune(self, needed: Mapping[int, set[str]]) -> None:
         """Drop every version that is not needed; needed: by client."""

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fldist.data.cache import sync
 from fldist.params import Layout
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_facts
-from fldist.runtime.output import LINES, cut_back, sizes
+from fldist.runtime.output import LINES, cut_back, sizes, too_short
 
 log = logging.getLogger("fldist")
 
@@ -49,6 +50,7 @@ class Keeper:
         self._every = every
         self._checkpoints = Checkpoints(directory / "checkpoints", keep)
         self._versions: dict[int, dict[str, str]] = {}  # by round kept: every client's version
+        self._secured: dict[str, str] = {}  # the versions that outlive a power failure
 
     def begin(self) -> None:
         """Make the place for checkpoints: its being there says that the run in this directory can go on.
@@ -65,8 +67,18 @@ class Keeper:
         temporary.replace(path)
 
     def resume(self, layouts: Iterable[Layout]) -> None:
-        """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew."""
-        found = self._checkpoints.newest(layouts)
+        """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew.
+
+        A checkpoint counts when what it names is there too; when none does for want of a client's state, the newest
+        is taken, and those clients are missing.
+        """
+        layouts = list(layouts)
+        try:
+            found = self._checkpoints.newest(layouts, self._lacking)
+        except Damaged as error:
+            found = self._checkpoints.newest(layouts, lambda facts: too_short(self.directory, facts["files"]))
+            assert found is not None
+            found[3].append(str(error))
         (self.directory / "result.json").unlink(missing_ok=True)
         if found is None:
             for name in LINES:
@@ -79,6 +91,12 @@ class Keeper:
         for kept in self._checkpoints.kept:
             with contextlib.suppress(Damaged):
                 self._versions[kept] = read_facts(self._checkpoints.path(kept))["versions"]
+
+    def _lacking(self, facts: dict[str, Any]) -> str | None:
+        """What a checkpoint names and is not there."""
+        short = too_short(self.directory, facts["files"])
+        broken = (self.clients.broken(int(c), version) for c, version in facts["versions"].items())
+        return short or next(filter(None, broken), None)
 
     def mark(self, run_id: bytes) -> None:
         """Leave a sign by which a host knows that it sees this directory, not another of the same name."""
@@ -99,8 +117,11 @@ class Keeper:
             "files": sizes(self.directory),
             "durable": [*self._checkpoints.durable, *([number] if durable else [])],
         }
-        if durable and versions:
-            os.sync()  # the clients' files it names: one call, where a file each would be one wait each
+        if durable:
+            self._secure_clients(versions)
+            for name in LINES:
+                if (self.directory / name).exists():
+                    sync(self.directory / name)
         self._checkpoints.write(number, values, whole, durable=durable)
         self._versions[number] = versions
         self._versions = {n: v for n, v in self._versions.items() if n in self._checkpoints.kept}
@@ -110,9 +131,15 @@ class Keeper:
     def secure(self) -> None:
         """Have the newest checkpoint outlive a power failure; the run ends before its time."""
         with contextlib.suppress(OSError):
-            if any(self._versions.values()):
-                os.sync()
+            self._secure_clients(self._versions.get(max(self._versions, default=-1), {}))
             self._checkpoints.secure()
+
+    def _secure_clients(self, versions: Mapping[str, str]) -> None:
+        """The same for the clients' files that a checkpoint names, as far as they are new."""
+        new = {int(c): version for c, version in versions.items() if self._secured.get(c) != version}
+        if new:
+            self.clients.sync(new)
+            self._secured = dict(versions)
 
 
 def kept_token(directory: Path) -> str:

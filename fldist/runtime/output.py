@@ -108,6 +108,16 @@ def sizes(directory: Path) -> dict[str, int]:
     return {**found, "rotated": len(list(directory.glob("messages-*.jsonl")))}
 
 
+def too_short(directory: Path, to: Mapping[str, int]) -> str | None:
+    """Which of the files that grow has lost lines that a checkpoint counts on; None: none has."""
+    now = sizes(directory)
+    if now["rotated"] > to["rotated"]:  # what was growing then has been filled since
+        filled = sorted(directory.glob("messages-*.jsonl"))[to["rotated"]]
+        now["messages.jsonl"] = filled.stat().st_size
+    short = (name for name, size in to.items() if now.get(name, 0) < size)
+    return next((f"{directory / name} has lost lines" for name in short), None)
+
+
 def cut_back(directory: Path, to: Mapping[str, int]) -> None:
     """Take the files that grow back to where they were at a checkpoint; what came later belongs to no round."""
     filled = sorted(directory.glob("messages-*.jsonl"))
