@@ -19,11 +19,12 @@ from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.membership import Faults
+from fldist.runtime.once import OnceTable
 from fldist.runtime.placement import Placement
 from fldist.runtime.state import version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
-from fldist.wire.ledger import Booked, Ledger
+from fldist.wire.ledger import Booked, Kinds, Ledger
 from fldist.wire.link import Event, Joined, Lost, Received, Sent, ServerLink
 
 log = logging.getLogger("fldist.server")
@@ -153,6 +154,7 @@ class Caller:
         self._accepted: dict[int, int] = {}  # accepted calls up to the first one that was not
         self._broken: set[int] = set()  # clients with a call that was not accepted
         self.versions: dict[int, str] = {}  # of every client's committed state, where it has been written
+        self.once = OnceTable(job.share)
         self._wrote: dict[int, str] = {}  # this round's, of accepted calls
         self._verdicts: dict[int, list[dict[str, Any]]] = {}  # by rank: not sent yet
         self._posted: dict[int, list[Booked]] = {}  # by sequence number: not acknowledged yet
@@ -193,6 +195,7 @@ class Caller:
             self.reports.update(self._told)
         elif again:
             self.ledger.void(number, attempt)
+        self.once.settle()
         self._wrote.clear()
         self._told.clear()
 
@@ -376,6 +379,8 @@ class Caller:
     ) -> None:
         number, attempt = self._key
         self.facts.called.update(ids)
+        once = {name: a for name, a in arguments.items() if isinstance(a, Once)}
+        versions = {name: a.version for name, a in once.items()}
         groups: dict[int, list[int]] = {}
         if self.placement.alive:
             for client, rank in self.placement.place(ids).items():
@@ -393,9 +398,11 @@ class Caller:
                 FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
             )
             builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
+            given: dict[int, Kinds] = {}
             for client in sorted(clients):
                 values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
-                versions = {n: a.version for n, a in arguments.items() if isinstance(a, Once)}
+                if once:
+                    given[client] = self.once.hold_back(rank, spec.name, spec.call.fields, client, once, values)
                 builder.add(Message(client), spec.call, values, versions)
             if self.job.algorithm.stateful:
                 builder.frame.note.update(self._versions_of(clients))
@@ -406,8 +413,15 @@ class Caller:
                     self._miss(running, client, f"host {rank} is lost")
                 continue
             booked = self.ledger.book(
-                builder.frame, spec.call, direction="down", phase=phase, rank=rank, times=[(ready, 0, 0)] * len(clients)
+                builder.frame,
+                spec.call,
+                direction="down",
+                phase=phase,
+                rank=rank,
+                times=[(ready, 0, 0)] * len(clients),
+                once=given,
             )
+            self.once.sent(rank, spec.name, once, booked)
             self._posted[builder.frame.head.seq] = booked
             running.outstanding.update(dict.fromkeys(clients, rank))
         for client in set(ids) - set(running.outstanding) - set(running.missing):
@@ -468,6 +482,7 @@ class Caller:
                 for booked in self._posted.pop(seq):
                     booked.settle("lost")
             self._verdicts.pop(event.rank, None)
+            self.once.left(event.rank)
             self.offsets.pop(event.rank, None)
             fresh = [c for c, calls in self._accepted.items() if calls]
             self._reasons[event.rank] = self._hosts.lost(event.rank, event.reason, fresh)

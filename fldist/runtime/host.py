@@ -18,9 +18,10 @@ from fldist.models.train import warm_up
 from fldist.params import Params
 from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.once import OnceValues
 from fldist.runtime.state import ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
-from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
+from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, value_of, values_of
 from fldist.wire.link import HostLink
 
 log = logging.getLogger("fldist.host")
@@ -43,6 +44,7 @@ class Host:
         self.job = job
         self.states = ClientStates(self._first_state, job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
+        self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
         self._sent: dict[int, Params] = {}  # by client: the weights it was sent in this round, where these are scored
@@ -59,6 +61,7 @@ class Host:
         self._streams.clear()
         self._sent.clear()
         self._copied = None
+        self._once.clear()
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -98,6 +101,7 @@ class Host:
             self._streams.clear()
             self._sent.clear()
             self._copied = None
+        self._keep_once(method, frame)
         received_ns = time.monotonic_ns()
         versions = frame.note.get("versions", {})
         builder = self._builder(head)
@@ -161,10 +165,18 @@ class Host:
         """
         job, client, round_number = self.job, message.client, frame.head.round
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
+        once = {s.name: f.version for s, f in zip(method.call.fields, message.fields, strict=True)}
         values = values_of(frame, message, job.layout(client))
         arguments = {spec.name: value for spec, value in zip(method.call.fields, values, strict=True)}
+        try:
+            for name, held in once.items():
+                if held is not None:
+                    arguments[name] = self._once.get(f"{method.name}.{name}", held)
+        except ValueError as error:
+            _fail(reply, str(error))
+            return (), None, False
         if job.evaluation.model == "sent":
-            self._keep_sent(method, client, values)
+            self._keep_sent(method, client, arguments)
         shared = Watch()
         for name, value in arguments.items():
             shared.add(f"argument {name}", value)
@@ -190,7 +202,8 @@ class Host:
             _fail(reply, self._spoilt[client])
         changed = shared.changed()
         if changed is not None:
-            changed = f"{changed} was changed in place"
+            name, changed = changed.removeprefix("argument "), f"{changed} was changed in place"
+            self._once.spoil(f"{method.name}.{name}", f"{changed} in round {round_number}; work on a clone()")
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
@@ -205,9 +218,18 @@ class Host:
             told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
         return told, None, wrote
 
-    def _keep_sent(self, method: ClientMethod, client: int, values: list[Any]) -> None:
+    def _keep_once(self, method: ClientMethod, frame: Frame) -> None:
+        """Keep the `Once` values of a call, before any client runs or is left out: the server counts on it."""
+        for message in frame.messages:
+            for spec, value in zip(method.call.fields, message.fields, strict=True):
+                if value.version is not None and value.form is not Form.HELD:
+                    layout = self.job.layout(message.client)
+                    self._once.put(f"{method.name}.{spec.name}", value.version, value_of(frame, value, layout))
+
+    def _keep_sent(self, method: ClientMethod, client: int, arguments: dict[str, Any]) -> None:
         """Remember the weights that a client was sent, in a copy: a message's memory is the link's."""
-        for spec, value in zip(method.call.fields, values, strict=True):
+        for spec in method.call.fields:
+            value = arguments[spec.name]
             if (spec.kind, spec.form) == (Kind.WEIGHTS, Form.PARAMS) and value is not None:
                 if self._copied is None or self._copied[0].floats.data_ptr() != value.floats.data_ptr():
                     self._copied = (value, value.clone())

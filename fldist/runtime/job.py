@@ -109,7 +109,7 @@ class Job:
 
     def calls(self) -> Expected:
         """What a host may receive."""
-        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients)
+        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients, True)
 
     def replies(self) -> Expected:
         """What the server may receive."""

@@ -189,6 +189,9 @@ class ServerLoop:
         self._caller = Caller(job, link, self._ledger, self._placement, self._hosts)
         if resumed is not None:
             self._caller.versions = {int(c): str(v) for c, v in resumed.facts["versions"].items()}
+            self._caller.once.given = {
+                name: {int(c): int(v) for c, v in clients.items()} for name, clients in resumed.facts["given"].items()
+            }
             self._caller.reports = {int(c): ClientReport(*row) for c, row in resumed.facts["reports"].items()}
         self._clients = ClientsView(job, self._caller)
         self._total = 0  # rounds of all stages
@@ -387,6 +390,7 @@ class ServerLoop:
         facts = {
             "stages": [[s.name, s.rounds] for s in self.job.algorithm.stages(self.job.rounds)],
             "versions": {str(c): v for c, v in sorted(self._caller.versions.items())},
+            "given": {n: {str(c): v for c, v in given.items()} for n, given in self._caller.once.given.items()},
             "reports": {str(c): list(r) for c, r in sorted(self._caller.reports.items())},
             "best": self._best,
             "seconds": self._seconds,
@@ -444,6 +448,7 @@ class ServerLoop:
         self._caller.begin_evaluation()
         try:
             got = self.job.algorithm.evaluate(view, self._clients)
+            self._caller.once.settle()
         except TooFewReplies as error:
             some = next(iter(error.missing.values()), f"no client has a {how.split} part")
             self.observer.warning(f"round {number}: no client could be scored: {some}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -32,6 +32,10 @@ UNTRAINED_PHASES = frozenset({"setup", "select", "evaluate"})
 ROTATE_BYTES = 256 * 10**6
 
 
+Kinds = dict[Kind, tuple[int, int]]
+"""(logical, encoded) bytes by kind."""
+
+
 @dataclass
 class Booked:
     """One message in the ledger; `settle` gives it its outcome."""
@@ -43,7 +47,7 @@ class Booked:
     client: int
     rank: int
     direction: Direction
-    kinds: dict[Kind, tuple[int, int]]  # kind -> (logical, encoded)
+    kinds: Kinds
     framing_bytes: int
     wire_bytes: int
     shared_with: int | None
@@ -64,23 +68,27 @@ class Booked:
             self.done_ns = done_ns or self.done_ns
 
 
-def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]]:
-    """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame."""
+def costs(
+    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None
+) -> list[tuple[Kinds, int, int, int | None]]:
+    """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame.
+
+    once: by client, the kinds of `Once` values that are booked with its message, whether or not they travel in it.
+    """
     booked: dict[int, int] = {}  # part -> client that carries its wire bytes
     payload_in_head = sum(p.bytes for p in frame.parts if p.inline)
-    result: list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]] = []
+    result: list[tuple[Kinds, int, int, int | None]] = []
     for number, message in enumerate(frame.messages):
-        kinds: dict[Kind, tuple[int, int]] = {}
+        kinds: Kinds = dict((once or {}).get(message.client, {}))
         distinct = 0
         shared_with: int | None = frame.messages[0].client if number else None
         fields = [] if message.status is Status.ERROR else message.fields
         for spec, value in zip(schema.fields, fields, strict=False):
             logical, encoded = kinds.get(spec.kind, (0, 0))
             if value.form in (Form.FLOAT, Form.INT):
-                kinds[spec.kind] = (logical + 8, encoded + 8)
+                logical, encoded = logical + 8, encoded + 8
                 payload_in_head += 8
                 distinct += 8
-                continue
             for index in value.parts:
                 if index == _NO_PART:
                     continue
@@ -92,7 +100,7 @@ def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]
                 else:
                     booked[index] = message.client
                     distinct += part.bytes
-            if value.form is not Form.NONE:
+            if value.form is not Form.NONE and value.version is None:
                 kinds[spec.kind] = (logical, encoded)
         result.append((kinds, 0, distinct, shared_with))
     if result:
@@ -185,11 +193,14 @@ class Ledger:
         phase: str,
         rank: int,
         times: Iterable[tuple[int, int, int]],
+        once: Mapping[int, Kinds] | None = None,
     ) -> list[Booked]:
-        """Enter a frame's messages as open; `times` has (ready, sent, done) for each."""
+        """Enter a frame's messages as open; `times` has (ready, sent, done) for each; once: see `costs`."""
         head = frame.head
         entered = []
-        for message, cost, (ready, sent, done) in zip(frame.messages, costs(frame, schema), times, strict=True):
+        for message, cost, (ready, sent, done) in zip(
+            frame.messages, costs(frame, schema, once), times, strict=True
+        ):
             kinds, framing, wire, shared_with = cost
             entered.append(
                 Booked(
