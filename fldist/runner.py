@@ -435,9 +435,16 @@ def _log_of(link: Any, rank: int) -> contextlib.AbstractContextManager[None]:
 
 
 # ---- logs
+class _LogFile(logging.FileHandler):
+    """A log that a full disk leaves incomplete and nothing else: the run says itself what it cannot write."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
+
+
 @contextlib.contextmanager
 def _file_log(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fldist")
     before = logger.level

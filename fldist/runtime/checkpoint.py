@@ -35,6 +35,14 @@ class Damaged(ValueError):
     """A file that does not hold what was written; says which and why."""
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; OSError when it cannot be written."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path.name} cannot be written: {error}") from None
+
+
 # ---- one state, one file
 def write_state(path: Path, values: Mapping[str, Any], facts: Mapping[str, Any], *, durable: bool = False) -> None:
     """Write values (as a State holds them) and plain facts; durable: also past a power failure (fsync)."""
@@ -46,7 +54,7 @@ def write_state(path: Path, values: Mapping[str, Any], facts: Mapping[str, Any],
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"about": text, "crc": f"{_crc(text, tensors):08x}"})
+        save_tensors(tensors, temporary, {"about": text, "crc": f"{_crc(text, tensors):08x}"})
         if durable:
             sync(temporary)
         temporary.replace(path)

@@ -523,7 +523,7 @@ class Caller:
             self.facts.compute_s[rank] = self.facts.compute_s.get(rank, 0.0) + seconds
             if message.status is Status.ERROR:
                 booked.settle("delivered", event.done_ns)
-                self._miss(running, client, f"error: {message.error}")
+                self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
                 continue
             refusal = self._fold(running, message, frame)
             if refusal is not None:

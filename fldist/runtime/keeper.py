@@ -165,7 +165,13 @@ def files_seen(directory: str, run_id: str) -> ClientFiles | None:
 def owned(directory: Path) -> Iterator[None]:
     """Be the only one that writes a run's directory; ValueError names who else does."""
     path = directory / "owner.lock"
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"output: {directory} cannot be written to ({error.strerror}); name another with --output"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

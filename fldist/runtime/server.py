@@ -194,6 +194,7 @@ class ServerLoop:
             }
             self._caller.reports = {int(c): ClientReport(*row) for c, row in resumed.facts["reports"].items()}
         self._clients = ClientsView(job, self._caller)
+        self._waiting: list[str] = []  # what keeps lines from being written
         self._total = 0  # rounds of all stages
         self._committed: State | None = None  # after the last finished round
         self._transport = (0, 0)
@@ -223,12 +224,19 @@ class ServerLoop:
             with undisturbed():  # torchrun and mpirun send a signal soon after a rank's death
                 if status != "finished":
                     self._ledger.flush(final=True)
-                    self.output.result(self._result(status, reason, None))
+                    self._save(lambda: self.output.result(self._result(status, reason, None)))
                     self._keep_what_there_is()
                     if self._keeper is not None:
                         self._keeper.secure()
-                self._ledger.close()
-                self.output.close()
+                self._save(self._ledger.close)
+                self._save(self.output.close)
+
+    def _save(self, step: Callable[[], None]) -> None:
+        """Do a step of a run's end; a full disk keeps neither the others nor the reason of the end from being told."""
+        try:
+            step()
+        except OSError as error:
+            self.observer.warning(str(error))
 
     # ---- start
     def _join(self) -> None:
@@ -398,6 +406,8 @@ class ServerLoop:
             "bytes": self._ledger.totals.as_dict(),
         }
         try:
+            if self._waiting:
+                raise OSError("lines of earlier rounds are not written yet")
             self._keeper.keep(number, view.state.values, facts, last=number == self._total)
         except OSError as error:
             self.observer.warning(f"round {number}: no checkpoint could be written ({error}); the run goes on")
@@ -423,6 +433,11 @@ class ServerLoop:
         self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
+        problems = [p for p in (*self.output.problems, self._ledger.problem) if p]
+        for problem in problems:
+            if problem not in self._waiting:
+                self.observer.warning(f"round {number}: {problem}")
+        self._waiting = problems
         self._keep(number, view)
         self.observer.round(line)
 
@@ -525,8 +540,6 @@ class ServerLoop:
 
     # ---- end
     def _finish(self, view: ServerView) -> dict[str, Any]:
-        self._save_model(view)
-        self.output.arrays(self._lines)
         state_hash = self._state_hash(view)
         self._caller.drain()
         self._ledger.flush(final=True)
@@ -537,7 +550,18 @@ class ServerLoop:
                 f"in {idle} of {len(self._lines)} rounds no reply was used: the model stayed as it was"
             )
         result = self._result("finished", None, state_hash)
-        self.output.result(result)
+        try:
+            self.output.catch_up()
+            self._save_model(view)
+            self.output.arrays(self._lines)
+            if self._ledger.problem:
+                raise OSError(self._ledger.problem)
+            self.output.result(result)  # last: it says that all is there
+        except OSError as error:
+            raise RunStopped(
+                f"all rounds are done, but their results cannot be written: {error}; make room, and go on with "
+                f"`fldist resume {self.output.directory}`"
+            ) from None
         self.observer.finished(result)
         return result
 

@@ -18,9 +18,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from fldist.kinds import Form, Kind, Schema
+from fldist.lines import Lines
 from fldist.wire.codec import _NO_PART, Frame, Status
 
 Direction = Literal["up", "down"]
@@ -181,8 +182,7 @@ class Ledger:
         self.totals = totals or Totals()
         self.round_totals = Totals()
         self._open: list[Booked] = []
-        self._path = path
-        self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+        self._lines = Lines(path) if path else None
 
     def book(
         self,
@@ -243,11 +243,15 @@ class Ledger:
             self.totals.add(message)
             self.round_totals.add(message)
             lines += _rows(message)
-        if self._file is not None and self._path is not None:
-            self._file.writelines(lines)
-            self._file.flush()
-            if self._file.tell() > ROTATE_BYTES:
+        if self._lines is not None:
+            self._lines.write(lines)
+            if self._lines.size > ROTATE_BYTES and self._lines.problem is None:
                 self._rotate()
+
+    @property
+    def problem(self) -> str | None:
+        """Why rows wait to be written, or None."""
+        return self._lines.problem if self._lines is not None else None
 
     def take_round(self) -> Totals:
         """The totals since the last call of this."""
@@ -259,18 +263,19 @@ class Ledger:
         self.totals.add_transport(up, down)
 
     def close(self) -> None:
-        """Settle everything and close the file."""
+        """Settle everything and close the file; OSError when rows cannot be written."""
         self.flush(final=True)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.close()
 
     def _rotate(self) -> None:
-        assert self._file is not None and self._path is not None
-        self._file.close()
-        number = len(list(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))) + 1
-        self._path.rename(self._path.with_name(f"{self._path.stem}-{number:04d}{self._path.suffix}"))
-        self._file = self._path.open("a", encoding="utf-8")
+        assert self._lines is not None
+        path = self._lines.path
+        self._lines.close()
+        number = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}"))) + 1
+        path.rename(path.with_name(f"{path.stem}-{number:04d}{path.suffix}"))
+        self._lines = Lines(path)
 
 
 def _rows(message: Booked) -> list[str]:
