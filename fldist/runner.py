@@ -214,10 +214,10 @@ def _serve_children(
         job = build(settings)
         return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "children", children).run()
     finally:
-        goodbye_s = GOODBYE_S if sys.exc_info()[0] is None else 1.0
+        until = time.monotonic() + (GOODBYE_S if sys.exc_info()[0] is None else 1.0)
         with undisturbed():
-            link.close(goodbye_s)
-            children.stop(goodbye_s)
+            link.close(until - time.monotonic())
+            children.stop(max(0.5, until - time.monotonic()))
 
 
 def _survives_children(settings: Settings) -> str:

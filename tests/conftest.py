@@ -63,10 +63,13 @@ def small(**changes: Any) -> dict[str, Any]:
 class WarmProcess:
     """A host forked from a process that has imported everything already; looks like a Popen."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> None:
+    def __init__(
+        self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float, moment: Any = None
+    ) -> None:
         from tests.warm import host
 
-        self.process = CONTEXT.Process(target=host, args=(address, rank, token, str(log), join_s), daemon=True)
+        arguments = (address, rank, token, str(log), join_s, moment)
+        self.process = CONTEXT.Process(target=host, args=arguments, daemon=True)
         self.process.start()
 
     @property
@@ -88,19 +91,47 @@ class WarmProcess:
 
 
 class Hosts:
-    """A `spawn` for run_here that remembers its processes."""
+    """A `spawn` for run_here that remembers its processes. moments: what happens to which rank, see `moments.py`."""
 
     def __init__(self) -> None:
         self.processes: dict[int, WarmProcess] = {}  # the newest of each rank
         self.all: list[WarmProcess] = []
+        self.moments: dict[int, tuple[Any, ...]] = {}
 
     def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> WarmProcess:
-        self.processes[rank] = WarmProcess(address, rank, token, log, join_s)
+        self.processes[rank] = WarmProcess(address, rank, token, log, join_s, self.moments.get(rank))
         self.all.append(self.processes[rank])
         return self.processes[rank]
 
     def send(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.processes[rank].pid, number)
+
+
+def in_a_process(program: str) -> int | None:
+    """The exit code of a program in a process of its own, forked from one that has imported everything."""
+    from tests.warm import program as warm_program
+
+    process = CONTEXT.Process(target=warm_program, args=(program,))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+def mean_variate(run: Path, num_clients: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The server's variate and the mean of the clients' (0 where one never took part), in float64."""
+    from fldist.runtime.checkpoint import Checkpoints, ClientFiles
+
+    found = Checkpoints(run / "checkpoints").newest()
+    assert found is not None
+    _, values, facts, _ = found
+    files = ClientFiles(run / "clients")
+    total = torch.zeros(values["c"].floats.numel(), dtype=torch.float64)
+    for client, version in facts["versions"].items():
+        total += files.read(int(client), version)["c"].floats.double()
+    return values["c"].floats.double(), total / num_clients
 
 
 class Recorder:

@@ -6,18 +6,22 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 
 from fldist.algorithm import Algorithm, Clients, Me, Server, Stage, State, on_client
+from fldist.algorithms.scaffold import Scaffold
+from fldist.algorithms.scaffold import Update as ScaffoldUpdate
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
 from fldist.kinds import Masks, Once, Scalar, Variates, Weights
 from fldist.models.train import Order, train
+from fldist.seeding import generator
+from fldist.selection import Candidates, Selector
 
 
 class Update(NamedTuple):
@@ -44,16 +48,18 @@ class Base(Algorithm):
 
 @dataclass(frozen=True)
 class Slow(Base):
-    """Clients take their time; `flag` is a file that one of them makes when it begins."""
+    """Clients take their time, one perhaps a time of its own; `flag` is a file that each makes when it begins."""
 
     seconds: float = 0.2
     flag: str = ""
+    slow_client: int = -1
+    slow_seconds: float = 0.0
 
     @on_client
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
         if self.flag:
             Path(f"{self.flag}-{data.client}").write_text(str(os.getpid()))
-        time.sleep(self.seconds)
+        time.sleep(self.slow_seconds if data.client == self.slow_client else self.seconds)
         return Base.update(self, me, data, x)
 
 
@@ -211,6 +217,40 @@ class TrainsBetween(Base):
             got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
             train([network], loss, [optimizer], epochs=2, order=order, resume_from=progress)
             server.x = 0.5 * network.params.restricted(task.travel) + 0.5 * got.y
+
+
+@dataclass(frozen=True)
+class DroppedScaffold(Scaffold):
+    """SCAFFOLD whose clients fail or send NaN, after they have written their state, in `share` of all cases."""
+
+    share: float = 0.35
+    seconds: float = 0.0
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights, c: Variates) -> ScaffoldUpdate:
+        got = Scaffold.update(self, me, data, x, c)
+        time.sleep(self.seconds)
+        chance = float(torch.rand(1, generator=generator(7, "drop", data.streams.round, data.client)))
+        if chance < self.share / 2:
+            raise RuntimeError("gone")
+        if chance < self.share:
+            got.dc.floats[0] = float("nan")
+        return got
+
+
+@dataclass(frozen=True)
+class Worst(Selector):
+    """Those with the highest loss so far, as they report it; unknown ones first."""
+
+    wants_reports: ClassVar[bool] = True
+
+    def select(self, candidates: Candidates, rng: Generator) -> list[int]:
+        def loss(client: int) -> float:
+            report = candidates.reports.get(client)
+            return report.loss if report is not None else 1e9
+
+        worst = sorted(candidates.ids, key=lambda c: (-loss(c), c))
+        return sorted(worst[: candidates.count])
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from fldist.runtime import checkpoint, keeper, output
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_state, write_state
 from fldist.runtime.membership import RunStopped
 from fldist.runtime.state import hash_state
-from tests.conftest import CONTEXT, Hosts, Recorder, small
-from tests.warm import program as warm_program
+from tests.conftest import Hosts, Recorder, in_a_process, mean_variate, small
 
 ALGORITHMS = ["fedavg", "scaffold", "moon", "local", "fedopt"]
 ROUNDS = 5
@@ -188,17 +187,6 @@ run_here(load(json.loads(Path({str(tmp_path / "config.json")!r}).read_text())), 
 """
     assert in_a_process(program) == -signal.SIGKILL
     return run
-
-
-def in_a_process(program: str) -> int | None:
-    """The exit code of a program in a process of its own, forked from one that has imported everything."""
-    process = CONTEXT.Process(target=warm_program, args=(program,))
-    process.start()
-    process.join(60)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    return process.exitcode
 
 
 MOMENTS = {
@@ -388,18 +376,6 @@ def test_a_filled_ledger_is_taken_back_too(tmp_path: Path) -> None:
 
 
 # ---- clients' states
-def mean_variate(run: Path, num_clients: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The server's variate and the mean of the clients' (0 where one never took part), in float64."""
-    found = Checkpoints(run / "checkpoints").newest()
-    assert found is not None
-    _, values, facts, _ = found
-    files = ClientFiles(run / "clients")
-    total = torch.zeros(values["c"].floats.numel(), dtype=torch.float64)
-    for client, version in facts["versions"].items():
-        total += files.read(int(client), version)["c"].floats.double()
-    return values["c"].floats.double(), total / num_clients
-
-
 def test_hosts_that_die_leave_scaffold_exact(tmp_path: Path, hosts: Hosts) -> None:
     """c stays the mean of all c_k while clients move between hosts with their states."""
 
