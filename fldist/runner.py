@@ -203,6 +203,7 @@ def _serve_children(
     link = GlooServer(
         ranks=ranks,
         limits=limits,
+        port=settings.network.control_port or 0,
         checksum=settings.network.checksum == "full",
         survives=_survives_children(settings),
     )

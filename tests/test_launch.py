@@ -135,6 +135,10 @@ def _messages(directory: Path) -> list[dict[str, Any]]:
 
 def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     jobs = [{"config": config(name), "output": str(tmp_path / name)} for name in ALGORITHMS]
+    resumed = ("fedavg", "scaffold", "moon")
+    for name in resumed:  # begun in one process, ended under MPI
+        fldist.run({**config(name), "rounds": 1}, output=tmp_path / f"{name}-on")
+        jobs.append({"resume": ["rounds=2"], "output": str(tmp_path / f"{name}-on")})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = mpirun(3, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
     assert done.returncode == 0, done.stderr
@@ -143,6 +147,11 @@ def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tm
         assert outcome(result) == outcome(alone[name])
         assert ledger(tmp_path / name) == ledger(alone[name]["directory"])
         assert (result["backend"], result["world_size"]) == ("mpi", 3)
+    for name in resumed:
+        result = json.loads((tmp_path / f"{name}-on" / "result.json").read_text())
+        assert outcome(result) == outcome(alone[name])
+        assert ledger(tmp_path / f"{name}-on") == ledger(alone[name]["directory"])
+        assert (result["backend"], result["rounds"]) == ("mpi", 2)
 
 
 def mpirun(ranks: int, program: list[str], timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
@@ -213,6 +222,70 @@ def kill_a_host_after_a_round(command: list[str], directory: Path, find: str) ->
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process, of all its threads."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return sorted(found)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and is no zombie that its new parent has not buried yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_rounds(directory: Path, count: int, timeout_s: float = 60) -> None:
+    """Wait until so many rounds of a run are finished."""
+    rounds = directory / "rounds.jsonl"
+    deadline = time.monotonic() + timeout_s
+    while not (rounds.exists() and len(rounds.read_text().splitlines()) >= count):
+        assert time.monotonic() < deadline, "the run does not go on"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
+def test_the_launchers_children_are_its_hosts_which_end_with_it(tmp_path: Path) -> None:
+    """The command itself, its hosts killed, then itself; the same command goes on, bit for bit."""
+    settings = config("scaffold", rounds=40, faults={"min_replies": "all", "on_quorum_loss": "retry"})
+    path, run = write(tmp_path, settings), tmp_path / "run"
+    command = [sys.executable, "-m", "fldist", "run", path, "--nproc", "3", "--output", str(run)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+    try:
+        wait_for_rounds(run, 2)
+        hosts = children(process.pid)
+        assert len(hosts) == 2
+        for host in hosts:
+            assert b"FLDIST_HOST=" in Path(f"/proc/{host}/environ").read_bytes()
+            assert children(host) == []
+        os.kill(hosts[0], signal.SIGKILL)
+        done = len((run / "rounds.jsonl").read_text().splitlines())
+        wait_for_rounds(run, min(done + 3, 40))
+        again = children(process.pid)
+        assert len(again) == 2
+        assert hosts[1] in again
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 2
+        while any(map(alive, again)):
+            assert time.monotonic() < deadline, "a host outlived its launcher"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        out, _ = process.communicate()
+    assert "killed by SIGKILL" in out
+    done_again = run_group(command, 60)
+    assert done_again.returncode == 0, done_again.stderr
+    assert "continued after round" in done_again.stdout
+    result = json.loads((run / "result.json").read_text())
+    straight = fldist.run(settings, output=tmp_path / "straight")
+    assert outcome(result) == outcome(straight)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the host through /proc")

@@ -161,3 +161,46 @@ def test_losing_the_last_host_leaves_nobody():
     placement = Placement(SIZES, [1], stateful=False)
     assert placement.lose(1) == []
     assert placement.alive == []
+
+
+# ---- a host that comes back
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_host_that_comes_back_gets_what_it_had(stateful):
+    placement = Placement(SIZES, [1, 2, 3], stateful)
+    placement.shared_files = True
+    before, first = placement.homes(), placement.place(list(EVERYONE))
+    placement.begin_round()
+    placement.lose(2)
+    placement.join(2)
+    placement.join(2)  # joining twice is joining once
+    assert placement.alive == [1, 2, 3]
+    assert placement.homes() == before
+    placement.begin_round()
+    assert placement.place(list(EVERYONE)) == first
+
+
+def test_clients_whose_state_is_only_where_they_are_do_not_move_to_a_host_that_comes_back():
+    placement = Placement(SIZES, [1, 2, 3], stateful=True)
+    placement.lose(2)
+    stay = [placement.homes()[1][0], placement.homes()[3][-1]]
+    placement.commit(stay)
+    placement.join(2)
+    homes = {c: rank for rank, clients in placement.homes().items() for c in clients}
+    assert (homes[stay[0]], homes[stay[1]]) == (1, 3)
+    assert sorted(homes) == list(EVERYONE)
+    assert placement.homes()[2]
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_clients_that_wait_keep_their_home(stateful):
+    placement = Placement(SIZES, [1, 2, 3], stateful, "wait")
+    placement.shared_files = True
+    before = placement.homes()
+    assert placement.waits
+    assert sorted(c for clients in before.values() for c in clients) == list(EVERYONE)
+    assert placement.lose(2) == []
+    assert placement.alive == [1, 3]
+    placement.begin_round()
+    assert placement.place(list(EVERYONE)) == {c: rank for rank, clients in before.items() for c in clients}
+    placement.join(2)
+    assert placement.homes() == before

@@ -522,7 +522,8 @@ def test_hosts_that_do_not_see_the_directory_are_told_of(
         go_on(run, "rounds=2", nproc=2, hosts=hosts)
 
 
-def test_signals_leave_a_run_that_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_leave_a_run_that_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     expected = straight(tmp_path, "scaffold")
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(config("scaffold")))
@@ -532,7 +533,7 @@ from pathlib import Path
 import tests.conftest
 from fldist.config import load
 from fldist.runner import run_here
-observer = tests.conftest.Recorder(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 2 else None)
+observer = tests.conftest.Recorder(lambda n: os.kill(os.getpid(), {int(number)}) if n == 2 else None)
 run_here(load(json.loads(Path({str(tmp_path / "config.json")!r}).read_text())), output={str(run)!r}, observer=observer)
 """
     assert in_a_process(program) != 0
