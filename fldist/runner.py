@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_e
 from fldist.runtime.output import Output, default_directory, discard, prepare
 from fldist.runtime.server import Observer, RunStopped, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
-from fldist.wire.errors import TransportError
+from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
 
 if TYPE_CHECKING:
@@ -261,7 +263,15 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     try:
         ranks = list(range(1, comm.Get_size()))
         loop = _server_loop(
-            settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", survives_loss=False
+            settings,
+            directory,
+            observer,
+            link,
+            build(settings),
+            ranks,
+            "mpi",
+            "mpirun",
+            survives_loss=link.fault_tolerant,
         )
         result = loop.run()
     except BaseException as error:
@@ -276,11 +286,19 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     if not link.all_left:
         log.warning("a host is still busy with an old call; the MPI job is ended without it")
         comm.Abort(0)
+    if not link.intact and _finalizes():
+        comm.Abort(0)
     return result
 
 
 def _mpi_world() -> Any:
+    from fldist.wire.mpi import ulfm
+
     try:
+        import mpi4py
+
+        if ulfm() and "mpi4py.MPI" not in sys.modules:
+            mpi4py.rc.finalize = False  # MPI_Finalize waits for ranks that died; without it mpirun is content too
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
@@ -289,21 +307,18 @@ def _mpi_world() -> Any:
     return MPI.COMM_WORLD
 
 
+def _finalizes() -> bool:
+    """Whether the end of this process calls MPI_Finalize."""
+    import mpi4py
+
+    return mpi4py.rc.finalize is not False
+
+
 # ---- hosts
 def _be_host(world: World, settings: Settings) -> dict[str, Any]:
     if world.launcher == "mpi":
-        from fldist.wire.mpi import MpiHost
-
         deadlines = settings.deadlines
-        comm = _mpi_world()
-        try:
-            link = MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s))
-            with _log_of(link, world.rank):
-                _serve_as_host(link, world.rank)
-        except BaseException as error:
-            print(f"fldist: host {world.rank}: {error}", file=sys.stderr, flush=True)
-            comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
-            raise
+        _be_mpi_host(_mpi_world(), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
         return {}
     from fldist.wire.gloo import GlooHost
 
@@ -312,6 +327,40 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
     with _log_of(host, world.rank):
         _serve_as_host(host, world.rank)
     return {}
+
+
+def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
+    from fldist.wire.mpi import Dismissed, MpiHost, ulfm
+
+    try:
+        link = MpiHost(comm, limits)
+        with _log_of(link, rank):
+            _serve_as_host(link, rank)
+    except Dismissed:
+        log.info("rank %d: the run ended before this host had joined it", rank)
+    except BaseException as error:
+        print(f"fldist: host {rank}: {error}", file=sys.stderr, flush=True)
+        if not ulfm():
+            comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
+            raise
+        sys.stdout.flush()
+        if isinstance(error, PeerLost):
+            os._exit(1)
+        # a process that ends with an exit code is not reported as failed to the other ranks, a killed one is
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spawned_host(comm: Any, rank: int, join_s: float) -> None:
+    """What a process does that the server spawned in place of a lost host. comm: the one to its parent."""
+    from mpi4py import MPI
+
+    _be_mpi_host(comm, rank, Limits(join_s))
+    # mpirun wants this of a spawned process; no other rank is waited for, but better a limit than a hanging job
+    limit = threading.Timer(GOODBYE_S, os._exit, (0,))
+    limit.daemon = True
+    limit.start()
+    MPI.Finalize()
+    limit.cancel()
 
 
 def child_host() -> None:
