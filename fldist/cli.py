@@ -214,9 +214,9 @@ def _main_spawned(arguments: list[str]) -> None:
         sys.exit("fldist: `fldist _spawned` is started by the server of an MPI run, not by hand")
     rank, join_s = int(arguments[0]), float(arguments[1])
     signal.setitimer(signal.ITIMER_REAL, join_s)  # kills it, whatever it hangs in
-    import mpi4py
+    from fldist.wire.ulfm import prepare
 
-    mpi4py.rc.finalize = False
+    prepare()
     from mpi4py import MPI
 
     parent = MPI.Comm.Get_parent()

@@ -257,6 +257,7 @@ def _torchrun_store() -> Any:
 def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
     comm = _mpi_world()
     from fldist.wire.mpi import MpiServer
+    from fldist.wire.ulfm import finalizes
 
     deadlines = settings.deadlines
     link = MpiServer(comm, Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s))
@@ -280,38 +281,31 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
         elif not isinstance(error, RunStopped | Interrupted):  # of these the observer has told
             log.exception("the server failed")
         sys.stderr.flush()
+        if link.fault_tolerant:  # where Abort does not end the others
+            with undisturbed():
+                link.close(1.0)
         comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
         raise
     link.close(GOODBYE_S)
     if not link.all_left:
         log.warning("a host is still busy with an old call; the MPI job is ended without it")
         comm.Abort(0)
-    if not link.intact and _finalizes():
+    if not link.intact and finalizes():
         comm.Abort(0)
     return result
 
 
 def _mpi_world() -> Any:
-    from fldist.wire.mpi import ulfm
+    from fldist.wire.ulfm import prepare
 
     try:
-        import mpi4py
-
-        if ulfm() and "mpi4py.MPI" not in sys.modules:
-            mpi4py.rc.finalize = False  # MPI_Finalize waits for ranks that died; without it mpirun is content too
+        prepare()
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"backend: mpi needs mpi4py and an MPI library ({error}); pip install 'fldist[mpi]' brings both"
         ) from None
     return MPI.COMM_WORLD
-
-
-def _finalizes() -> bool:
-    """Whether the end of this process calls MPI_Finalize."""
-    import mpi4py
-
-    return mpi4py.rc.finalize is not False
 
 
 # ---- hosts
@@ -330,7 +324,8 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
 
 
 def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
-    from fldist.wire.mpi import Dismissed, MpiHost, ulfm
+    from fldist.wire.mpi import Dismissed, MpiHost
+    from fldist.wire.ulfm import ulfm
 
     try:
         link = MpiHost(comm, limits)

@@ -51,9 +51,12 @@ from fldist.wire.link import (
     check_session,
     own_info,
 )
+from fldist.wire.ulfm import ulfm
 
 log = logging.getLogger("fldist.mpi")
 
+SPAWNED = ("-m", "fldist", "_spawned")
+"""What Python runs in a replacement; its arguments are the rank and the limit on joining, in seconds."""
 _HEAD_TAG = 1
 _BODY_TAG = 2
 _SPIN_S = 50e-6
@@ -63,11 +66,6 @@ _NOBODY = (bytes(16), 0, 0)
 
 class Dismissed(PeerLost):
     """The run ended before this host had joined it."""
-
-
-def ulfm() -> bool:
-    """Whether this job survives the death of a rank: it was started by Open MPI's `mpirun --with-ft ulfm`."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable") in ("1", "true")  # noqa: SIM112 (Open MPI's own spelling)
 
 
 def _channel(comm: Any) -> Any:
@@ -414,7 +412,6 @@ class MpiServer(ServerLink):
         self._joining = threading.Lock()
         self._joined: list[Peer] = []  # hosts that wait for a welcome
         self._spawning: set[int] = set()  # ranks whose replacement is awaited
-        self._hanging = 0  # spawns that have not come back, those of which nothing is awaited included
         channel = _channel(comm)
         ranks = range(1, comm.Get_size())
         self._incarnations = dict.fromkeys(ranks, 1)
@@ -516,7 +513,6 @@ class MpiServer(ServerLink):
             if rank in self._spawning or self._closing:
                 return
             self._spawning.add(rank)
-            self._hanging += 1
         threading.Thread(target=self._replace, args=(rank,), name=f"fldist-respawn-{rank}", daemon=True).start()
 
     def _replace(self, rank: int) -> None:
@@ -546,15 +542,13 @@ class MpiServer(ServerLink):
             alone.Set_errhandler(MPI.ERRORS_RETURN)
             # the dead rank's slot stays taken, so without OVERSUBSCRIBE there may be none
             info = MPI.Info.Create({"map_by": "slot:OVERSUBSCRIBE", "bind_to": "none", "wdir": os.getcwd()})
-            command = ["-m", "fldist", "_spawned", str(rank), str(self.limits.join_s)]
+            command = [*SPAWNED, str(rank), str(self.limits.join_s)]
             channel = alone.Spawn(sys.executable, command, maxprocs=1, info=info)
             info.Free()
             alone.Free()
             answer.put(_channel(channel))
         except Exception as error:
             answer.put(f"its replacement could not be started ({error})")
-        with self._joining:
-            self._hanging -= 1
 
     def close(self, deadline_s: float) -> None:
         """Say goodbye, wait for every host's, stop the I/O thread; `all_left` tells whether all came.
@@ -582,9 +576,8 @@ class MpiServer(ServerLink):
 
     @property
     def all_left(self) -> bool:
-        """Whether every host has said goodbye or has ended, and nothing of this job is still going on."""
-        ended = [p.left or (self.fault_tolerant and p.dead) for p in self._engine.peers.values()]
-        return all(ended) and not self._hanging
+        """Whether every host has said goodbye, or has died where that is survived."""
+        return all(p.left or (self.fault_tolerant and p.dead) for p in self._engine.peers.values())
 
     @property
     def intact(self) -> bool:
