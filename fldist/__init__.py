@@ -15,7 +15,7 @@ __all__ = ["RunStopped", "__version__", "run"]
 
 def __getattr__(name: str) -> Any:
     if name == "RunStopped":  # imported when it is asked for: torch comes with it
-        from fldist.runtime.server import RunStopped
+        from fldist.runtime.membership import RunStopped
 
         return RunStopped
     raise AttributeError(f"module 'fldist' has no attribute {name!r}")

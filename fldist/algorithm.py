@@ -103,7 +103,7 @@ class Cohort(Protocol):
         phase: str | None = None,
         **arguments: Any,
     ) -> Replies:
-        """Run a client method on every client of the cohort; raise `NoReplies` when none is accepted.
+        """Run a client method on every client of the cohort; raise `TooFewReplies` when too few are accepted.
 
         fold: how each reply field that is not a number is folded; numbers are collected unless named here.
         phase: the name under which bytes and seconds are booked (default: the method's name).
@@ -161,11 +161,13 @@ class Me(Protocol):
     def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-class NoReplies(RuntimeError):
-    """A call that nobody answered. The runtime leaves the state unchanged and goes on with the next round."""
+class TooFewReplies(RuntimeError):
+    """A call that fewer clients answered than `faults.min_replies` asks for. The runtime leaves the state unchanged,
+    and goes on, does the round again or stops, as `faults.on_quorum_loss` says."""
 
-    def __init__(self, method: str, missing: Mapping[int, str]) -> None:
-        super().__init__(f"no reply to {method} was accepted")
+    def __init__(self, method: str, missing: Mapping[int, str], replied: int = 0, needed: int = 1) -> None:
+        what = "no reply" if not replied else f"only {replied} of the {needed} replies that are needed"
+        super().__init__(f"{what} to {method} {'was' if replied < 2 else 'were'} accepted")
         self.method = method
         self.missing = dict(missing)
 

@@ -170,7 +170,7 @@ def _code_of(error: Exception) -> int:
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
     from fldist.runtime.cohort import ClientCodeFailed
-    from fldist.runtime.server import RunStopped
+    from fldist.runtime.membership import RunStopped
     from fldist.wire.errors import TransportError
 
     if isinstance(error, ValueError) and _is_ours(error):

@@ -31,6 +31,7 @@ from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
 from fldist.runtime.job import Job
+from fldist.runtime.membership import Faults
 from fldist.runtime.output import differing, status_of
 from fldist.selection import Selector
 from fldist.wire.link import Limits
@@ -127,9 +128,12 @@ class DeadlinesSection(Section):
 
 
 class NetworkSection(Section):
-    """How messages travel: `share` sends what several clients of a host are sent once per host."""
+    """How messages travel: `share` sends what several clients of a host are sent once per host; `control_port` is where
+    the server listens (gloo; default: MASTER_PORT + 1 where every rank has an agent of its own, else any free one).
+    """
 
     share: bool = True
+    control_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     checksum: Literal["header", "full"] = "header"
 
 
@@ -171,6 +175,7 @@ class Settings(Section):
     threads: Annotated[int, Field(ge=1)] = 1
     network: NetworkSection = NetworkSection()
     deadlines: DeadlinesSection = DeadlinesSection()
+    faults: Faults = Faults()
     checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
@@ -194,7 +199,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return settings
 
 
-RESUMABLE = ("rounds", "eval", "output", "deadlines", "checkpoint", "backend", "network")
+RESUMABLE = ("rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "network")
 """What may change when a run goes on: none of it changes what was computed so far."""
 
 
@@ -341,6 +346,12 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"clients.per_round: {clients.per_round} of {clients.num_clients} clients cannot be selected; "
             "lower it or raise clients.num_clients"
+        )
+    needed = settings.faults.min_replies
+    if needed != "all" and needed > clients.count():
+        raise ConfigError(
+            f"faults.min_replies: {needed} replies cannot come of {clients.count()} clients a round; "
+            "lower it, or raise clients.per_round or clients.fraction"
         )
     public = settings.task.public
     if public.data is not None and not public.n:
@@ -494,4 +505,5 @@ def build(settings: Settings) -> Job:
         checksum=settings.network.checksum == "full",
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         round_deadline_s=deadlines.round_deadline_s,
+        faults=settings.faults,
     )

@@ -38,6 +38,7 @@ class Progress:
         forced = False if find_world().launcher == "mpi" else None
         self._console = Console(highlight=False, soft_wrap=True, force_terminal=forced)
         self._rounds = 0
+        self._done = 0
         self._verbose = verbose
         self._began = time.monotonic()
 
@@ -51,14 +52,17 @@ class Progress:
         """One line a round."""
         number = line["round"]
         seconds = line["seconds"]
-        left = (time.monotonic() - self._began) / number * (self._rounds - number)
+        self._done += 1  # by this process: a run that goes on has rounds of another's
+        left = (time.monotonic() - self._began) / self._done * (self._rounds - number)
         scored = "accuracy   -  " if line["accuracy"] is None else f"accuracy {line['accuracy']:.4f}"
         split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "server", "encode", "wire", "wait", "evaluate"))
         logical = line["bytes"]["logical"]
+        present, of = line["hosts"]["present"], line["hosts"]["of"]
+        hosts = "" if present == of else f"  {present} of {of} hosts"
         self._console.print(
             f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
             f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
-            f"{line['replied']}/{line['selected']} replies  {seconds['total']:.2f} s ({split})"
+            f"{line['replied']}/{line['selected']} replies{hosts}  {seconds['total']:.2f} s ({split})"
             + (f"  ETA {seconds_text(left)}" if number < self._rounds else "")
         )
         if self._verbose:

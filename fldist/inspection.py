@@ -21,18 +21,19 @@ import numpy as np
 import torch
 import yaml
 
-from fldist.algorithm import Algorithm, NoReplies
+from fldist.algorithm import Algorithm, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
 from fldist.fold import Collect, Fold, Sum
-from fldist.kinds import Field, Form, Schema, call_schema, reference_for, reply_schema
+from fldist.kinds import HELD, Field, Form, Once, Schema, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
 from fldist.runtime.cohort import Replies, argument_for, plain
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
+from fldist.runtime.once import size_of
 from fldist.runtime.placement import Placement
 from fldist.runtime.server import ClientsView, ServerView
 from fldist.seeding import Streams, forked
@@ -96,6 +97,8 @@ class Prediction:
 
     by_kind: dict[str, dict[str, int]]
     phases: dict[str, dict[str, int]]
+    once: dict[str, int]
+    """By argument: bytes down that each client is given once, and so are in no round but its first."""
     unknown: list[str]
 
     @property
@@ -114,6 +117,7 @@ class _Tracer:
         self.job = job
         self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
+        self.once: dict[str, int] = {}
         self.unknown: list[str] = []
         self.reports: dict[int, ClientReport] = {}
         self._methods = {m.name: m for m in job.methods.values()}
@@ -143,8 +147,14 @@ class _Tracer:
                 replies[field.name] = dict.fromkeys(ids, value)
             else:
                 replies[field.name] = value * float(len(ids)) if isinstance(how, Sum) and value is not None else value
+        for field in spec.call.fields:
+            if isinstance(given := arguments[field.name], Once):
+                self.once[f"{spec.name}.{field.name} ({field.kind.label})"] = size_of(given.value)
         for client in ids:
-            down = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
+            down = [
+                HELD if isinstance(arguments[f.name], Once) else argument_for(arguments[f.name], client, f.name)
+                for f in spec.call.fields
+            ]
             self._count("down", phase, spec.call, client, down)
             self._count("up", phase, spec.reply, client, up)
         return Replies(replies, list(ids), {}, dict.fromkeys(ids, 0.0))
@@ -161,7 +171,8 @@ class _Tracer:
 
     def _count(self, way: str, phase: str, schema: Schema, client: int, values: list[Any]) -> None:
         builder = FrameBuilder(Head(FrameType.CALL), share=False)
-        builder.add(Message(client), schema, values)
+        held = {f.name: 0 for f, value in zip(schema.fields, values, strict=True) if value is HELD}
+        builder.add(Message(client), schema, values, held or None)
         for kind, (logical, _) in costs(builder.frame, schema)[0][0].items():
             if phase not in UNTRAINED_PHASES:
                 self.by_kind[kind.label][way] += logical
@@ -195,9 +206,9 @@ def predict(job: Job) -> Prediction:
             job.algorithm.evaluate(view, clients)
     except _UnknownSize:
         pass
-    except NoReplies as error:
+    except TooFewReplies as error:
         tracer.unknown.append(str(error))
-    return Prediction(dict(tracer.by_kind), dict(tracer.phases), tracer.unknown)
+    return Prediction(dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown)
 
 
 def dry_run(settings: Settings, nproc: int) -> str:
@@ -226,6 +237,7 @@ def dry_run(settings: Settings, nproc: int) -> str:
     total = prediction.training
     lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
     lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
+    lines += [f"  {name} goes to each client once: {size:,} down" for name, size in sorted(prediction.once.items())]
     scoring = prediction.phases.get("evaluate")
     if scoring is not None:
         lines.append(

@@ -56,6 +56,7 @@ class Form(enum.IntEnum):
     TENSORS = 3
     FLOAT = 4
     INT = 5
+    HELD = 6  # a version of a `Once` argument that the receiver holds
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,21 @@ class Each(Generic[T]):
 
 @dataclass(frozen=True)
 class Once(Generic[T]):
-    """An argument that a client which holds this version already need not receive again."""
+    """An argument that is the same for all clients, and is sent only to those that do not hold this version yet.
+
+    version: any integer that another value does not have. A client's host holds one version of each argument of each
+    method; after a rejoin it is sent again. In the ledger a client is given a version once.
+    """
 
     value: T
     version: int
+
+
+class Held:
+    """Stands in a message where a `Once` argument's value would stand."""
+
+
+HELD = Held()
 
 
 @dataclass(frozen=True)

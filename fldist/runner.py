@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +22,32 @@ from fldist.config import ConfigError, Settings, build
 from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
 from fldist.runtime.host import Host, serve_link
-from fldist.runtime.keeper import Keeper, files_seen, owned
-from fldist.runtime.launch import Children, Spawn, World, find_world, own_host_environment, spawn_host
+from fldist.runtime.keeper import Keeper, files_seen, kept_token, owned
+from fldist.runtime.launch import (
+    Children,
+    Spawn,
+    Unsupervised,
+    World,
+    find_world,
+    own_host_environment,
+    spawn_host,
+)
+from fldist.runtime.membership import RunStopped, Supervisor
 from fldist.runtime.output import Output, default_directory, discard, prepare
-from fldist.runtime.server import Observer, RunStopped, ServerLoop, fix_threads
+from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
 
 if TYPE_CHECKING:
     from fldist.wire.gloo import GlooServer
+    from fldist.wire.mpi import MpiServer
 
 log = logging.getLogger("fldist")
 
 GOODBYE_S = 10.0
-_STORE_KEY = "fldist/server"
+_STORE_KEY = "server"
+_DIRECTORY_KEY = "directory"
 
 
 class Silent:
@@ -105,9 +117,9 @@ def run_here(
     backend = choose_backend(settings, world, nproc)
     if world.rank != 0:
         return _be_host(world, settings)
-    directory = prepare(
-        Path(output) if output is not None else _directory(settings), settings.resolved(), resume=resume
-    )
+    if output is None:
+        output = _torchrun_directory(settings, world) if world.launcher == "torchrun" else _directory(settings)
+    directory = prepare(Path(output), settings.resolved(), resume=resume)
     if observer is None and progress:
         from fldist.console import Progress
 
@@ -148,7 +160,7 @@ def _server_loop(
     ranks: list[int],
     backend: str,
     launcher: str,
-    **options: Any,
+    supervisor: Supervisor,
 ) -> ServerLoop:
     resolved = settings.resolved()
     keeper = None
@@ -165,7 +177,9 @@ def _server_loop(
     output.config(resolved)
     facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
     output.environment(facts)
-    return ServerLoop(job, link, output, observer, ranks=ranks, facts=facts, config=resolved, keeper=keeper, **options)
+    return ServerLoop(
+        job, link, output, observer, ranks=ranks, supervisor=supervisor, facts=facts, config=resolved, keeper=keeper
+    )
 
 
 def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
@@ -173,9 +187,11 @@ def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str,
 
     job = build(settings)
     keeps = bool(settings.checkpoint.every) and job.algorithm.stateful
-    host = Host(job, ClientFiles(directory / "clients") if keeps else None)
+    host = Host(job)
+    host.states.files = ClientFiles(directory / "clients") if keeps else None
     link = LocalServer(host.serve_aside, job.calls())
-    return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone").run()
+    nobody = Unsupervised(survives_loss=True)
+    return _server_loop(settings, directory, observer, link, job, [0], "in-process", "alone", nobody).run()
 
 
 def _serve_children(
@@ -190,25 +206,15 @@ def _serve_children(
         ranks=ranks,
         limits=limits,
         checksum=settings.network.checksum == "full",
-        survives="a host may die: its replies of the round are missing, clients without state move to the others",
+        survives=_survives_children(settings),
     )
-    children = Children(link.address, link.token, directory, limits.join_s, spawn)
+    restart = settings.faults.restart == "on-failure"
+    children = Children(link.address, link.token, directory, limits.join_s, spawn, restart=restart)
     try:
         # started before this process has built anything: the hosts import while it does
         children.start(ranks)
         job = build(settings)
-        loop = _server_loop(
-            settings,
-            directory,
-            observer,
-            link,
-            job,
-            ranks,
-            "gloo",
-            "children",
-            explain_loss=children.explain,
-        )
-        return loop.run()
+        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "children", children).run()
     finally:
         goodbye_s = GOODBYE_S if sys.exc_info()[0] is None else 1.0
         with undisturbed():
@@ -216,42 +222,105 @@ def _serve_children(
             children.stop(goodbye_s)
 
 
+def _survives_children(settings: Settings) -> str:
+    faults = settings.faults
+    clients = "its clients move to the others" if faults.orphans == "adopt" else "its clients wait for it"
+    again = " until it has been started again" if faults.restart == "on-failure" else ""
+    return f"a host may die: its replies of the round are missing, and {clients}{again}; if this process dies, go on"
+
+
 def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
-    link = _listen_torchrun(settings, world)
+    link = _listen_torchrun(settings, world, directory)
     try:
         ranks = list(range(1, world.size))
-        loop = _server_loop(
-            settings, directory, observer, link, build(settings), ranks, "gloo", "torchrun", survives_loss=False
-        )
-        return loop.run()
+        again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "1")) > 0
+        hosts = Unsupervised(survives_loss=world.own_agents, returns=world.own_agents and again)
+        job = build(settings)
+        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
     finally:
         with undisturbed():
             link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
 
 
-def _listen_torchrun(settings: Settings, world: World) -> GlooServer:
+def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooServer:
+    """Listen, and tell the hosts where. With own agents a server that has died is started again while the hosts wait:
+    it must be found at the same port and know the same token."""
     from fldist.wire.gloo import GlooServer
 
     deadlines = settings.deadlines
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world.size
-    bind = "127.0.0.1" if one_machine else socket.gethostbyname(os.environ["MASTER_ADDR"])
+    port = settings.network.control_port
+    survives = "torchrun ends all ranks when one dies"
+    if world.own_agents:
+        port = port or int(os.environ["MASTER_PORT"]) + 1
+        survives = "a host or the server may die: its agent starts it again, and the others go on or wait for it"
     link = GlooServer(
         ranks=list(range(1, world.size)),
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
-        bind=bind,
+        token=kept_token(directory) if world.own_agents else None,
+        bind="127.0.0.1" if one_machine else socket.gethostbyname(os.environ["MASTER_ADDR"]),
+        port=port or 0,
         checksum=settings.network.checksum == "full",
-        survives="torchrun ends all ranks when one dies",
+        survives=survives,
     )
-    link.rendezvous = store = _torchrun_store()
+    link.rendezvous = store = _torchrun_store(world, deadlines.join_s)
     store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
     return link
 
 
-def _torchrun_store() -> Any:
-    from torch.distributed.rendezvous import rendezvous
+def _torchrun_store(world: World, timeout_s: float) -> Any:
+    """The store at MASTER_PORT: torchrun's own, or, where there is no torchrun, the server's."""
+    from datetime import timedelta
 
-    store, _, _ = next(iter(rendezvous("env://")))
-    return store
+    import torch.distributed as dist
+
+    env = os.environ
+    of_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        is_master=world.rank == 0 and not of_agent,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # where one agent starts all ranks anew, what the dead ones left in its store is not for the new ones
+    attempt = "" if world.own_agents else env.get("TORCHELASTIC_RESTART_COUNT", "")
+    return dist.PrefixStore(f"fldist/{attempt}", store)  # type: ignore[attr-defined]
+
+
+def _torchrun_directory(settings: Settings, world: World) -> Path:
+    """A server that its agent starts again finds in the agent's store which directory it wrote to."""
+    if not world.own_agents or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _directory(settings)
+    store = _torchrun_store(world, settings.deadlines.join_s)
+    if not store.check([_DIRECTORY_KEY]):
+        store.set(_DIRECTORY_KEY, str(_directory(settings).absolute()))
+    return Path(store.get(_DIRECTORY_KEY).decode())
+
+
+class _Spawning:
+    """The hosts of an MPI run whose server can spawn replacements. again: whether it does."""
+
+    survives_loss = True
+
+    def __init__(self, link: MpiServer, again: bool) -> None:
+        self._link = link
+        self._again = again
+
+    def explain(self, rank: int, reason: str) -> str:
+        """What the link saw."""
+        return reason
+
+    def killed(self, rank: int) -> bool:
+        """MPI tells of no other deaths."""
+        return self._again
+
+    def restart(self, rank: int) -> bool:
+        """Spawn a replacement."""
+        if self._again:
+            self._link.respawn(rank)
+        return self._again
 
 
 def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
@@ -263,18 +332,9 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     link = MpiServer(comm, Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s))
     try:
         ranks = list(range(1, comm.Get_size()))
-        loop = _server_loop(
-            settings,
-            directory,
-            observer,
-            link,
-            build(settings),
-            ranks,
-            "mpi",
-            "mpirun",
-            survives_loss=link.fault_tolerant,
-        )
-        result = loop.run()
+        again = settings.faults.restart == "on-failure"
+        hosts = _Spawning(link, again) if link.fault_tolerant else Unsupervised(survives_loss=False)
+        result = _server_loop(settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", hosts).run()
     except BaseException as error:
         if isinstance(error, ValueError):
             print(f"fldist: {error}", file=sys.stderr, flush=True)
@@ -314,13 +374,33 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
         deadlines = settings.deadlines
         _be_mpi_host(_mpi_world(), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
         return {}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it to all ranks: the server ends the run
+    address, port, token = _torchrun_store(world, settings.deadlines.join_s).get(_STORE_KEY).decode().split()
+    _serve_in_turn((address, int(port)), token, world, settings.deadlines.join_s)
+    return {}
+
+
+def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: float) -> None:
+    """Serve until goodbye. With agents of their own, hosts whose server is gone wait for another: TransportError when
+    none comes within `wait_s`."""
     from fldist.wire.gloo import GlooHost
 
-    address, port, token = _torchrun_store().get(_STORE_KEY).decode().split()
-    host = GlooHost((address, int(port)), world.rank, token, Limits(settings.deadlines.join_s))
-    with _log_of(host, world.rank):
-        _serve_as_host(host, world.rank)
-    return {}
+    built = _Built()
+    gone_since: float | None = None
+    while True:
+        try:
+            link = GlooHost(address, world.rank, token, Limits(wait_s))
+            gone_since = None
+            with _log_of(link, world.rank):
+                _serve_as_host(link, world.rank, built)
+            return
+        except TransportError as error:
+            gone_since = gone_since or time.monotonic()
+            left = gone_since + wait_s - time.monotonic()
+            if left <= 0 or not world.own_agents:
+                raise
+            log.warning("rank %d: %s; waiting for the server, %.0f s at most", world.rank, error, left)
+            time.sleep(min(0.2, left))
 
 
 def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
@@ -330,7 +410,8 @@ def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
     try:
         link = MpiHost(comm, limits)
         with _log_of(link, rank):
-            _serve_as_host(link, rank)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server ends the run
+            _serve_as_host(link, rank, _Built())
     except Dismissed:
         log.info("rank %d: the run ended before this host had joined it", rank)
     except BaseException as error:
@@ -368,22 +449,37 @@ def gloo_host(address: tuple[str, int], rank: int, token: str, join_s: float) ->
     """Join the server at `address`, serve until it says goodbye; TransportError when it is gone."""
     from fldist.wire.gloo import GlooHost
 
-    _serve_as_host(GlooHost(address, rank, token, Limits(join_s)), rank)
+    _serve_as_host(GlooHost(address, rank, token, Limits(join_s)), rank, _Built())
 
 
-def _serve_as_host(link: Any, rank: int) -> None:
+class _Built:
+    """What a host has built for a server; taken again for a later one that runs the same."""
+
+    def __init__(self) -> None:
+        self._config: dict[str, Any] = {}
+        self._host: Host | None = None
+
+    def host(self, welcome: dict[str, Any], settings: Settings, rank: int) -> Host:
+        """The host that the server's welcome asks for."""
+        if self._host is None or self._config != welcome["config"]:
+            job = build(settings)
+            for note in job.task.notes:
+                log.info("rank %d: %s", rank, note)
+            self._config, self._host = welcome["config"], Host(job)
+        host = self._host
+        if settings.checkpoint.every and host.job.algorithm.stateful:
+            host.states.files = files_seen(str(welcome["directory"]), str(welcome["run_id"]))
+        return host
+
+
+def _serve_as_host(link: Any, rank: int, built: _Built) -> None:
     settings = Settings.model_validate(link.welcome["config"])
     restore = fix_threads(settings.threads)
     try:
         log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
-        job = build(settings)
-        for note in job.task.notes:
-            log.info("rank %d: %s", rank, note)
-        files = None
-        if settings.checkpoint.every and job.algorithm.stateful:
-            files = files_seen(str(link.welcome["directory"]), str(link.welcome["run_id"]))
-        link.about = {"files": files is not None or not job.algorithm.stateful}
-        serve_link(Host(job, files), link)
+        host = built.host(link.welcome, settings, rank)
+        link.about = {"files": host.states.files is not None or not host.job.algorithm.stateful}
+        serve_link(host, link)
         log.info("rank %d: done", rank)
     except TransportError as error:
         log.error("rank %d: %s", rank, error)
@@ -400,9 +496,16 @@ def _log_of(link: Any, rank: int) -> contextlib.AbstractContextManager[None]:
 
 
 # ---- logs
+class _LogFile(logging.FileHandler):
+    """A log that a full disk leaves incomplete and nothing else: the run says itself what it cannot write."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
+
+
 @contextlib.contextmanager
 def _file_log(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fldist")
     before = logger.level

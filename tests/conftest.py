@@ -91,10 +91,12 @@ class Hosts:
     """A `spawn` for run_here that remembers its processes."""
 
     def __init__(self) -> None:
-        self.processes: dict[int, WarmProcess] = {}
+        self.processes: dict[int, WarmProcess] = {}  # the newest of each rank
+        self.all: list[WarmProcess] = []
 
     def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> WarmProcess:
         self.processes[rank] = WarmProcess(address, rank, token, log, join_s)
+        self.all.append(self.processes[rank])
         return self.processes[rank]
 
     def send(self, rank: int, number: signal.Signals) -> None:
@@ -131,7 +133,7 @@ class Recorder:
 def hosts() -> Iterator[Hosts]:
     made = Hosts()
     yield made
-    for process in made.processes.values():
+    for process in made.all:
         assert process.poll() is not None, "a host outlived its run"
 
 

@@ -16,7 +16,7 @@ from fldist.algorithm import Algorithm, Clients, Me, Server, Stage, State, on_cl
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
-from fldist.kinds import Scalar, Variates, Weights
+from fldist.kinds import Masks, Once, Scalar, Variates, Weights
 from fldist.models.train import Order, train
 
 
@@ -211,6 +211,34 @@ class TrainsBetween(Base):
             got = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")})
             train([network], loss, [optimizer], epochs=2, order=order, resume_from=progress)
             server.x = 0.5 * network.params.restricted(task.travel) + 0.5 * got.y
+
+
+@dataclass(frozen=True)
+class Masked(Base):
+    """Clients get a mask that changes every `every` rounds, and add it to the model."""
+
+    every: int = 3
+    spoils: bool = False
+    size: int = 2000
+
+    def round(self, server: Server, clients: Clients) -> None:
+        version = (server.round - 1) // self.every
+        mask = torch.full((self.size,), version + 1, dtype=torch.int32)
+        got = clients.selected().call(
+            self.masked, x=server.x, mask=Once(mask, version), other=Once(version + 0.5, version),
+            fold={"y": Mean(by="n")},
+        )  # fmt: skip
+        server.x = got.y
+
+    @on_client
+    def masked(self, me: Me, data: ClientData, x: Weights, mask: Masks, other: Scalar) -> Update:
+        assert mask.shape == (self.size,)
+        assert len(mask.unique()) == 1
+        if self.spoils:
+            mask.add_(1)
+        y = x.clone()
+        y.floats += float(mask[0]) * other
+        return Update(y, data.n)
 
 
 @dataclass(frozen=True)

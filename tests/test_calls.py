@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fldist
-from fldist.algorithm import Algorithm, Clients, Me, NoReplies, Server, State, on_client
+from fldist.algorithm import Algorithm, Clients, Me, Server, State, TooFewReplies, on_client
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
@@ -23,7 +23,7 @@ from fldist.runtime.host import Host
 from fldist.runtime.placement import Placement
 from fldist.wire.codec import Frame, FrameType
 from fldist.wire.ledger import Ledger
-from fldist.wire.link import Event, Lost
+from fldist.wire.link import Event, Joined, Lost
 from fldist.wire.local import LocalServer
 from tests.conftest import small
 
@@ -99,6 +99,22 @@ class Tampering(LocalServer):
         self.aborted.append(reason)
 
 
+class NotedHosts:
+    """Notes which hosts are lost."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.lost_ones: list[tuple[int, str]] = []
+        self._placement = placement
+
+    def joined(self, event: Joined) -> None:
+        pass
+
+    def lost(self, rank: int, reason: str, fresh: Collection[int]) -> str:
+        self._placement.lose(rank, fresh)
+        self.lost_ones.append((rank, reason))
+        return reason
+
+
 class Talker:
     """A caller over a link to one in-process host."""
 
@@ -107,15 +123,11 @@ class Talker:
         self.algorithm: Any = self.job.algorithm
         self.link = Tampering(Host(self.job), change)
         self.ledger = Ledger(None)
-        self.lost: list[tuple[int, str, list[int]]] = []
         placement = Placement(self.job.task.sizes, [0], False)
-        self.caller = Caller(self.job, self.link, self.ledger, placement, self._note_loss)
+        self.hosts = NotedHosts(placement)
+        self.caller = Caller(self.job, self.link, self.ledger, placement, self.hosts)
         self.caller.begin_round(1, 0, 0)
         self.x = self.job.task.init_params()
-
-    def _note_loss(self, rank: int, reason: str, state_lost: list[int]) -> str:
-        self.lost.append((rank, reason, state_lost))
-        return reason
 
     def call(
         self, name: str, ids: list[int] | None = None, fold: dict[str, Any] | None = None, **arguments: Any
@@ -177,7 +189,7 @@ def test_tensors_of_free_shape_have_a_bound() -> None:
     assert got.logits[3].shape == (4, 4)
     assert list(got.factors[0]) == ["u", "v"]
     talker.caller.begin_round(2, 0, 0)
-    with pytest.raises(NoReplies) as told:
+    with pytest.raises(TooFewReplies) as told:
         talker.call("tensors", rows=5, fold={"logits": collect(), "factors": collect()})
     assert "field 'logits' has 80 bytes; allowed are 64" in told.value.missing[0]
 
@@ -202,10 +214,10 @@ def test_a_reply_of_the_wrong_type_costs_that_client_alone(which: int, says: str
 def test_nothing_to_fold_and_weights_of_zero_are_no_replies() -> None:
     talker = Talker()
     talker.call("nothing", x=talker.x, fold={"y": Mean()})
-    with pytest.raises(NoReplies) as told:
+    with pytest.raises(TooFewReplies) as told:
         talker.call("nothing", x=None, fold={"y": collect()}, ids=[])
     assert told.value.missing == {}
-    with pytest.raises(NoReplies) as told:
+    with pytest.raises(TooFewReplies) as told:
         talker.call("nothing", x=talker.x, fold={"y": Mean(by="n")})
     assert "weights of all replies sum to 0" in told.value.missing[0]
     got = talker.call("nothing", x=Each({0: talker.x, 1: None, 2: talker.x, 3: None}), fold={"y": Mean()})
@@ -220,7 +232,7 @@ def test_a_reply_of_a_client_that_was_not_asked_is_refused() -> None:
                 message.client = 0
 
     talker = Talker(claim)
-    with pytest.raises(NoReplies):
+    with pytest.raises(TooFewReplies):
         talker.call("wrong", [1], which=5)
     talker.ledger.flush()
     assert talker.ledger.totals.wasted["refused"]["up"] == 8
@@ -242,7 +254,7 @@ def test_a_reply_to_another_method_ends_that_host() -> None:
         frame.head.method = 99
 
     talker = Talker(other)
-    with pytest.raises(NoReplies):
+    with pytest.raises(TooFewReplies):
         talker.call("wrong", [1], which=5)
     assert talker.link.aborted == ["it answered a call with another method's reply"]
 
@@ -257,7 +269,7 @@ def test_a_reply_to_an_older_call_is_late(field: str) -> None:
     talker.job.round_deadline_s = 0.3
     talker.caller.begin_round(1, 0, 0)
     talker.call("wrong", [1], which=5)
-    with pytest.raises(NoReplies) as told:
+    with pytest.raises(TooFewReplies) as told:
         talker.call("wrong", [1], which=5)
     assert told.value.missing == {1: "deadline"}
     talker.ledger.flush()

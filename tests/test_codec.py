@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fldist.kinds import Field, Form, Kind, Schema
+from fldist.kinds import HELD, Field, Form, Kind, Schema
 from fldist.params import Layout, Params
 from fldist.wire.codec import (
     FIXED_BYTES,
@@ -63,7 +63,7 @@ SCHEMAS = {
     ),
     NOTHING: Schema(()),
 }
-EXPECTED = Expected(SCHEMAS.get, lambda client: LAYOUT)
+EXPECTED = Expected(SCHEMAS.get, lambda client: LAYOUT, once=True)
 
 
 def some_params(seed=0):
@@ -192,6 +192,21 @@ def test_the_version_of_once_arrives(method, value, version):
     arrived = carried(build(method, [value], once={name: version}))
     assert arrived.messages[0].fields[0].version == version
     assert carried(build(method, [value])).messages[0].fields[0].version is None
+    held = carried(build(method, [HELD], once={name: version}))
+    assert held.parts == []
+    assert held.messages[0].fields[0].version == version
+    assert values_of(held, held.messages[0], LAYOUT) == [HELD]
+
+
+def test_only_calls_have_values_given_once():
+    data = encode(build(FLOAT, [HELD], once={SCHEMAS[FLOAT].fields[0].name: 1}))
+    with pytest.raises(BadMessage, match="given as Once, which only a call's arguments are"):
+        decode(data, Expected(SCHEMAS.get, lambda client: LAYOUT))
+
+
+def test_what_is_held_needs_a_version():
+    with pytest.raises(ValueError, match="has the form HELD"):
+        build(FLOAT, [HELD])
 
 
 def test_everything_of_head_and_messages_arrives():

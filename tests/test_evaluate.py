@@ -28,6 +28,7 @@ from fldist.models.evaluate import Evaluation, Scores, evaluate, warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.runner import run_here
 from fldist.runtime.host import Host
+from fldist.runtime.launch import Unsupervised
 from fldist.runtime.output import Output
 from fldist.runtime.server import ServerLoop
 from fldist.runtime.summary import over_clients
@@ -291,8 +292,9 @@ def run_job(job, directory, observer=None, name="own"):
     link = LocalServer(Host(job).serve, job.calls())
     facts = {"backend": "in-process", "world_size": 1}
     named = {"algorithm": {"name": name}}
-    loop = ServerLoop(job, link, Output(directory), observer or Recorder(), ranks=[0], facts=facts, config=named)
-    return loop.run()
+    nobody = Unsupervised(survives_loss=True)
+    options = {"ranks": [0], "supervisor": nobody, "facts": facts, "config": named}
+    return ServerLoop(job, link, Output(directory), observer or Recorder(), **options).run()
 
 
 def plainly(state, x, y):

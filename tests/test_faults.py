@@ -15,7 +15,7 @@ import fldist
 from fldist.config import load
 from fldist.runner import run_here
 from fldist.runtime.cohort import ClientCodeFailed
-from fldist.runtime.server import RunStopped
+from fldist.runtime.membership import RunStopped
 from tests.conftest import Hosts, Recorder, small
 
 OWN = str(Path(__file__).with_name("own.py"))
@@ -100,7 +100,8 @@ def test_the_last_host_lost_ends_the_run(tmp_path: Path, hosts: Hosts) -> None:
             hosts.send(1, signal.SIGKILL)
 
     with pytest.raises(RunStopped, match="it was the last one"):
-        run_here(load(own("Slow", rounds=9)), nproc=2, output=tmp_path / "run", observer=Recorder(after), spawn=hosts)
+        alone = own("Slow", rounds=9, faults__restart="never")
+        run_here(load(alone), nproc=2, output=tmp_path / "run", observer=Recorder(after), spawn=hosts)
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.4])
@@ -114,8 +115,9 @@ def test_all_hosts_lost_between_rounds_end_the_run(tmp_path: Path, hosts: Hosts,
             time.sleep(pause_s)
 
     seen = Recorder(after)
+    alone = own("Base", rounds=2, faults__restart="never")
     with pytest.raises(RunStopped, match="it was the last one; 1 finished round is kept in"):
-        run_here(load(own("Base", rounds=2)), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+        run_here(load(alone), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     assert len(seen.lines) == 1
     assert "it was the last one" in seen.text
 

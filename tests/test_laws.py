@@ -27,6 +27,7 @@ from fldist.models.train import warm_up
 from fldist.params import Params
 from fldist.runner import Silent
 from fldist.runtime.host import Host
+from fldist.runtime.launch import Unsupervised
 from fldist.runtime.output import Output
 from fldist.runtime.server import ServerLoop
 from fldist.seeding import Streams
@@ -84,8 +85,9 @@ def run_own(settings, algorithm, directory):
     link = LocalServer(Host(job).serve, job.calls())
     facts = {"backend": "in-process", "world_size": 1}
     named = {"algorithm": {"name": type(algorithm).__name__}}
-    loop = ServerLoop(job, link, Output(directory), Silent(), ranks=[0], facts=facts, config=named)
-    return job, loop.run()
+    nobody = Unsupervised(survives_loss=True)
+    options = {"ranks": [0], "supervisor": nobody, "facts": facts, "config": named}
+    return job, ServerLoop(job, link, Output(directory), Silent(), **options).run()
 
 
 def assert_same_bits(one, other):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fldist.params import Layout, Params
 from fldist.runner import run_here
 from fldist.runtime import checkpoint, keeper, output
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_state, write_state
-from fldist.runtime.server import RunStopped
+from fldist.runtime.membership import RunStopped
 from fldist.runtime.state import hash_state
 from tests.conftest import CONTEXT, Hosts, Recorder, small
 from tests.warm import program as warm_program
@@ -223,8 +224,7 @@ checkpoint.write_state = then
 old = output.Output.round
 def half(self, line):
     if line['round'] == 3:
-        self._rounds.write('{"round": 3, "att')
-        self._rounds.flush()
+        self._rounds.write(['{"round": 3, "att'])
         die()
     old(self, line)
 output.Output.round = half
@@ -287,15 +287,43 @@ def test_checkpoints_that_are_all_damaged_are_an_error_and_nothing_is_lost(tmp_p
     assert {p: p.read_bytes() for p in run.glob("*.jsonl")} == before
 
 
-def test_a_client_whose_state_is_damaged_is_missing_and_said_to_be(tmp_path: Path) -> None:
+def test_a_clients_state_that_is_cut_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    expected = straight(tmp_path, "local", rounds=4)
+    run = tmp_path / "run"
+    fldist.run(config("local", rounds=3), output=run)
+    state = next(run.glob("clients/*/3.*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-9])
+    seen = Recorder()
+    result = go_on(run, "rounds=4", seen=seen)
+    assert_as_if_nothing_had_happened(result, expected)
+    assert f"continued after round 2, from {run}" in seen.warnings
+    assert any("round-000003.safetensors cannot be used" in w and state.name in w for w in seen.warnings)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_client_whose_state_is_damaged_is_missing_and_said_to_be(tmp_path: Path, damage: str) -> None:
     run = tmp_path / "run"
     fldist.run(config("local", rounds=2, clients={"num_clients": 3}), output=run)
-    state = next((run / "clients" / "00001").glob("2.*.safetensors"))
-    state.write_bytes(state.read_bytes()[:-9])
+    for state in (run / "clients" / "00001").glob("*.safetensors"):
+        whole = state.read_bytes()
+        state.write_bytes(whole[:-9] if damage == "cut" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     seen = Recorder()
     result = go_on(run, "rounds=3", seen=seen)
     assert "is damaged" in seen.lines[0]["missing"]["1"]
     assert result["state_hash"] is None
+    resumed = [w for w in seen.warnings if w.startswith("no checkpoint in ")]
+    assert len(resumed) == (damage == "cut"), "a look at the head is enough to find a cut file"
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "messages.jsonl"])
+def test_lines_that_a_power_failure_has_taken_fall_back_to_the_checkpoint_before(tmp_path: Path, name: str) -> None:
+    expected = straight(tmp_path, "fedavg")
+    run = killed(tmp_path, "fedavg", MOMENTS["after a round"])
+    os.truncate(run / name, (run / name).stat().st_size - 5)
+    seen = Recorder()
+    assert_as_if_nothing_had_happened(run_here(load(config("fedavg")), output=run, observer=seen), expected)
+    assert any(f"{name} has lost lines" in w for w in seen.warnings)
+    assert f"continued after round 2, from {run}" in seen.warnings
 
 
 # ---- what goes on and what does not
@@ -406,7 +434,9 @@ def test_a_state_that_cannot_be_written_costs_that_clients_reply(
     result = run_here(load(changed), output=tmp_path / "run", observer=seen)
     assert result["status"] == "finished"
     for line in seen.lines:
-        assert line["missing"] == {"2": "error: its state cannot be written: [Errno 28] No space left on device"}
+        assert line["missing"] == {
+            "2": "error: update on host 0: its state cannot be written: [Errno 28] No space left on device"
+        }
     c, mean = mean_variate(tmp_path / "run", 4)
     torch.testing.assert_close(c, mean, rtol=0, atol=1e-6)
 
@@ -427,6 +457,54 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
     result = run_here(load(config("scaffold")), output=tmp_path / "run", observer=seen)
     assert result["state_hash"] == expected["state_hash"]
     assert [w[:41] for w in seen.warnings] == [f"round {n}: no checkpoint could be written (" for n in (2, 3)]
+
+
+def under_a_limit(run: Path, tmp_path: Path, until: int) -> int | None:
+    """A run of scaffold in which files may not grow over 3,000 bytes after round 2 until after round `until`."""
+    (tmp_path / "config.json").write_text(json.dumps(config("scaffold")))
+    program = f"""
+import json, resource, sys
+from pathlib import Path
+import tests.conftest
+from fldist.config import load
+from fldist.runner import run_here
+def after(number):
+    soft = {{2: 3000, {until}: resource.RLIM_INFINITY}}
+    if number in soft: resource.setrlimit(resource.RLIMIT_FSIZE, (soft[number], resource.RLIM_INFINITY))
+seen = tests.conftest.Recorder(after)
+try:
+    run_here(load(json.loads(Path({str(tmp_path / "config.json")!r}).read_text())), output={str(run)!r}, observer=seen)
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    Path({str(tmp_path / "warnings")!r}).write_text("\\n".join(seen.warnings))
+"""
+    return in_a_process(program)
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    expected = straight(tmp_path, "scaffold")
+    run = tmp_path / "run"
+    assert under_a_limit(run, tmp_path, until=4) == 0
+    warnings = (tmp_path / "warnings").read_text()
+    assert "round 3: messages.jsonl cannot be written (File too large): its lines are kept in memory" in warnings
+    assert "round 4: no checkpoint could be written (lines of earlier rounds are not written yet)" in warnings
+    assert "round 5: " not in warnings
+    assert_as_if_nothing_had_happened(json.loads((run / "result.json").read_text()), expected)
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_it_goes_on(tmp_path: Path) -> None:
+    expected = straight(tmp_path, "scaffold")
+    run = tmp_path / "run"
+    assert under_a_limit(run, tmp_path, until=99) == 1
+    assert "results cannot be written" in json.loads((run / "result.json").read_text())["reason"]
+    seen = Recorder()
+    assert_as_if_nothing_had_happened(run_here(load(config("scaffold")), output=run, observer=seen), expected)
+    assert f"continued after round 2, from {run}" in seen.warnings
+
+
+def test_what_a_full_disk_makes_of_safetensors_is_an_oserror(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot be written"):
+        checkpoint.save_tensors({"a": torch.zeros(3)}, tmp_path / "missing" / "file")
 
 
 def test_files_of_clients_do_not_pile_up(tmp_path: Path) -> None:

@@ -18,15 +18,16 @@ ALLOWED: dict[str, set[str]] = {
     "seeding": set(),
     "resolve": set(),
     "vision": set(),
+    "lines": set(),
     "kinds": {"params"},
     "fold": {"params"},
-    "wire": {"kinds", "params"},
+    "wire": {"kinds", "lines", "params"},
     "models": {"params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
-    "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "params", "seeding", ""},
+    "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}

@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,21 @@ from fldist.data.cache import sync
 from fldist.params import Layout, Params, Slot
 
 FORMAT = 1
+SYNCS = 8
+"""Files that are synced to the disk at a time."""
 _GROUPS = ("params", "buffers", "integers")
 
 
 class Damaged(ValueError):
     """A file that does not hold what was written; says which and why."""
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; OSError when it cannot be written."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path.name} cannot be written: {error}") from None
 
 
 # ---- one state, one file
@@ -43,7 +54,7 @@ def write_state(path: Path, values: Mapping[str, Any], facts: Mapping[str, Any],
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"about": text, "crc": f"{_crc(text, tensors):08x}"})
+        save_tensors(tensors, temporary, {"about": text, "crc": f"{_crc(text, tensors):08x}"})
         if durable:
             sync(temporary)
         temporary.replace(path)
@@ -211,10 +222,13 @@ class Checkpoints:
         self._durable = [n for n in self._durable if n in kept]
         self._others = [n for n in self._others if n in kept]
 
-    def newest(self, layouts: Iterable[Layout] = ()) -> tuple[int, dict[str, Any], dict[str, Any], list[str]] | None:
+    def newest(
+        self, layouts: Iterable[Layout] = (), lacking: Callable[[dict[str, Any]], str | None] = lambda facts: None
+    ) -> tuple[int, dict[str, Any], dict[str, Any], list[str]] | None:
         """The newest whole checkpoint (round, values, facts), and what is wrong with newer ones; None: there is none.
 
-        Files of rounds that come after it are removed, as is what a killed writer left.
+        lacking: what else a checkpoint with these facts needs that is not there. Files of rounds that come after the
+        one that is taken are removed, as is what a killed writer left.
         """
         problems = []
         layouts = list(layouts)
@@ -225,6 +239,9 @@ class Checkpoints:
             except Damaged as error:
                 problems.append(f"{error}; the checkpoint before it is taken")
                 continue
+            if (lack := lacking(facts)) is not None:
+                problems.append(f"{self.path(number)} cannot be used: {lack}; the checkpoint before it is taken")
+                continue
             for later in found[: found.index(number)]:
                 self.path(later).unlink(missing_ok=True)
             for left in self.directory.glob("*.tmp*"):
@@ -233,7 +250,7 @@ class Checkpoints:
             self._others = sorted(n for n in found if n <= number and n not in self._durable)
             return number, values, facts, problems
         if problems:
-            raise Damaged(f"no checkpoint in {self.directory} is whole; the newest: {problems[0].partition(';')[0]}")
+            raise Damaged(f"no checkpoint in {self.directory} is whole; the newest: {problems[0].rpartition(';')[0]}")
         return None
 
     def _numbers(self) -> Iterator[int]:
@@ -244,7 +261,7 @@ class Checkpoints:
 
 # ---- the clients'
 class ClientFiles:
-    """Every client's states, one file a version: `00012/7.0.2.safetensors` for client 12 after call 2 of round 7.
+    """Every client's states, one file a version: `00012/7.0.2.0.safetensors` for client 12 after call 2 of round 7.
 
     A host writes a version before the reply that goes with it leaves; which version counts is the server's word.
     """
@@ -266,6 +283,25 @@ class ClientFiles:
             return read_state(self.path(client, version), layouts)[0]
         except FileNotFoundError:
             raise Damaged(f"client {client}: there is no state of version {version} in {self.directory}") from None
+
+    def broken(self, client: int, version: str) -> str | None:
+        """What is wrong with the file of a version, as far as a look at its head and length tells; None: nothing."""
+        try:
+            read_facts(self.path(client, version))
+        except Damaged as error:
+            return str(error)
+        return None
+
+    def sync(self, versions: Mapping[int, str]) -> None:
+        """Have these versions outlive a power failure; OSError when one is not there.
+
+        Whoever wrote them: a file is flushed by any process of the machine, and by its writer's closing it on a
+        network file system. Several at a time, since each wait is one for the disk.
+        """
+        files = [self.path(client, version) for client, version in versions.items() if version]
+        with ThreadPoolExecutor(SYNCS, thread_name_prefix="fldist-sync") as pool:
+            list(pool.map(sync, files))
+            list(pool.map(sync, [self.directory, *(file.parent for file in files)]))
 
     def prune(self, needed: Mapping[int, set[str]]) -> None:
         """Drop every version that is not needed; needed: by client."""

@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fldist.algorithm import NoReplies
+from fldist.algorithm import TooFewReplies
 from fldist.fold import Accumulator, Collect, Collected, Fold, FoldContext, Mean, NoWeight, Refused, Sum
 from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
+from fldist.runtime.membership import Faults
+from fldist.runtime.once import OnceTable
 from fldist.runtime.placement import Placement
+from fldist.runtime.state import version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
-from fldist.wire.ledger import Booked, Ledger
-from fldist.wire.link import Lost, Received, Sent, ServerLink
+from fldist.wire.ledger import Booked, Kinds, Ledger
+from fldist.wire.link import Event, Joined, Lost, Received, Sent, ServerLink
 
 log = logging.getLogger("fldist.server")
 
@@ -105,6 +108,18 @@ class RoundFacts:
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
     encode_s: float = 0.0
     calls_s: float = 0.0  # of the server, in calls, beginning to end
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float = 0.0
+
+
+class Hosts(Protocol):
+    """What a caller needs of a run's membership."""
+
+    def joined(self, event: Joined) -> None:
+        """A host is ready for calls."""
+
+    def lost(self, rank: int, reason: str, fresh: Collection[int]) -> str:
+        """A host is gone; returns why, in full. fresh: clients of which a call was accepted in this round."""
 
 
 class Caller:
@@ -116,17 +131,18 @@ class Caller:
         link: ServerLink,
         ledger: Ledger,
         placement: Placement,
-        on_lost: Callable[[int, str, list[int]], str],
+        hosts: Hosts,
     ) -> None:
         self.job = job
-        self._on_lost = on_lost  # rank, reason, clients whose state is lost -> the reason in full
-        self._reasons: dict[int, str] = {}
+        self._hosts = hosts
+        self._reasons: dict[int, str] = {}  # why a host was lost
         self.link = link
         self.ledger = ledger
         self.placement = placement
         self.offsets: dict[int, int] = {}
         self.facts = RoundFacts()
         self.reports: dict[int, ClientReport] = {}
+        self._told: dict[int, ClientReport] = {}  # this round's reports
         self._methods = {m.name: m for m in job.methods.values()}
         self._worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
@@ -134,9 +150,11 @@ class Caller:
         self._call = 0
         self._deadline: float | None = None
         self._default_phase: str | None = None
+        self._faults = job.faults
         self._accepted: dict[int, int] = {}  # accepted calls up to the first one that was not
         self._broken: set[int] = set()  # clients with a call that was not accepted
         self.versions: dict[int, str] = {}  # of every client's committed state, where it has been written
+        self.once = OnceTable(job.share)
         self._wrote: dict[int, str] = {}  # this round's, of accepted calls
         self._verdicts: dict[int, list[dict[str, Any]]] = {}  # by rank: not sent yet
         self._posted: dict[int, list[Booked]] = {}  # by sequence number: not acknowledged yet
@@ -148,17 +166,23 @@ class Caller:
         self._stage = stage
         self._call = 0
         self._default_phase = phase
+        self._faults = self.job.faults
         limit = self.job.round_deadline_s
         self._deadline = time.monotonic() + limit if limit is not None else None
         self._accepted.clear()
         self._broken.clear()
         self._wrote.clear()
+        self._told.clear()
         self.facts = RoundFacts()
         self.placement.begin_round()
 
-    def end_round(self, commit: bool) -> None:
-        """Give the verdict on the round; it travels with the next frame to each host that was called."""
+    def end_round(self, commit: bool, again: bool = False) -> None:
+        """Give the verdict on the round; it travels with the next frame to each host that was called.
+
+        again: the round is going to be repeated, so what it has exchanged counts as `resent`.
+        """
         number, attempt = self._key
+        self.facts.ended_s = time.monotonic()
         hosts = self.placement.this_round
         for rank in sorted(set(hosts.values()) & set(self.placement.alive)):
             short = [[c, self._accepted.get(c, 0)] for c in sorted(self._broken) if hosts.get(c) == rank]
@@ -168,10 +192,19 @@ class Caller:
         if commit:
             self.placement.commit(c for c, calls in self._accepted.items() if calls)
             self.versions.update(self._wrote)
+            self.reports.update(self._told)
+        elif again:
+            self.ledger.void(number, attempt)
+        self.once.settle()
         self._wrote.clear()
+        self._told.clear()
 
     def begin_evaluation(self) -> None:
-        """Go over to the calls of the round's evaluation, which change no state and have facts of their own."""
+        """Go over to the calls of the round's evaluation, which change no state and have facts of their own.
+
+        They decide nothing, so whoever answers is enough.
+        """
+        self._faults = Faults()
         limit = self.job.round_deadline_s
         self._deadline = time.monotonic() + limit if limit is not None else None
         self._accepted.clear()
@@ -185,32 +218,41 @@ class Caller:
                 self._post(rank, Frame(Head(FrameType.VERDICT)))
         self._verdicts.clear()
 
-    def digests(self) -> dict[int, str]:
-        """SHA-256 of every client's committed state, asked of the hosts that hold them.
+    def digests(self, clients: Collection[int]) -> dict[int, str | None]:
+        """SHA-256 of clients' committed states, asked of the hosts that hold them.
 
-        A client whose host is lost, or does not answer by the round's deadline, is not in the result.
+        Clients of an absent host are asked of others, where these see their files. None: the state cannot be had, or
+        was not told by the round's deadline. A client whose host was lost meanwhile is not in the result.
         """
         self.send_verdicts()
         number, _ = self._key
-        waiting: dict[int, set[int]] = {}
-        for rank, clients in self.placement.homes().items():
+        shares: dict[int, list[int]] = {rank: [] for rank in self.placement.alive}
+        homes = {c: rank for rank, ids in self.placement.homes().items() for c in ids}
+        for client in sorted(clients):
+            if homes[client] in shares:
+                shares[homes[client]].append(client)
+            elif shares and self.placement.shared_files:
+                min(shares.values(), key=len).append(client)
+        waiting: dict[int, list[int]] = {}
+        for rank, ids in shares.items():
             # of the round to come: a host leaves what it still does for an older one
-            self._post(rank, Frame(Head(FrameType.DIGEST, round=number + 1), note=self._versions_of(clients)))
-            waiting[rank] = set(clients)
-        found: dict[int, str] = {}
+            frame = Frame(Head(FrameType.DIGEST, round=number + 1), note=self._versions_of(ids))
+            if ids and self._post(rank, frame):
+                waiting[rank] = ids
+        found: dict[int, str | None] = {}
         limit = self.job.round_deadline_s
         deadline = time.monotonic() + limit if limit is not None else None
         while waiting:
             event = self.link.next_event(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if event is None:
+                found.update({c: None for ids in waiting.values() for c in ids})
                 break
             if isinstance(event, Received) and event.frame.head.type is FrameType.DIGEST:
-                asked = waiting.pop(event.rank, set())
-                digests = event.frame.note.get("digests")
-                answers = digests if isinstance(digests, dict) else {}
-                found.update({c: str(answers[str(c)]) for c in asked if str(c) in answers})
+                told = event.frame.note.get("digests")
+                digests = told if isinstance(told, dict) else {}
+                found.update({c: digests.get(str(c)) for c in waiting.pop(event.rank, [])})
                 continue
-            self._aside(event)
+            self.take_aside(event)
             if isinstance(event, Lost):
                 waiting.pop(event.rank, None)
         return found
@@ -223,7 +265,7 @@ class Caller:
         """Book what has arrived and nobody waits for."""
         while (event := self.link.next_event(0.0)) is not None:
             if not isinstance(event, Lost):  # the run is over: a host that goes now is no loss
-                self._aside(event)
+                self.take_aside(event)
 
     def _post(self, rank: int, frame: Frame) -> bool:
         verdicts = self._verdicts.pop(rank, None)
@@ -263,27 +305,29 @@ class Caller:
         running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
         self._send(spec, phase, running, sorted(ids), arguments)
         self.facts.encode_s += time.monotonic() - began
-        self._wait(running)
+        needed = self._faults.needed(len(ids))
+        self._wait(running, most_missing=len(ids) - needed)
         self.facts.missing.update(running.missing)
         replied = sorted(running.replied)
         self.facts.replied.update(replied)
-        if not replied:
+        if len(replied) < needed:
             errors = [r for r in running.missing.values() if r.startswith("error")]
-            if errors and len(errors) == len(running.missing) and spec.name not in self._worked:
+            if errors and len(errors) == len(ids) and spec.name not in self._worked:
                 raise ClientCodeFailed(f"{spec.name} failed on every client it was called on; the first: {errors[0]}")
-            raise NoReplies(spec.name, running.missing)
+            raise TooFewReplies(spec.name, running.missing, len(replied), needed)
         self._worked.add(spec.name)
         began = time.monotonic()
         try:
             values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
         except NoWeight as error:
             self._broken.update(replied)
-            raise NoReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
+            raise TooFewReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
         self.facts.encode_s += time.monotonic() - began
         replies = Replies(values, replied, running.missing, running.seconds)
         for client, report in replies.reports.items():
-            if client not in self.reports or not math.isnan(report.loss):  # a call that did not train tells less
-                self.reports[client] = report
+            # a call that did not train tells less
+            if not math.isnan(report.loss) or (client not in self.reports and client not in self._told):
+                self._told[client] = report
         return replies
 
     def _method(self, method: Callable[..., Any]) -> ClientMethod:
@@ -335,6 +379,8 @@ class Caller:
     ) -> None:
         number, attempt = self._key
         self.facts.called.update(ids)
+        once = {name: a for name, a in arguments.items() if isinstance(a, Once)}
+        versions = {name: a.version for name, a in once.items()}
         groups: dict[int, list[int]] = {}
         if self.placement.alive:
             for client, rank in self.placement.place(ids).items():
@@ -342,7 +388,7 @@ class Caller:
         for rank, clients in sorted(groups.items()):
             if rank not in self.placement.alive:
                 for client in clients:
-                    self._miss(running, client, f"host {rank} is lost")
+                    self._miss(running, client, f"host {rank} is absent")
                 continue
             if self._busy(rank):
                 for client in clients:
@@ -352,9 +398,11 @@ class Caller:
                 FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
             )
             builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
+            given: dict[int, Kinds] = {}
             for client in sorted(clients):
                 values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
-                versions = {n: a.version for n, a in arguments.items() if isinstance(a, Once)}
+                if once:
+                    given[client] = self.once.hold_back(rank, spec.name, spec.call.fields, client, once, values)
                 builder.add(Message(client), spec.call, values, versions)
             if self.job.algorithm.stateful:
                 builder.frame.note.update(self._versions_of(clients))
@@ -365,8 +413,15 @@ class Caller:
                     self._miss(running, client, f"host {rank} is lost")
                 continue
             booked = self.ledger.book(
-                builder.frame, spec.call, direction="down", phase=phase, rank=rank, times=[(ready, 0, 0)] * len(clients)
+                builder.frame,
+                spec.call,
+                direction="down",
+                phase=phase,
+                rank=rank,
+                times=[(ready, 0, 0)] * len(clients),
+                once=given,
             )
+            self.once.sent(rank, spec.name, once, booked)
             self._posted[builder.frame.head.seq] = booked
             running.outstanding.update(dict.fromkeys(clients, rank))
         for client in set(ids) - set(running.outstanding) - set(running.missing):
@@ -374,10 +429,11 @@ class Caller:
 
     def _busy(self, rank: int) -> bool:
         """Whether a host has not even taken a call of an earlier round: nothing more is heaped on it."""
-        number, _ = self._key
-        return any(b.rank == rank and b.round < number for posted in self._posted.values() for b in posted[:1])
+        posted = (booked[0] for booked in self._posted.values() if booked)
+        return any(b.rank == rank and (b.round, b.attempt) < self._key for b in posted)
 
-    def _wait(self, running: _Running) -> None:
+    def _wait(self, running: _Running, most_missing: int) -> None:
+        """Take replies until all are in, or the deadline has passed, or so many are missing that the rest is no use."""
         while running.outstanding or running.gone & set(self.placement.alive):
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             event = self.link.next_event(timeout if running.outstanding else _LOST_S)
@@ -392,11 +448,15 @@ class Caller:
                     continue
                 self._take(running, event)
             else:
-                self._aside(event)
+                self.take_aside(event)
                 if isinstance(event, Lost):
                     reason = self._reasons.get(event.rank, event.reason)
                     for client in [c for c, r in running.outstanding.items() if r == event.rank]:
                         self._miss(running, client, f"host {event.rank} lost: {reason}")
+            if len(running.missing) > most_missing:
+                for client in sorted(running.outstanding):
+                    self._miss(running, client, "not waited for: too many others are missing")
+                break
 
     def _current(self, head: Head) -> bool:
         return head.type is FrameType.REPLY and (head.round, head.attempt, head.call) == (*self._key, self._call)
@@ -406,8 +466,8 @@ class Caller:
         running.missing[client] = reason
         self._broken.add(client)
 
-    def _aside(self, event: object) -> None:
-        """Events that no call waits for: acknowledgements, lost hosts, late replies."""
+    def take_aside(self, event: Event) -> None:
+        """Take an event that no call waits for: an acknowledgement, a lost or joined host, a late reply."""
         if isinstance(event, Sent):
             posted = self._posted.get(event.seq)
             if not posted or posted[0].rank != event.rank or not event.sent_ns:
@@ -422,10 +482,13 @@ class Caller:
                 for booked in self._posted.pop(seq):
                     booked.settle("lost")
             self._verdicts.pop(event.rank, None)
-            if event.rank in self.placement.alive:
-                fresh = [c for c, calls in self._accepted.items() if calls]
-                lost = self.placement.lose(event.rank, fresh)
-                self._reasons[event.rank] = self._on_lost(event.rank, event.reason, lost)
+            self.once.left(event.rank)
+            self.offsets.pop(event.rank, None)
+            fresh = [c for c, calls in self._accepted.items() if calls]
+            self._reasons[event.rank] = self._hosts.lost(event.rank, event.reason, fresh)
+        elif isinstance(event, Joined):
+            self.offsets[event.rank] = event.offset_ns
+            self._hosts.joined(event)
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
             if event.frame.head.type is FrameType.REPLY and method is not None:
@@ -460,7 +523,7 @@ class Caller:
             self.facts.compute_s[rank] = self.facts.compute_s.get(rank, 0.0) + seconds
             if message.status is Status.ERROR:
                 booked.settle("delivered", event.done_ns)
-                self._miss(running, client, f"error: {message.error}")
+                self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
                 continue
             refusal = self._fold(running, message, frame)
             if refusal is not None:
@@ -474,8 +537,7 @@ class Caller:
             if client not in self._broken:
                 self._accepted[client] = self._accepted.get(client, 0) + 1
                 if client in wrote:
-                    number, attempt = self._key
-                    self._wrote[client] = f"{number}.{attempt}.{frame.head.call}"
+                    self._wrote[client] = version_of(frame.head)
         event.release()
         self.facts.encode_s += time.monotonic() - began
 

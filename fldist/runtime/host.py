@@ -16,11 +16,12 @@ from fldist.kinds import Form, Kind
 from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Params
-from fldist.runtime.checkpoint import ClientFiles, Damaged
+from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.job import ClientMethod, Job
-from fldist.runtime.state import ClientStates, ClientView, Watch
+from fldist.runtime.once import OnceValues
+from fldist.runtime.state import ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
-from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
+from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, value_of, values_of
 from fldist.wire.link import HostLink
 
 log = logging.getLogger("fldist.host")
@@ -36,13 +37,14 @@ class Host:
     The global generators are seeded anew before every client method.
     """
 
-    def __init__(self, job: Job, files: ClientFiles | None = None) -> None:
+    def __init__(self, job: Job) -> None:
         warm_up()  # before the first call, so that no round's seconds hold it
         if job.evaluation.where != "server":
             warm_up_metrics(job.evaluation)
         self.job = job
-        self.states = ClientStates(self._first_state, job.algorithm.stateful, files)
+        self.states = ClientStates(self._first_state, job.algorithm.stateful)
         self._streams: dict[int, Streams] = {}
+        self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method
         self._sent: dict[int, Params] = {}  # by client: the weights it was sent in this round, where these are scored
@@ -52,6 +54,14 @@ class Host:
         """A client's state before its first call: the same on any host, whenever it is asked for."""
         with forked(self.job.seed, "init_client", client):
             return self.job.algorithm.init_client(self.job.task, client)
+
+    def begin_session(self) -> None:
+        """A server, perhaps another one than before, has welcomed this host: no round has begun."""
+        self.states.forget_round()
+        self._streams.clear()
+        self._sent.clear()
+        self._copied = None
+        self._once.clear()
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -91,6 +101,7 @@ class Host:
             self._streams.clear()
             self._sent.clear()
             self._copied = None
+        self._keep_once(method, frame)
         received_ns = time.monotonic_ns()
         versions = frame.note.get("versions", {})
         builder = self._builder(head)
@@ -135,6 +146,7 @@ class Host:
     def _builder(self, head: Head) -> FrameBuilder:
         reply = Head(
             FrameType.REPLY,
+            epoch=head.epoch,
             round=head.round,
             attempt=head.attempt,
             call=head.call,
@@ -153,10 +165,18 @@ class Host:
         """
         job, client, round_number = self.job, message.client, frame.head.round
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
+        once = {s.name: f.version for s, f in zip(method.call.fields, message.fields, strict=True)}
         values = values_of(frame, message, job.layout(client))
         arguments = {spec.name: value for spec, value in zip(method.call.fields, values, strict=True)}
+        try:
+            for name, held in once.items():
+                if held is not None:
+                    arguments[name] = self._once.get(f"{method.name}.{name}", held)
+        except ValueError as error:
+            _fail(reply, str(error))
+            return (), None, False
         if job.evaluation.model == "sent":
-            self._keep_sent(method, client, values)
+            self._keep_sent(method, client, arguments)
         shared = Watch()
         for name, value in arguments.items():
             shared.add(f"argument {name}", value)
@@ -182,13 +202,13 @@ class Host:
             _fail(reply, self._spoilt[client])
         changed = shared.changed()
         if changed is not None:
-            changed = f"{changed} was changed in place"
+            name, changed = changed.removeprefix("argument "), f"{changed} was changed in place"
+            self._once.spoil(f"{method.name}.{name}", f"{changed} in round {round_number}; work on a clone()")
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
         try:
-            head = frame.head
-            wrote = self.states.stage(client, me.writes, f"{head.round}.{head.attempt}.{head.call}")
+            wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
             _fail(reply, f"its state cannot be written: {error}")
@@ -198,9 +218,18 @@ class Host:
             told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
         return told, None, wrote
 
-    def _keep_sent(self, method: ClientMethod, client: int, values: list[Any]) -> None:
+    def _keep_once(self, method: ClientMethod, frame: Frame) -> None:
+        """Keep the `Once` values of a call, before any client runs or is left out: the server counts on it."""
+        for message in frame.messages:
+            for spec, value in zip(method.call.fields, message.fields, strict=True):
+                if value.version is not None and value.form is not Form.HELD:
+                    layout = self.job.layout(message.client)
+                    self._once.put(f"{method.name}.{spec.name}", value.version, value_of(frame, value, layout))
+
+    def _keep_sent(self, method: ClientMethod, client: int, arguments: dict[str, Any]) -> None:
         """Remember the weights that a client was sent, in a copy: a message's memory is the link's."""
-        for spec, value in zip(method.call.fields, values, strict=True):
+        for spec in method.call.fields:
+            value = arguments[spec.name]
             if (spec.kind, spec.form) == (Kind.WEIGHTS, Form.PARAMS) and value is not None:
                 if self._copied is None or self._copied[0].floats.data_ptr() != value.floats.data_ptr():
                     self._copied = (value, value.clone())
@@ -223,6 +252,7 @@ def _fail(reply: Message, text: str) -> None:
 
 def serve_link(host: Host, link: HostLink) -> None:
     """Answer the server until it says goodbye; PeerLost when it is gone."""
+    host.begin_session()
     link.expected = host.job.calls()
     link.ready()
     while True:

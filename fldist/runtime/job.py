@@ -12,6 +12,7 @@ from fldist.fold import Integers
 from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, reply_type
 from fldist.models.evaluate import Evaluation
 from fldist.params import Layout
+from fldist.runtime.membership import Faults
 from fldist.selection import Selector
 from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
@@ -53,6 +54,7 @@ class Job:
     checksum: bool = False
     limits: Limits = field(default_factory=Limits)
     round_deadline_s: float | None = None
+    faults: Faults = field(default_factory=Faults)
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
 
@@ -107,7 +109,7 @@ class Job:
 
     def calls(self) -> Expected:
         """What a host may receive."""
-        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients)
+        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients, True)
 
     def replies(self) -> Expected:
         """What the server may receive."""

@@ -3,7 +3,8 @@
 owner.lock                              held by the process that writes here
 checkpoints/round-000012.safetensors    the server's state after round 12, with all that a continuation needs
 checkpoints/LATEST                      the newest one's name
-clients/00003/12.0.1.safetensors        client 3 after call 1 of round 12, written by its host
+checkpoints/EPOCH                       how many servers this run has had before the one that writes now
+clients/00003/12.0.1.0.safetensors      client 3 after call 1 of round 12, written by its host
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fldist.data.cache import sync
 from fldist.params import Layout
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles, Damaged, read_facts
-from fldist.runtime.output import LINES, cut_back, sizes
+from fldist.runtime.output import LINES, cut_back, sizes, too_short
 
 log = logging.getLogger("fldist")
 
@@ -47,14 +50,35 @@ class Keeper:
         self._every = every
         self._checkpoints = Checkpoints(directory / "checkpoints", keep)
         self._versions: dict[int, dict[str, str]] = {}  # by round kept: every client's version
+        self._secured: dict[str, str] = {}  # the versions that outlive a power failure
 
     def begin(self) -> None:
-        """Make the place for checkpoints: its being there says that the run in this directory can go on."""
-        self._checkpoints.directory.mkdir(exist_ok=True)
+        """Make the place for checkpoints: its being there says that the run in this directory can go on.
+
+        Counts this server's epoch, before any host hears of it.
+        """
+        folder = self._checkpoints.directory
+        folder.mkdir(exist_ok=True)
+        path = folder / "EPOCH"
+        with contextlib.suppress(OSError, ValueError):
+            self.epoch = int(path.read_text(encoding="utf-8")) + 1
+        temporary = folder / "EPOCH.tmp"
+        temporary.write_text(f"{self.epoch}\n", encoding="utf-8")
+        temporary.replace(path)
 
     def resume(self, layouts: Iterable[Layout]) -> None:
-        """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew."""
-        found = self._checkpoints.newest(layouts)
+        """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew.
+
+        A checkpoint counts when what it names is there too; when none does for want of a client's state, the newest
+        is taken, and those clients are missing.
+        """
+        layouts = list(layouts)
+        try:
+            found = self._checkpoints.newest(layouts, self._lacking)
+        except Damaged as error:
+            found = self._checkpoints.newest(layouts, lambda facts: too_short(self.directory, facts["files"]))
+            assert found is not None
+            found[3].append(str(error))
         (self.directory / "result.json").unlink(missing_ok=True)
         if found is None:
             for name in LINES:
@@ -63,10 +87,16 @@ class Keeper:
         number, values, facts, problems = found
         cut_back(self.directory, facts["files"])
         self.resumed = Resumed(number, values, facts, problems)
-        self.epoch = int(facts["epoch"]) + 1
+        self.epoch = max(self.epoch, int(facts["epoch"]) + 1)
         for kept in self._checkpoints.kept:
             with contextlib.suppress(Damaged):
                 self._versions[kept] = read_facts(self._checkpoints.path(kept))["versions"]
+
+    def _lacking(self, facts: dict[str, Any]) -> str | None:
+        """What a checkpoint names and is not there."""
+        short = too_short(self.directory, facts["files"])
+        broken = (self.clients.broken(int(c), version) for c, version in facts["versions"].items())
+        return short or next(filter(None, broken), None)
 
     def mark(self, run_id: bytes) -> None:
         """Leave a sign by which a host knows that it sees this directory, not another of the same name."""
@@ -87,8 +117,11 @@ class Keeper:
             "files": sizes(self.directory),
             "durable": [*self._checkpoints.durable, *([number] if durable else [])],
         }
-        if durable and versions:
-            os.sync()  # the clients' files it names: one call, where a file each would be one wait each
+        if durable:
+            self._secure_clients(versions)
+            for name in LINES:
+                if (self.directory / name).exists():
+                    sync(self.directory / name)
         self._checkpoints.write(number, values, whole, durable=durable)
         self._versions[number] = versions
         self._versions = {n: v for n, v in self._versions.items() if n in self._checkpoints.kept}
@@ -98,9 +131,28 @@ class Keeper:
     def secure(self) -> None:
         """Have the newest checkpoint outlive a power failure; the run ends before its time."""
         with contextlib.suppress(OSError):
-            if any(self._versions.values()):
-                os.sync()
+            self._secure_clients(self._versions.get(max(self._versions, default=-1), {}))
             self._checkpoints.secure()
+
+    def _secure_clients(self, versions: Mapping[str, str]) -> None:
+        """The same for the clients' files that a checkpoint names, as far as they are new."""
+        new = {int(c): version for c, version in versions.items() if self._secured.get(c) != version}
+        if new:
+            self.clients.sync(new)
+            self._secured = dict(versions)
+
+
+def kept_token(directory: Path) -> str:
+    """The run's token, the same for every server that the run has; hex, in a file that only its owner may read."""
+    path = directory / "token"
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="ascii")
+    token = secrets.token_hex(32)
+    temporary = directory / f"token.tmp-{os.getpid()}"
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(token)
+    temporary.replace(path)
+    return token
 
 
 def files_seen(directory: str, run_id: str) -> ClientFiles | None:
@@ -113,7 +165,13 @@ def files_seen(directory: str, run_id: str) -> ClientFiles | None:
 def owned(directory: Path) -> Iterator[None]:
     """Be the only one that writes a run's directory; ValueError names who else does."""
     path = directory / "owner.lock"
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"output: {directory} cannot be written to ({error.strerror}); name another with --output"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,6 +6,7 @@ Finds rank and world size in the environment, starts and watches host processes,
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -18,24 +19,33 @@ from typing import Literal, Protocol
 
 Launcher = Literal["alone", "children", "torchrun", "mpi"]
 
+log = logging.getLogger("fldist")
+
+ENDING_S = 1.0
+"""Between the end of a host's connection and that of its process; one that lasts longer is killed."""
 HOST_ENVIRONMENT = "FLDIST_HOST"
 """Set for a child: `address port rank parent-pid join-seconds`; the token stands in FLDIST_TOKEN."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run. Rank 0 is the server."""
+    """This process among the ranks of a run. Rank 0 is the server.
+
+    own_agents: every rank has an agent or supervisor of its own, which starts it again alone; the others live on.
+    """
 
     rank: int
     size: int
     launcher: Launcher
+    own_agents: bool = False
 
 
 def find_world() -> World:
     """Read rank and world size from the environment that torchrun or mpirun (srun) made."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
+        own_agents = env.get("LOCAL_WORLD_SIZE", "1") == "1"
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun", own_agents)
     for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
         if rank in env and size in env:
             return World(int(env[rank]), int(env[size]), "mpi")
@@ -78,19 +88,69 @@ def spawn_host(address: Address, rank: int, token: str, log: Path, join_s: float
         )
 
 
-class Children:
-    """The hosts that this process has started."""
+class Unsupervised:
+    """Hosts that somebody else started: nothing is known of their ends but what the link saw.
 
-    def __init__(self, address: Address, token: str, logs: Path, join_s: float, spawn: Spawn = spawn_host) -> None:
+    survives_loss: whether the others live on when one dies; returns: whether whoever started them starts them again.
+    """
+
+    def __init__(self, *, survives_loss: bool, returns: bool = False) -> None:
+        self.survives_loss = survives_loss
+        self._returns = returns
+
+    def explain(self, rank: int, reason: str) -> str:
+        """What the link saw."""
+        return reason
+
+    def killed(self, rank: int) -> bool:
+        """What comes back may as well have been killed."""
+        return self._returns
+
+    def restart(self, rank: int) -> bool:
+        """Nothing to do: it is started again, or it is not."""
+        return self._returns
+
+
+class Children:
+    """The hosts that this process has started. restart: whether one that has died is started again."""
+
+    survives_loss = True
+
+    def __init__(
+        self,
+        address: Address,
+        token: str,
+        logs: Path,
+        join_s: float,
+        spawn: Spawn = spawn_host,
+        *,
+        restart: bool = True,
+    ) -> None:
         self._processes: dict[int, HostProcess] = {}
         self._spawn = spawn
         self._arguments = (address, token, logs, join_s)
+        self._restart = restart
 
     def start(self, ranks: Iterable[int]) -> None:
         """Start these hosts."""
         address, token, logs, join_s = self._arguments
         for rank in ranks:
             self._processes[rank] = self._spawn(address, rank, token, logs / f"rank-{rank}.log", join_s)
+
+    def killed(self, rank: int) -> bool:
+        """Whether a host was ended by a signal."""
+        return (self._processes[rank].poll() or 0) < 0
+
+    def restart(self, rank: int) -> bool:
+        """Start a host that has ended again."""
+        if not self._restart:
+            return False
+        try:
+            self.start([rank])
+        except OSError as error:  # no memory or no process to be had: the run goes on without this host
+            log.warning("host %d cannot be started again: %s", rank, error)
+            return False
+        return True
 
     def explain(self, rank: int, reason: str) -> str:
         """Why a host has ended, from its exit code; an empty text while it lives and `reason` is empty.
@@ -101,9 +161,10 @@ class Children:
         if reason:
             # the link notices an end before the process has quite ended; one that fell silent will not end
             try:
-                process.wait(0.0 if "silent" in reason else 3.0)
+                process.wait(0.0 if "silent" in reason else ENDING_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
                 return f"{reason}; its process has been killed"
         code = process.poll()
         if code is None:
@@ -135,7 +196,8 @@ def own_host_environment() -> tuple[Address, int, str, float]:
         raise ValueError("`fldist _host` is started by `fldist run --nproc`, not by hand")
     address, port, rank, parent, join_s = text.split()
     die_with_parent(int(parent))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to a whole group of processes: the server ends the run
+        signal.signal(number, signal.SIG_IGN)
     return (address, int(port)), int(rank), os.environ["FLDIST_TOKEN"], float(join_s)
 
 

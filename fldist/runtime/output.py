@@ -12,13 +12,15 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 import fldist
+from fldist.lines import Lines
 from fldist.models.evaluate import Scores
 from fldist.params import Params
+from fldist.runtime.checkpoint import save_tensors
 
 
 def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) -> Path:
@@ -45,7 +47,7 @@ def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) 
         return directory
     if resume:
         raise ValueError(f"resume: {directory} holds no run that could go on (no config.yaml, no checkpoints)")
-    if directory.exists() and any(p.name != "owner.lock" for p in directory.iterdir()):
+    if (directory / "config.yaml").exists() or (directory.exists() and any(map(_foreign, directory.iterdir()))):
         raise ValueError(
             f"output: {directory} exists and is not empty; nothing is overwritten: "
             "name another with --output, or remove it"
@@ -55,6 +57,12 @@ def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) 
     except OSError as error:
         raise ValueError(f"output: {directory} cannot be made: {error.strerror}; name another with --output") from None
     return directory
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of those that a run leaves that was killed before it had written its configuration."""
+    ours = {"owner.lock", "token", "checkpoints", "clients", "config.yaml.tmp", *LINES}
+    return path.name not in ours and not path.match("rank-*.log")
 
 
 def status_of(directory: Path) -> str | None:
@@ -75,7 +83,7 @@ def differing(before: Any, now: Any, key: str = "") -> list[str]:
 
 def discard(directory: Path) -> None:
     """Take back the directory of a run that never began: logs and lock, and the directory if then empty."""
-    for left in [*directory.glob("rank-*.log"), directory / "owner.lock"]:
+    for left in [*directory.glob("rank-*.log"), directory / "owner.lock", directory / "token"]:
         left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         directory.rmdir()
@@ -102,6 +110,16 @@ def sizes(directory: Path) -> dict[str, int]:
     return {**found, "rotated": len(list(directory.glob("messages-*.jsonl")))}
 
 
+def too_short(directory: Path, to: Mapping[str, int]) -> str | None:
+    """Which of the files that grow has lost lines that a checkpoint counts on; None: none has."""
+    now = sizes(directory)
+    if now["rotated"] > to["rotated"]:  # what was growing then has been filled since
+        filled = sorted(directory.glob("messages-*.jsonl"))[to["rotated"]]
+        now["messages.jsonl"] = filled.stat().st_size
+    short = (name for name, size in to.items() if now.get(name, 0) < size)
+    return next((f"{directory / name} has lost lines" for name in short), None)
+
+
 def cut_back(directory: Path, to: Mapping[str, int]) -> None:
     """Take the files that grow back to where they were at a checkpoint; what came later belongs to no round."""
     filled = sorted(directory.glob("messages-*.jsonl"))
@@ -123,17 +141,15 @@ class Output:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._rounds: TextIO = (directory / "rounds.jsonl").open("a", encoding="utf-8")
-        self._clients: TextIO | None = None
+        self._rounds = Lines(directory / "rounds.jsonl")
+        self._clients: Lines | None = None
 
     def clients(self, number: int, scores: Mapping[int, Scores]) -> None:
         """clients.jsonl: one line per scored client of a round; the file exists once there is one."""
         if self._clients is None:
-            self._clients = (self.directory / "clients.jsonl").open("a", encoding="utf-8")
-        for client, of in sorted(scores.items()):
-            line = {"round": number, "client": client, "n": of.n, **of.values}
-            self._clients.write(json.dumps(_finite(line)) + "\n")
-        self._clients.flush()
+            self._clients = Lines(self.directory / "clients.jsonl")
+        rows = [{"round": number, "client": client, "n": of.n, **of.values} for client, of in sorted(scores.items())]
+        self._clients.write(json.dumps(_finite(row)) + "\n" for row in rows)
 
     def lines(self) -> list[dict[str, Any]]:
         """What rounds.jsonl holds."""
@@ -154,9 +170,13 @@ class Output:
         self._write("environment.json", json.dumps({**machine_facts(), **facts}, indent=2) + "\n")
 
     def round(self, line: dict[str, Any]) -> None:
-        """One line of rounds.jsonl, flushed at once."""
-        self._rounds.write(json.dumps(_finite(line)) + "\n")
-        self._rounds.flush()
+        """One line of rounds.jsonl, written at once."""
+        self._rounds.write([json.dumps(_finite(line)) + "\n"])
+
+    @property
+    def problems(self) -> list[str]:
+        """Why lines wait to be written."""
+        return [lines.problem for lines in (self._rounds, self._clients) if lines is not None and lines.problem]
 
     def result(self, result: dict[str, Any]) -> None:
         """result.json."""
@@ -181,16 +201,22 @@ class Output:
 
     def model(self, params: Params) -> None:
         """model/model.safetensors: the final model by tensor name."""
-        from safetensors.torch import save_file
-
         folder = self.directory / "model"
         folder.mkdir(exist_ok=True)
         temporary = folder / "model.safetensors.tmp"
-        save_file({name: tensor.clone().contiguous() for name, tensor in params.named()}, temporary)
+        save_tensors({name: tensor.clone().contiguous() for name, tensor in params.named()}, temporary)
         temporary.replace(folder / "model.safetensors")
 
+    def catch_up(self) -> None:
+        """Write the lines that wait; OSError when they still cannot be written."""
+        for lines in (self._rounds, self._clients):
+            if lines is not None:
+                lines.write()
+        for problem in self.problems:
+            raise OSError(problem)
+
     def close(self) -> None:
-        """Close what lines are written to."""
+        """Close what lines are written to; OSError when some cannot be written."""
         self._rounds.close()
         if self._clients is not None:
             self._clients.close()

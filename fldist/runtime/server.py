@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 
 import fldist
-from fldist.algorithm import NoReplies, Stage, State
+from fldist.algorithm import Stage, State, TooFewReplies
 from fldist.data.client_data import PooledData
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.keeper import Keeper
+from fldist.runtime.membership import Membership, RunStopped, Supervisor, ids_text
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
@@ -26,16 +27,12 @@ from fldist.runtime.summary import over_clients
 from fldist.seeding import Streams, forked, generator
 from fldist.selection import Candidates, ClientReport
 from fldist.wire.ledger import Ledger, Totals
-from fldist.wire.link import Joined, Lost, ServerLink, Welcome
+from fldist.wire.link import ServerLink, Welcome
 
 log = logging.getLogger("fldist.server")
 
 SCHEMA = 1
 """Version of result.json's form."""
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; what was finished is kept. The message says why and what to do."""
 
 
 class Observer(Protocol):
@@ -152,10 +149,9 @@ class ServerLoop:
         observer: Observer,
         *,
         ranks: Sequence[int],
+        supervisor: Supervisor,
         facts: dict[str, Any],
         config: dict[str, Any],
-        explain_loss: Callable[[int, str], str] = lambda rank, reason: reason,
-        survives_loss: bool = True,
         keeper: Keeper | None = None,
     ) -> None:
         self.job = job
@@ -165,8 +161,7 @@ class ServerLoop:
         self.ranks = list(ranks)
         self.facts = facts
         self.config = config
-        self._explain_loss = explain_loss
-        self._survives_loss = survives_loss
+        self._survives_loss = supervisor.survives_loss
         self._keeper = keeper
         resumed = keeper.resumed if keeper is not None else None
         self._lines: list[dict[str, Any]] = output.lines() if resumed is not None else []
@@ -180,12 +175,26 @@ class ServerLoop:
             self._best = resumed.facts["best"]
             totals = Totals.of(resumed.facts["bytes"])
         self._ledger = Ledger(output.ledger_path, totals)
-        self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful)
-        self._caller = Caller(job, link, self._ledger, self._placement, self._lost_host)
+        self._placement = Placement(job.task.sizes, self.ranks, job.algorithm.stateful, job.faults.orphans)
+        self._hosts = Membership(
+            self.ranks,
+            self._placement,
+            link,
+            supervisor,
+            job.limits,
+            warn=observer.warning,
+            kept=self._kept,
+            who=type(job.algorithm).__name__,
+        )
+        self._caller = Caller(job, link, self._ledger, self._placement, self._hosts)
         if resumed is not None:
             self._caller.versions = {int(c): str(v) for c, v in resumed.facts["versions"].items()}
+            self._caller.once.given = {
+                name: {int(c): int(v) for c, v in clients.items()} for name, clients in resumed.facts["given"].items()
+            }
             self._caller.reports = {int(c): ClientReport(*row) for c, row in resumed.facts["reports"].items()}
         self._clients = ClientsView(job, self._caller)
+        self._waiting: list[str] = []  # what keeps lines from being written
         self._total = 0  # rounds of all stages
         self._committed: State | None = None  # after the last finished round
         self._transport = (0, 0)
@@ -215,16 +224,23 @@ class ServerLoop:
             with undisturbed():  # torchrun and mpirun send a signal soon after a rank's death
                 if status != "finished":
                     self._ledger.flush(final=True)
-                    self.output.result(self._result(status, reason, None))
+                    self._save(lambda: self.output.result(self._result(status, reason, None)))
                     self._keep_what_there_is()
                     if self._keeper is not None:
                         self._keeper.secure()
-                self._ledger.close()
-                self.output.close()
+                self._save(self._ledger.close)
+                self._save(self.output.close)
+
+    def _save(self, step: Callable[[], None]) -> None:
+        """Do a step of a run's end; a full disk keeps neither the others nor the reason of the end from being told."""
+        try:
+            step()
+        except OSError as error:
+            self.observer.warning(str(error))
 
     # ---- start
     def _join(self) -> None:
-        """Wait until every host has joined; the limit is on hosts of which nothing was heard."""
+        """Admit the hosts and wait until all are here."""
         job, link = self.job, self.link
         link.expected = job.replies()
         directory = str(self.output.directory.absolute())
@@ -234,29 +250,8 @@ class ServerLoop:
                 self._keeper.mark(run_id)
             epoch = self._keeper.epoch
         link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory))
-        shared = self._keeper is not None
-        waiting = set(self.ranks)
-        deadline = time.monotonic() + job.limits.join_s
-        while waiting:
-            event = link.next_event(0.1)
-            if isinstance(event, Joined):
-                waiting.discard(event.rank)
-                self._caller.offsets[event.rank] = event.offset_ns
-                shared = shared and (self.ranks == [0] or bool(event.info.get("files")))
-            elif isinstance(event, Lost):
-                reason = self._explain_loss(event.rank, event.reason)
-                raise RunStopped(f"host {event.rank} was lost while it joined: {reason}")
-            for rank in waiting:
-                why = self._explain_loss(rank, "")
-                if why:
-                    raise RunStopped(f"host {rank} ended before it joined: {why}")
-            silent = waiting - link.connected
-            if silent and time.monotonic() > deadline:
-                raise RunStopped(
-                    f"hosts {sorted(silent)} did not join within {job.limits.join_s:g} s (deadlines.join_s); "
-                    "are they started, and can they reach this machine?"
-                )
-        self._share(shared)
+        self._hosts.gather(self._caller.take_aside, partly=self._keeper is not None and bool(self._keeper.resumed))
+        self._share(self._keeper is not None and self._hosts.files)
 
     def _share(self, shared: bool) -> None:
         """Note whether every host sees the clients' states in the run's directory."""
@@ -291,25 +286,6 @@ class ServerLoop:
         except Exception:  # the run ends for another reason, which must be told
             log.exception("the model could not be saved")
 
-    def _lost_host(self, rank: int, reason: str, state_lost: list[int]) -> str:
-        text = self._explain_loss(rank, reason)
-        log.warning("host %d lost: %s", rank, text)
-        kept = self._kept()
-        if not self._survives_loss:
-            raise RunStopped(f"host {rank} lost ({text}); {self.link.survives}; {kept}")
-        if state_lost:
-            raise RunStopped(
-                f"host {rank} lost ({text}), and with it the state of clients {_ids(state_lost)}, which "
-                f"{type(self.job.algorithm).__name__} cannot do without; {kept}"
-            )
-        if not self._placement.alive:
-            raise RunStopped(f"host {rank} lost ({text}); it was the last one; {kept}")
-        self.observer.warning(
-            f"host {rank} lost ({text}); its replies of this round are missing; "
-            f"its clients move to host{'s' if len(self._placement.alive) > 1 else ''} {_ids(self._placement.alive)}"
-        )
-        return text
-
     # ---- rounds
     def _run(self) -> dict[str, Any]:
         job = self.job
@@ -333,7 +309,7 @@ class ServerLoop:
             self.observer.warning(note)
         empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
         if empty:
-            self.observer.warning(f"clients {_ids(empty)} hold no training samples: never selected, weight 0")
+            self.observer.warning(f"clients {ids_text(empty)} hold no training samples: never selected, weight 0")
         if job.evaluation.where != "clients":
             warm_up_metrics(job.evaluation)
         if keeper is not None and keeper.resumed is not None:
@@ -353,17 +329,66 @@ class ServerLoop:
 
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
-        job = self.job
-        self._caller.begin_round(0, 0, 0, phase="setup")
-        try:
-            with forked(job.seed, "setup"):
-                job.algorithm.setup(view, self._clients)
-        except NoReplies as error:
-            raise RunStopped(f"setup: {error}; {next(iter(error.missing.values()), '')}") from None
-        self._caller.end_round(commit=True)
+        error = self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")[1]
+        if error is not None:
+            raise RunStopped(f"setup: {error}; {next(iter(error.missing.values()), '')}")
         self._ledger.flush()
         self._ledger.take_round()
         self._keep(0, view)
+
+    def _attempt(
+        self, number: int, stage: int, view: ServerView, step: Callable[[], None], phase: str | None = None
+    ) -> tuple[int, TooFewReplies | None]:
+        """Do a step of the algorithm, and again while `faults` says so; returns the attempt and why it is void, if so.
+
+        Every attempt begins from the same state and draws the same.
+        """
+        job, caller = self.job, self._caller
+        before = view.state
+        attempt = 0
+        while True:
+            self._hosts.assemble(caller.take_aside, everyone=attempt > 0 and job.faults.orphans == "wait")
+            view.replace(before.copy())
+            view.enter(number, job.seed)
+            self._clients.enter(number)
+            caller.begin_round(number, attempt, stage, phase)
+            watch = Watch()
+            for name, value in before.values.items():
+                watch.add(f"server.{name}", value)
+            failed: TooFewReplies | None = None
+            try:
+                with forked(job.seed, "round", number) if number else forked(job.seed, "setup"):
+                    step()
+            except TooFewReplies as error:
+                failed = error
+                view.replace(before)
+            changed = watch.changed()
+            if changed is not None:  # a round that is not committed could not be taken back
+                raise ValueError(f"{changed} was changed in place in round {number}; set it to a new value instead")
+            again = failed is not None and self._again(number, attempt, failed)
+            caller.end_round(commit=failed is None, again=again)
+            if not again:
+                return attempt, failed
+            attempt += 1
+
+    def _again(self, number: int, attempt: int, error: TooFewReplies) -> bool:
+        """Whether a round that too few answered is done again; RunStopped where the run ends with it."""
+        faults = self.job.faults
+        some = next(iter(error.missing.items()), None)
+        why = f"; client {some[0]}: {some[1]}" if some else ""
+        what = f"round {number}: {error}"
+        if faults.on_quorum_loss == "skip":
+            if number:
+                self.observer.warning(f"{what}; the state stays as it was{why}")
+            return False
+        if faults.on_quorum_loss == "stop":
+            raise RunStopped(f"{what} (faults.on_quorum_loss: stop){why}; {self._kept()}")
+        if all(reason.startswith(("error", "refused")) for reason in error.missing.values()):
+            raise RunStopped(f"{what}, and nothing else would come of it if it were done again{why}; {self._kept()}")
+        if attempt + 1 >= faults.max_attempts:
+            raise RunStopped(f"{what} in {attempt + 1} attempts (faults.max_attempts){why}; {self._kept()}")
+        self.observer.warning(f"{what}; it is done again (attempt {attempt + 1}){why}")
+        return True
 
     def _keep(self, number: int, view: ServerView) -> None:
         """Write the round's checkpoint: from here on it is not lost with this process."""
@@ -373,6 +398,7 @@ class ServerLoop:
         facts = {
             "stages": [[s.name, s.rounds] for s in self.job.algorithm.stages(self.job.rounds)],
             "versions": {str(c): v for c, v in sorted(self._caller.versions.items())},
+            "given": {n: {str(c): v for c, v in given.items()} for n, given in self._caller.once.given.items()},
             "reports": {str(c): list(r) for c, r in sorted(self._caller.reports.items())},
             "best": self._best,
             "seconds": self._seconds,
@@ -380,41 +406,23 @@ class ServerLoop:
             "bytes": self._ledger.totals.as_dict(),
         }
         try:
+            if self._waiting:
+                raise OSError("lines of earlier rounds are not written yet")
             self._keeper.keep(number, view.state.values, facts, last=number == self._total)
         except OSError as error:
             self.observer.warning(f"round {number}: no checkpoint could be written ({error}); the run goes on")
 
     def _round(self, number: int, index: int, stage: Stage, view: ServerView) -> None:
         began = time.monotonic()
-        job, caller = self.job, self._caller
-        before = view.state
-        view.replace(before.copy())
-        view.enter(number, job.seed)
-        self._clients.enter(number)
-        caller.begin_round(number, 0, index)
-        committed = True
-        watch = Watch()
-        for name, value in before.values.items():
-            watch.add(f"server.{name}", value)
-        try:
-            with forked(job.seed, "round", number):
-                stage.step(view, self._clients)
-        except NoReplies as error:
-            committed = False
-            view.replace(before)
-            some = next(iter(error.missing.items()), None)
-            why = f"; client {some[0]}: {some[1]}" if some else ""
-            self.observer.warning(f"round {number}: {error}; the state stays as it was{why}")
-        changed = watch.changed()
-        if changed is not None:  # a round that is not committed could not be taken back
-            raise ValueError(f"{changed} was changed in place in round {number}; set it to a new value instead")
+        caller = self._caller
+        attempt, failed = self._attempt(number, index, view, lambda: stage.step(view, self._clients))
+        committed = failed is None
         facts = caller.facts
-        server_s = max(0.0, time.monotonic() - began - facts.calls_s)
-        caller.end_round(commit=committed)
+        server_s = max(0.0, facts.ended_s - facts.began_s - facts.calls_s)
         evaluated = time.monotonic()
         scores = self._evaluate(number, view)
         evaluate_s = time.monotonic() - evaluated
-        line = self._line(number, stage, facts, scores, server_s, evaluate_s, began, committed)
+        line = self._line(number, attempt, stage, facts, scores, server_s, evaluate_s, began, committed)
         if view.logged:
             line["log"] = dict(view.logged)
         refused = {c: r for c, r in facts.missing.items() if r.startswith(("refused", "error"))}
@@ -425,6 +433,11 @@ class ServerLoop:
         self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
+        problems = [p for p in (*self.output.problems, self._ledger.problem) if p]
+        for problem in problems:
+            if problem not in self._waiting:
+                self.observer.warning(f"round {number}: {problem}")
+        self._waiting = problems
         self._keep(number, view)
         self.observer.round(line)
 
@@ -450,7 +463,8 @@ class ServerLoop:
         self._caller.begin_evaluation()
         try:
             got = self.job.algorithm.evaluate(view, self._clients)
-        except NoReplies as error:
+            self._caller.once.settle()
+        except TooFewReplies as error:
             some = next(iter(error.missing.values()), f"no client has a {how.split} part")
             self.observer.warning(f"round {number}: no client could be scored: {some}")
             return None
@@ -479,6 +493,7 @@ class ServerLoop:
     def _line(
         self,
         number: int,
+        attempt: int,
         stage: Stage,
         facts: RoundFacts,
         scores: dict[str, Any] | None,
@@ -504,7 +519,7 @@ class ServerLoop:
         head = self._headline(scores)
         return {
             "round": number,
-            "attempt": 0,
+            "attempt": attempt,
             "stage": stage.name,
             "committed": committed,
             "accuracy": head["accuracy"] if head else None,
@@ -513,6 +528,7 @@ class ServerLoop:
             "selected": len(facts.called),
             "replied": len(facts.replied),
             "missing": {str(c): r for c, r in sorted(facts.missing.items())},
+            "hosts": {"present": len(self._hosts.present), "of": len(self.ranks)},
             "bytes": {k: v for k, v in self._ledger.take_round().as_dict().items() if k != "transport"},
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
         }
@@ -524,8 +540,6 @@ class ServerLoop:
 
     # ---- end
     def _finish(self, view: ServerView) -> dict[str, Any]:
-        self._save_model(view)
-        self.output.arrays(self._lines)
         state_hash = self._state_hash(view)
         self._caller.drain()
         self._ledger.flush(final=True)
@@ -536,7 +550,18 @@ class ServerLoop:
                 f"in {idle} of {len(self._lines)} rounds no reply was used: the model stayed as it was"
             )
         result = self._result("finished", None, state_hash)
-        self.output.result(result)
+        try:
+            self.output.catch_up()
+            self._save_model(view)
+            self.output.arrays(self._lines)
+            if self._ledger.problem:
+                raise OSError(self._ledger.problem)
+            self.output.result(result)  # last: it says that all is there
+        except OSError as error:
+            raise RunStopped(
+                f"all rounds are done, but their results cannot be written: {error}; make room, and go on with "
+                f"`fldist resume {self.output.directory}`"
+            ) from None
         self.observer.finished(result)
         return result
 
@@ -549,12 +574,16 @@ class ServerLoop:
         """Hash of the whole state, or None when a client's cannot be had."""
         clients: list[str] = []
         if self.job.algorithm.stateful:
-            digests = self._caller.digests()
-            absent = [c for c in range(self.job.task.num_clients) if c not in digests]
-            if absent:
-                self.observer.warning(f"no state_hash: the state of clients {_ids(absent)} could not be asked for")
+            everyone = range(self.job.task.num_clients)
+            digests: dict[int, str | None] = {}
+            while len(digests) < len(everyone):  # as often as a host is lost over it
+                self._hosts.assemble(self._caller.take_aside, everyone=False)
+                digests.update(self._caller.digests(set(everyone) - digests.keys()))
+            clients = [d for c in everyone if (d := digests[c]) is not None]
+            if len(clients) < len(everyone):
+                absent = [c for c in everyone if digests[c] is None]
+                self.observer.warning(f"no state_hash: the state of clients {ids_text(absent)} could not be asked for")
                 return None
-            clients = [digests[c] for c in range(self.job.task.num_clients)]
         self._caller.send_verdicts()
         return hash_state({"server": view.state, "clients": clients})
 
@@ -585,13 +614,6 @@ class ServerLoop:
             "version": fldist.__version__,
             "directory": str(self.output.directory),
         }
-
-
-def _ids(ids: Sequence[int]) -> str:
-    """A list of ids that stays readable when it is long."""
-    ids = sorted(ids)
-    shown = ", ".join(str(i) for i in ids[:20])
-    return shown if len(ids) <= 20 else f"{shown} and {len(ids) - 20} more"
 
 
 def fix_threads(threads: int) -> Callable[[], None]:

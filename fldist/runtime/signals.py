@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; schedulers that end a job; schedulers that announce the end (`sbatch --signal=B:USR1@60`)."""
+
 
 class Interrupted(BaseException):
     """A signal asked the run to end. No Exception: nothing that handles errors may swallow it."""
@@ -23,7 +26,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted` inside (in the main thread; elsewhere nothing changes)."""
+    """SIGINT, SIGTERM and SIGUSR1 raise `Interrupted` inside (in the main thread; elsewhere nothing changes)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -31,7 +34,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in ENDING}
     try:
         yield
     finally:
@@ -45,7 +48,7 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = {signal.SIGINT, signal.SIGTERM}
+    numbers = set(ENDING)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

@@ -2,8 +2,9 @@
 
 What a client method writes is staged under (round, attempt). The verdict at the round's end says, per client,
 how many of its calls were accepted: their writes are committed in order, the rest is dropped. A state has a version,
-`round.attempt.call` of the call that wrote it last ("" before any); each call says which version it starts from, and
-a host that does not have it in memory reads it from the client's files.
+`round.attempt.call.epoch` of the call that wrote it last ("" before any), where the epoch counts the server's starts:
+what a host wrote for a server that has died since has another name than what its successor asks for. Each call says
+which version it starts from, and a host that does not have it in memory reads it from the client's files.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ from torch import Tensor
 from fldist.algorithm import State
 from fldist.params import Params
 from fldist.runtime.checkpoint import ClientFiles, Damaged
+from fldist.wire.codec import Head
 
 RoundKey = tuple[int, int]
 """(round, attempt)."""
+
+
+def version_of(head: Head) -> str:
+    """The version of what is written in the call that a head belongs to."""
+    return f"{head.round}.{head.attempt}.{head.call}.{head.epoch}"
 
 
 class ClientView:
@@ -106,17 +113,25 @@ def _contents(container: State | dict[Any, Any] | list[Any] | tuple[Any, ...]) -
 
 
 class ClientStates:
-    """The states of the clients that this host holds. files: where versions are kept past this process, if anywhere."""
+    """The states of the clients that this host holds."""
 
-    def __init__(self, init: Callable[[int], State], stateful: bool, files: ClientFiles | None = None) -> None:
+    files: ClientFiles | None = None
+    """Where versions are kept past this process, if anywhere."""
+
+    def __init__(self, init: Callable[[int], State], stateful: bool) -> None:
         self._init = init
         self._stateful = stateful
-        self._files = files
         self._committed: dict[int, dict[str, Any]] = {}
         self._versions: dict[int, str] = {}  # of what is committed here
         self._key: RoundKey = (0, 0)
         self._staged: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # by call: version, writes
         self._scratch: dict[int, State] = {}
+
+    def forget_round(self) -> None:
+        """Another server has taken over: drop what is staged, and take no round for one that has begun already."""
+        self._key = (0, 0)
+        self._staged.clear()
+        self._scratch.clear()
 
     def begin(self, key: RoundKey) -> bool:
         """Enter a round or an attempt; what was staged for another one is dropped. True if it is a new one."""
@@ -137,11 +152,11 @@ class ClientStates:
         """Have this version of a client's state as the committed one; Damaged when it cannot be had."""
         if not self._stateful or self._versions.get(client, "") == version:
             return
-        if version and self._files is None:
+        if version and self.files is None:
             raise Damaged(f"client {client}: this host has no state of version {version}, and no files to look in")
         if version:
-            assert self._files is not None
-            self._committed[client] = self._files.read(client, version)
+            assert self.files is not None
+            self._committed[client] = self.files.read(client, version)
         else:
             self._committed.pop(client, None)
         self._versions[client] = version
@@ -159,13 +174,13 @@ class ClientStates:
         Nothing is staged when the files cannot be written: OSError, which costs the client its reply.
         """
         staged = self._staged.setdefault(client, [])
-        kept = bool(writes) and self._files is not None
+        kept = bool(writes) and self.files is not None
         if kept:
-            assert self._files is not None
+            assert self.files is not None
             whole = dict(self.committed(client))
             for _, earlier in staged:
                 whole.update(earlier)
-            self._files.write(client, version, {**whole, **writes})
+            self.files.write(client, version, {**whole, **writes})
         staged.append((version, writes))
         return kept
 
@@ -177,7 +192,7 @@ class ClientStates:
             for client, calls in self._staged.items():
                 for version, writes in calls[: accepted.get(client, len(calls))]:
                     self.committed(client).update(writes)
-                    if writes and self._files is not None:
+                    if writes and self.files is not None:
                         self._versions[client] = version
         self._staged.clear()
         self._scratch.clear()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fldist.kinds import Form, Kind, Schema
+from fldist.kinds import HELD, Form, Kind, Schema
 from fldist.params import Layout, Params
 from fldist.wire.errors import BadMessage
 
@@ -202,19 +202,22 @@ class FrameBuilder:
         self._keep: list[Tensor] = []  # ids are only unique while their tensors live
 
     def add(self, message: Message, schema: Schema, values: Sequence[Any], once: dict[str, int] | None = None) -> None:
-        """Append a message whose fields have these values, in the schema's order.
+        """Append a message whose fields have these values, in the schema's order; once: versions of `Once` values.
 
         What the receiver would refuse is a ValueError here, and adds nothing.
         """
         before = len(self.frame.parts)
         try:
             for spec, value in zip(schema.fields, values, strict=True):
-                built = self._field(spec.name, spec.kind, spec.form, spec.optional, value)
+                if value is HELD:
+                    built = FieldValue(Form.HELD)
+                else:
+                    built = self._field(spec.name, spec.kind, spec.form, spec.optional, value)
                 if once and spec.name in once:
                     built.version = once[spec.name]
                 message.fields.append(built)
             layout = self._layout(message.client) if self._layout is not None else None
-            _validate_fields(message, schema, self.frame.parts, layout)
+            _validate_fields(message, schema, self.frame.parts, layout, once is not None)
         except (ValueError, BadMessage) as error:
             del self.frame.parts[before:]
             self._known = {k: i for k, i in self._known.items() if i < before}
@@ -324,6 +327,8 @@ class Expected:
     schema: Callable[[int], Schema | None]
     layout: Callable[[int], Layout]
     num_clients: int = 2**32
+    once: bool = False
+    """Whether fields may be `Once` values, and stand for those held."""
 
 
 FIXED_BYTES = _HEAD.size
@@ -484,7 +489,7 @@ def _parse_field(data: bytes, at: int) -> tuple[FieldValue, int]:
             raise BadMessage("a name stands twice in a field of named tensors")
         value.parts, value.names = tuple(indices), tuple(names)
     else:
-        count = {Form.NONE: 0, Form.TENSOR: 1, Form.PARAMS: 2}[form]
+        count = {Form.NONE: 0, Form.HELD: 0, Form.TENSOR: 1, Form.PARAMS: 2}[form]
         value.parts = struct.unpack_from(f"<{count}I", data, at)
         at += 4 * count
     return value, at
@@ -506,18 +511,22 @@ def _validate(frame: Frame, expected: Expected) -> None:
             if message.fields:
                 raise BadMessage("an error with fields")
             continue
-        used |= _validate_fields(message, schema, frame.parts, expected.layout(message.client))
+        used |= _validate_fields(message, schema, frame.parts, expected.layout(message.client), expected.once)
     if len(used) != len(frame.parts):
         raise BadMessage("the frame has parts that no message uses")
 
 
-def _validate_fields(message: Message, schema: Schema, parts: list[Part], layout: Layout | None) -> set[int]:
+def _validate_fields(
+    message: Message, schema: Schema, parts: list[Part], layout: Layout | None, once: bool
+) -> set[int]:
     """Compare one message's fields with its schema; returns the parts they use."""
     used: set[int] = set()
     if len(message.fields) != len(schema.fields):
         raise BadMessage(f"{len(message.fields)} fields where the schema has {len(schema.fields)}")
     for spec, value in zip(schema.fields, message.fields, strict=True):
-        if value.form is Form.NONE and spec.optional:
+        if value.version is not None and not once:
+            raise BadMessage(f"field {spec.name!r} is given as Once, which only a call's arguments are")
+        if (value.form is Form.NONE and spec.optional) or (value.form is Form.HELD and value.version is not None):
             continue
         number = {Form.FLOAT, Form.INT}
         if value.form is not spec.form and not {value.form, spec.form} <= number:
@@ -557,9 +566,11 @@ def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: La
 
 
 def value_of(frame: Frame, value: FieldValue, layout: Layout) -> Any:
-    """Build a field's value from a complete frame; tensors share the frame's memory."""
+    """Build a field's value from a complete frame; tensors share the frame's memory. What is held stays `HELD`."""
     if value.form is Form.NONE:
         return None
+    if value.form is Form.HELD:
+        return HELD
     if value.form in (Form.FLOAT, Form.INT):
         return value.number
     tensors = [None if i == _NO_PART else frame.parts[i].tensor for i in value.parts]

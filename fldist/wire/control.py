@@ -36,6 +36,8 @@ from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost
 MAX_HALF_OPEN = 256
 """Connections that have not proved who they are; beyond this the oldest is closed."""
 HANDSHAKE_S = 10.0
+_TURN_S = 0.1
+"""How late silence is noticed at most."""
 CLOSED_BY_PEER = "connection closed by the peer"
 
 
@@ -192,7 +194,7 @@ class ControlPlane:
         next_beat = time.monotonic()
         last_turn = time.monotonic()
         while not self._stopping:
-            ready = self._selector.select(max(0.0, min(next_beat - time.monotonic(), 0.2)))
+            ready = self._selector.select(max(0.0, min(next_beat - time.monotonic(), _TURN_S)))
             for key, _ in ready:
                 self._handle(key.fileobj, key.data)
             self._take_pending()

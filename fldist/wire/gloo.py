@@ -41,6 +41,7 @@ class GlooServer(ServerLink):
         limits: Limits,
         token: str | None = None,
         bind: str = "127.0.0.1",
+        port: int = 0,
         checksum: bool = False,
         survives: str = "",
     ) -> None:
@@ -57,7 +58,13 @@ class GlooServer(ServerLink):
         self._old_transport = [0, 0]
         self._closing = False
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-        listener = socket.create_server((bind, 0), family=family, backlog=1024)
+        try:
+            listener = socket.create_server((bind, port), family=family, backlog=1024)
+        except OSError as error:
+            raise ValueError(
+                f"network.control_port: {bind} port {port or 'any'} cannot be listened on ({error.strerror}); "
+                "choose another port, the same at every rank"
+            ) from None
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, on_accept=lambda connection: None)
         self._listener = listener
@@ -155,10 +162,10 @@ class GlooServer(ServerLink):
     def _session_lost(self, session: Session, reason: str) -> None:
         self._old_transport[0] += session.connection.transport_in
         self._old_transport[1] += session.connection.transport_out
-        self._sessions.pop(session.rank, None)
         self.connected.discard(session.rank)
         if not self._closing:
             self.events.put(Lost(session.rank, reason))
+        self._sessions.pop(session.rank, None)  # last: only now may it join again, so `Joined` comes after `Lost`
 
     # ---- the round loop's side
     def post(self, rank: int, frame: Frame) -> bool:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from fldist.kinds import Form, Kind, Schema
+from fldist.lines import Lines
 from fldist.wire.codec import _NO_PART, Frame, Status
 
 Direction = Literal["up", "down"]
@@ -30,6 +31,10 @@ UNTRAINED_PHASES = frozenset({"setup", "select", "evaluate"})
 """Phases that are not training; `bytes.logical` and `bytes.by_kind` leave them out."""
 
 ROTATE_BYTES = 256 * 10**6
+
+
+Kinds = dict[Kind, tuple[int, int]]
+"""(logical, encoded) bytes by kind."""
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Booked:
     client: int
     rank: int
     direction: Direction
-    kinds: dict[Kind, tuple[int, int]]  # kind -> (logical, encoded)
+    kinds: Kinds
     framing_bytes: int
     wire_bytes: int
     shared_with: int | None
@@ -58,29 +63,33 @@ class Booked:
         return sum(logical for logical, _ in self.kinds.values())
 
     def settle(self, status: Outcome, done_ns: int = 0) -> None:
-        """Give the outcome; only the first one counts, except that a delivered message may prove late or refused."""
-        if self.status == "open" or (self.status == "delivered" and status in ("late", "refused")):
+        """Give the outcome; only the first one counts, except that what was delivered may prove to be of no use."""
+        if self.status == "open" or (self.status == "delivered" and status in ("late", "refused", "resent")):
             self.status = status
             self.done_ns = done_ns or self.done_ns
 
 
-def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]]:
-    """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame."""
+def costs(
+    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None
+) -> list[tuple[Kinds, int, int, int | None]]:
+    """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame.
+
+    once: by client, the kinds of `Once` values that are booked with its message, whether or not they travel in it.
+    """
     booked: dict[int, int] = {}  # part -> client that carries its wire bytes
     payload_in_head = sum(p.bytes for p in frame.parts if p.inline)
-    result: list[tuple[dict[Kind, tuple[int, int]], int, int, int | None]] = []
+    result: list[tuple[Kinds, int, int, int | None]] = []
     for number, message in enumerate(frame.messages):
-        kinds: dict[Kind, tuple[int, int]] = {}
+        kinds: Kinds = dict((once or {}).get(message.client, {}))
         distinct = 0
         shared_with: int | None = frame.messages[0].client if number else None
         fields = [] if message.status is Status.ERROR else message.fields
         for spec, value in zip(schema.fields, fields, strict=False):
             logical, encoded = kinds.get(spec.kind, (0, 0))
             if value.form in (Form.FLOAT, Form.INT):
-                kinds[spec.kind] = (logical + 8, encoded + 8)
+                logical, encoded = logical + 8, encoded + 8
                 payload_in_head += 8
                 distinct += 8
-                continue
             for index in value.parts:
                 if index == _NO_PART:
                     continue
@@ -92,7 +101,7 @@ def costs(frame: Frame, schema: Schema) -> list[tuple[dict[Kind, tuple[int, int]
                 else:
                     booked[index] = message.client
                     distinct += part.bytes
-            if value.form is not Form.NONE:
+            if value.form is not Form.NONE and value.version is None:
                 kinds[spec.kind] = (logical, encoded)
         result.append((kinds, 0, distinct, shared_with))
     if result:
@@ -173,8 +182,7 @@ class Ledger:
         self.totals = totals or Totals()
         self.round_totals = Totals()
         self._open: list[Booked] = []
-        self._path = path
-        self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+        self._lines = Lines(path) if path else None
 
     def book(
         self,
@@ -185,11 +193,14 @@ class Ledger:
         phase: str,
         rank: int,
         times: Iterable[tuple[int, int, int]],
+        once: Mapping[int, Kinds] | None = None,
     ) -> list[Booked]:
-        """Enter a frame's messages as open; `times` has (ready, sent, done) for each."""
+        """Enter a frame's messages as open; `times` has (ready, sent, done) for each; once: see `costs`."""
         head = frame.head
         entered = []
-        for message, cost, (ready, sent, done) in zip(frame.messages, costs(frame, schema), times, strict=True):
+        for message, cost, (ready, sent, done) in zip(
+            frame.messages, costs(frame, schema, once), times, strict=True
+        ):
             kinds, framing, wire, shared_with = cost
             entered.append(
                 Booked(
@@ -212,6 +223,12 @@ class Ledger:
         self._open += entered
         return entered
 
+    def void(self, number: int, attempt: int) -> None:
+        """An attempt at a round is made again: what it exchanged is exchanged once more, and counts as `resent`."""
+        for message in self._open:
+            if (message.round, message.attempt) == (number, attempt):
+                message.settle("resent")
+
     def flush(self, *, final: bool = False) -> None:
         """Write and count what is settled, in order of call, direction and client; `final`: the rest is lost."""
         if final:
@@ -226,11 +243,15 @@ class Ledger:
             self.totals.add(message)
             self.round_totals.add(message)
             lines += _rows(message)
-        if self._file is not None and self._path is not None:
-            self._file.writelines(lines)
-            self._file.flush()
-            if self._file.tell() > ROTATE_BYTES:
+        if self._lines is not None:
+            self._lines.write(lines)
+            if self._lines.size > ROTATE_BYTES and self._lines.problem is None:
                 self._rotate()
+
+    @property
+    def problem(self) -> str | None:
+        """Why rows wait to be written, or None."""
+        return self._lines.problem if self._lines is not None else None
 
     def take_round(self) -> Totals:
         """The totals since the last call of this."""
@@ -242,18 +263,19 @@ class Ledger:
         self.totals.add_transport(up, down)
 
     def close(self) -> None:
-        """Settle everything and close the file."""
+        """Settle everything and close the file; OSError when rows cannot be written."""
         self.flush(final=True)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.close()
 
     def _rotate(self) -> None:
-        assert self._file is not None and self._path is not None
-        self._file.close()
-        number = len(list(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))) + 1
-        self._path.rename(self._path.with_name(f"{self._path.stem}-{number:04d}{self._path.suffix}"))
-        self._file = self._path.open("a", encoding="utf-8")
+        assert self._lines is not None
+        path = self._lines.path
+        self._lines.close()
+        number = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}"))) + 1
+        path.rename(path.with_name(f"{path.stem}-{number:04d}{path.suffix}"))
+        self._lines = Lines(path)
 
 
 def _rows(message: Booked) -> list[str]:

@@ -24,6 +24,7 @@ class LocalServer(ServerLink):
         self._host_expects = host_expects
         self._work: list[Iterator[Frame]] = []
         self._latest = (0, 0)
+        self._epoch = 0
         self.connected.add(0)
 
     @property
@@ -33,6 +34,7 @@ class LocalServer(ServerLink):
 
     def admit(self, welcome: Welcome) -> None:
         """The only host is there at once."""
+        self._epoch = welcome.epoch
         self.events.put(Joined(0, 1, own_info(), 0))
 
     def post(self, rank: int, frame: Frame) -> bool:
@@ -41,6 +43,7 @@ class LocalServer(ServerLink):
         if frame.head.type in (FrameType.CALL, FrameType.DIGEST):
             self._latest = max(self._latest, key)
         self.number(frame)
+        frame.head.epoch = self._epoch
         started = frame.head.sent_ns
         arrived = _carried(frame, self._host_expects)
         self.events.put(Sent(rank, frame.head.seq, started, time.monotonic_ns()))
