@@ -341,9 +341,12 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
         elif not isinstance(error, RunStopped | Interrupted):  # of these the observer has told
             log.exception("the server failed")
         sys.stderr.flush()
-        if link.fault_tolerant:  # where Abort does not end the others
+        if link.fault_tolerant:
+            # Abort does not end the others here, and its code is lost once a rank has died; an exit code is not
             with undisturbed():
                 link.close(1.0)
+            if not finalizes():
+                raise
         comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
         raise
     link.close(GOODBYE_S)
