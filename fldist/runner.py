@@ -434,7 +434,8 @@ def spawned_host(comm: Any, rank: int, join_s: float) -> None:
     from mpi4py import MPI
 
     _be_mpi_host(comm, rank, Limits(join_s))
-    # mpirun wants this of a spawned process; no other rank is waited for, but better a limit than a hanging job
+    # mpirun wants this of a spawned process. It is a world of its own, so that nobody is waited for; if it were, then
+    # better a limit than a hanging job
     limit = threading.Timer(GOODBYE_S, os._exit, (0,))
     limit.daemon = True
     limit.start()

@@ -74,7 +74,7 @@ def eventually_none(mpirun_pid: int) -> list[int]:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One job with all deaths and replacements; what its server saw."""
     directory = tmp_path_factory.mktemp("scenes")
-    done = run(mpirun(7, str(ROOT / "tests" / "ulfm_scenes.py"), str(directory)), 110)
+    done = run(mpirun(7, str(ROOT / "tests" / "ulfm_scenes.py"), str(directory)), 100)
     assert (directory / "seen.json").exists(), done.stdout
     seen: dict[str, Any] = json.loads((directory / "seen.json").read_text())
     assert set(seen["scenes"]) == {"many_deaths", "in_a_row", "stopped", "failing_starts", "the_real_one"}, done.stdout
@@ -147,8 +147,8 @@ def test_a_stopped_host_is_lost_after_its_silence_and_ends_when_it_is_replaced(s
 
 def test_a_replacement_that_does_not_start_is_given_up(scenes: dict[str, Any]) -> None:
     before_mpi, before_joining = scenes["failing"]
-    assert before_mpi["reason"] == "its replacement did not start within 2.5 s"
-    assert before_mpi["took_s"] < 3.0
+    assert before_mpi["reason"] == "its replacement did not start within 1 s"
+    assert before_mpi["took_s"] < 1.5
     assert before_joining["reason"] in ("its process died", "silent for 20 s")
     for failed in scenes["failing"]:
         assert failed["trips"][-1] < 0.4
@@ -160,10 +160,10 @@ def test_a_host_that_the_server_spawned_is_a_host_like_others(scenes: dict[str, 
     assert "rank 2: joined from" in scenes["real"]["log"]
 
 
-def test_the_job_ends_well_and_leaves_nothing(scenes: dict[str, Any]) -> None:
+def test_the_job_ends_well_and_leaves_nothing_also_with_a_replacement_on_its_way(scenes: dict[str, Any]) -> None:
     assert scenes["returncode"] == 0, scenes["out"]
     assert scenes["all_left"]
-    assert scenes["close_s"] < 5.0
+    assert scenes["close_s"] < 9.0
     assert scenes["left"] == []
     assert [file for file in scenes["files"] if Path(file).exists()] == []
     assert any("sm_segment" in file for file in scenes["files"])
@@ -174,6 +174,14 @@ def test_hosts_end_when_the_server_dies(tmp_path: Path) -> None:
     done = run(command, 40, ULFM_END="server dies")
     assert done.returncode != 0
     assert done.stdout.count("host: the server is gone: its process died") == 2, done.stdout
+    assert done.left == []  # type: ignore[attr-defined]
+
+
+def test_a_host_that_ends_with_an_exit_code_is_lost_after_its_silence(tmp_path: Path) -> None:
+    """MPI tells nobody of it, and MPI_Finalize would wait for it."""
+    done = run(mpirun(3, str(ROOT / "tests" / "ulfm_scenes.py"), str(tmp_path)), 40, ULFM_END="host exits")
+    assert "the server has ended" in done.stdout
+    assert done.returncode == 7
     assert done.left == []  # type: ignore[attr-defined]
 
 

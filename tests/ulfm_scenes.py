@@ -94,8 +94,9 @@ def be_host(comm: Any, rank: int) -> None:
         note = frame.note
         engine.stamp = Path(note.get("stamp", "/dev/null"))
         engine.moment = note.get("moment", "")
-        if engine.moment == "now":
-            engine.die()
+        if engine.moment == "exit":
+            engine.stamp.write_text(str(time.monotonic()))
+            os._exit(7)
         if engine.moment == "compute":
             torch.randn(400, 400) @ torch.randn(400, 400)
             time.sleep(0.05)
@@ -184,7 +185,7 @@ class Server:
     def quiet(self) -> None:
         """Round trips with nothing else going on, to compare with."""
         self.trips.clear()
-        self.until(lambda: len(self.trips) >= 300)
+        self.until(lambda: len(self.trips) >= 150)
         self.seen["quiet"] = sorted(self.trips)
 
     def kill(self, rank: int, moment: str) -> dict[str, Any]:
@@ -273,13 +274,13 @@ def many_deaths(server: Server, seen: dict[str, Any]) -> None:
 def in_a_row(server: Server, seen: dict[str, Any]) -> None:
     """Rank 2 is replaced and killed again and again; the server's usage after each time."""
     seen["row"] = []
-    times = int(os.environ.get("ULFM_TIMES", "4"))
+    times = int(os.environ.get("ULFM_TIMES", "3"))
     for k in range(times):
         again = server.respawn(2)
         server.until(lambda: False, 0.6)  # what is freed at a heartbeat
         seen["row"].append({**again, "usage": usage()})
         if k < times - 1:
-            seen["deaths"].append(server.kill(2, ("download", "now", "upload")[k % 3]))
+            seen["deaths"].append(server.kill(2, ("download", "upload")[k % 2]))
 
 
 def stopped(server: Server, seen: dict[str, Any]) -> None:
@@ -306,14 +307,14 @@ def failing_starts(server: Server, seen: dict[str, Any]) -> None:
     seen["failing"] = []
     normal = mpi.SPAWNED
     limits = server.link.limits
-    for name, spawned in {
-        "before MPI": ("-c", "pass"),
-        "before joining": ("-c", "import mpi4py.MPI, os, time; time.sleep(0.5); os.kill(os.getpid(), 9)"),
+    for (name, join_s), spawned in {
+        ("before MPI", 1.0): ("-c", "pass"),
+        ("before joining", 6.0): ("-c", "import mpi4py.MPI, os, time; time.sleep(0.5); os.kill(os.getpid(), 9)"),
     }.items():
         since = len(server.events)
         server.trips.clear()
         mpi.SPAWNED = spawned
-        server.link.limits = Limits(join_s=2.5, silence_s=2.0)
+        server.link.limits = Limits(join_s=join_s, silence_s=2.0)
         server.link.respawn(2)
         began = time.monotonic()
         server.until(lambda since=since: bool(server.took(since, Lost, 2)))
@@ -341,6 +342,8 @@ def the_real_one(server: Server, seen: dict[str, Any]) -> None:
         "incarnation": server.incarnations[2],
         "log": (server.directory / "rank-2.log").read_text() if joined else "",
     }
+    server.kill(2, "idle")
+    server.link.respawn(2)  # and the end comes before it has joined
 
 
 def serve(comm: Any, directory: Path) -> None:
@@ -353,6 +356,11 @@ def serve(comm: Any, directory: Path) -> None:
         server.quiet()
         if os.environ.get("ULFM_END") == "server dies":
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("ULFM_END") == "host exits":
+            seen["exits"] = server.kill(2, "exit")
+            server.end()
+            print("the server has ended", flush=True)
+            return
         for scene in (many_deaths, in_a_row, stopped, failing_starts, the_real_one):
             began = time.monotonic()
             scene(server, seen)

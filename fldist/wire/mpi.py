@@ -501,17 +501,15 @@ class MpiServer(ServerLink):
     def respawn(self, rank: int) -> None:
         """Start a process in place of a lost host: `Joined` with the next incarnation follows, or `Lost` again.
 
-        Never blocks. Needs `fault_tolerant`. A call while the rank's replacement is on its way changes nothing.
+        Never blocks. Needs `fault_tolerant`. Nothing happens while the host is there or its replacement on its way.
         """
         if not self.fault_tolerant:
             raise RuntimeError(self.survives)
         peer = self._engine.peers[rank]
-        if peer.lost is None:
-            raise ValueError(f"host {rank} is not lost")
-        _kill(peer)  # one that fell silent would go on as a second rank k when it wakes up
         with self._joining:
-            if rank in self._spawning or self._closing:
+            if peer.lost is None or rank in self._spawning or self._closing:
                 return
+            _kill(peer)  # one that only fell silent would still be there at the end
             self._spawning.add(rank)
         threading.Thread(target=self._replace, args=(rank,), name=f"fldist-respawn-{rank}", daemon=True).start()
 

@@ -17,7 +17,8 @@ def prepare() -> None:
         return
     import mpi4py
 
-    # MPI_Finalize would wait for ranks that have died. mpirun is content with ranks that end without it.
+    # MPI_Finalize waits as long as another rank is busy, and for ever for one that ended with an exit code (not for
+    # one that was killed). mpirun is content with ranks that end without it.
     mpi4py.rc.finalize = False
     # With "put" a large message to a process that dies deadlocks the sender in Open MPI 5.0: on the error the TCP
     # module reports the message's end while it holds the endpoint's lock, and the answer to that report wants the
