@@ -147,6 +147,9 @@ def main() -> None:
     if sys.argv[1:] == ["_host"]:
         _main_host()
         return
+    if sys.argv[1:2] == ["_spawned"]:
+        _main_spawned(sys.argv[2:])
+        return
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -198,3 +201,28 @@ def _main_host() -> None:
     except TransportError as error:
         print(f"fldist host: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _main_spawned(arguments: list[str]) -> None:
+    """A process that the server of an MPI run has spawned: rank and limit on joining, in seconds, are its arguments.
+
+    MPI comes first: until this process has called MPI_Init the server's spawn waits, and if it ended before, for ever.
+    """
+    import signal
+
+    if len(arguments) != 2:
+        sys.exit("fldist: `fldist _spawned` is started by the server of an MPI run, not by hand")
+    rank, join_s = int(arguments[0]), float(arguments[1])
+    signal.setitimer(signal.ITIMER_REAL, join_s)  # kills it, whatever it hangs in
+    from fldist.wire.ulfm import prepare
+
+    prepare()
+    from mpi4py import MPI
+
+    parent = MPI.Comm.Get_parent()
+    if parent == MPI.COMM_NULL:
+        sys.exit("fldist: `fldist _spawned` is started by the server of an MPI run, not by hand")
+    from fldist.runner import spawned_host
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    spawned_host(parent, rank, join_s)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +36,12 @@ from fldist.runtime.membership import RunStopped, Supervisor
 from fldist.runtime.output import Output, default_directory, discard, prepare
 from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
-from fldist.wire.errors import TransportError
+from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
 
 if TYPE_CHECKING:
     from fldist.wire.gloo import GlooServer
+    from fldist.wire.mpi import MpiServer
 
 log = logging.getLogger("fldist")
 
@@ -298,15 +300,41 @@ def _torchrun_directory(settings: Settings, world: World) -> Path:
     return Path(store.get(_DIRECTORY_KEY).decode())
 
 
+class _Spawning:
+    """The hosts of an MPI run whose server can spawn replacements. again: whether it does."""
+
+    survives_loss = True
+
+    def __init__(self, link: MpiServer, again: bool) -> None:
+        self._link = link
+        self._again = again
+
+    def explain(self, rank: int, reason: str) -> str:
+        """What the link saw."""
+        return reason
+
+    def killed(self, rank: int) -> bool:
+        """MPI tells of no other deaths."""
+        return self._again
+
+    def restart(self, rank: int) -> bool:
+        """Spawn a replacement."""
+        if self._again:
+            self._link.respawn(rank)
+        return self._again
+
+
 def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
     comm = _mpi_world()
     from fldist.wire.mpi import MpiServer
+    from fldist.wire.ulfm import finalizes
 
     deadlines = settings.deadlines
     link = MpiServer(comm, Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s))
     try:
         ranks = list(range(1, comm.Get_size()))
-        hosts = Unsupervised(survives_loss=False)
+        again = settings.faults.restart == "on-failure"
+        hosts = _Spawning(link, again) if link.fault_tolerant else Unsupervised(survives_loss=False)
         result = _server_loop(settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", hosts).run()
     except BaseException as error:
         if isinstance(error, ValueError):
@@ -314,17 +342,28 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
         elif not isinstance(error, RunStopped | Interrupted):  # of these the observer has told
             log.exception("the server failed")
         sys.stderr.flush()
+        if link.fault_tolerant:
+            # Abort does not end the others here, and its code is lost once a rank has died; an exit code is not
+            with undisturbed():
+                link.close(1.0)
+            if not finalizes():
+                raise
         comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
         raise
     link.close(GOODBYE_S)
     if not link.all_left:
         log.warning("a host is still busy with an old call; the MPI job is ended without it")
         comm.Abort(0)
+    if not link.intact and finalizes():
+        comm.Abort(0)
     return result
 
 
 def _mpi_world() -> Any:
+    from fldist.wire.ulfm import prepare
+
     try:
+        prepare()
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
@@ -336,19 +375,8 @@ def _mpi_world() -> Any:
 # ---- hosts
 def _be_host(world: World, settings: Settings) -> dict[str, Any]:
     if world.launcher == "mpi":
-        from fldist.wire.mpi import MpiHost
-
         deadlines = settings.deadlines
-        comm = _mpi_world()
-        try:
-            link = MpiHost(comm, Limits(deadlines.join_s, deadlines.client_timeout_s))
-            with _log_of(link, world.rank):
-                signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server ends the run
-                _serve_as_host(link, world.rank, _Built())
-        except BaseException as error:
-            print(f"fldist: host {world.rank}: {error}", file=sys.stderr, flush=True)
-            comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
-            raise
+        _be_mpi_host(_mpi_world(), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
         return {}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it to all ranks: the server ends the run
     address, port, token = _torchrun_store(world, settings.deadlines.join_s).get(_STORE_KEY).decode().split()
@@ -377,6 +405,43 @@ def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: f
                 raise
             log.warning("rank %d: %s; waiting for the server, %.0f s at most", world.rank, error, left)
             time.sleep(min(0.2, left))
+
+
+def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
+    from fldist.wire.mpi import Dismissed, MpiHost
+    from fldist.wire.ulfm import ulfm
+
+    try:
+        link = MpiHost(comm, limits)
+        with _log_of(link, rank):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server ends the run
+            _serve_as_host(link, rank, _Built())
+    except Dismissed:
+        log.info("rank %d: the run ended before this host had joined it", rank)
+    except BaseException as error:
+        print(f"fldist: host {rank}: {error}", file=sys.stderr, flush=True)
+        if not ulfm():
+            comm.Abort(1)  # the others would wait for this rank in MPI_Finalize
+            raise
+        sys.stdout.flush()
+        if isinstance(error, PeerLost):
+            os._exit(1)
+        # a process that ends with an exit code is not reported as failed to the other ranks, a killed one is
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spawned_host(comm: Any, rank: int, join_s: float) -> None:
+    """What a process does that the server spawned in place of a lost host. comm: the one to its parent."""
+    from mpi4py import MPI
+
+    _be_mpi_host(comm, rank, Limits(join_s))
+    # mpirun wants this of a spawned process. It is a world of its own, so that nobody is waited for; if it were, then
+    # better a limit than a hanging job
+    limit = threading.Timer(GOODBYE_S, os._exit, (0,))
+    limit.daemon = True
+    limit.start()
+    MPI.Finalize()
+    limit.cancel()
 
 
 def child_host() -> None:

@@ -198,9 +198,7 @@ class Ledger:
         """Enter a frame's messages as open; `times` has (ready, sent, done) for each; once: see `costs`."""
         head = frame.head
         entered = []
-        for message, cost, (ready, sent, done) in zip(
-            frame.messages, costs(frame, schema, once), times, strict=True
-        ):
+        for message, cost, (ready, sent, done) in zip(frame.messages, costs(frame, schema, once), times, strict=True):
             kinds, framing, wire, shared_with = cost
             entered.append(
                 Booked(

@@ -1,18 +1,28 @@
 """MPI: heads, bodies and heartbeats over MPI itself; one I/O thread per process makes all MPI calls.
 
 The thread spins for 50 us and then naps in steps of 0.5 ms, so that waiting does not burn a core. A head's size
-is probed before it is received, a body's size is known from the checked head. Without ULFM the death of any
-rank ends the whole job: that is MPI's own doing.
+is probed before it is received, a body's size is known from the checked head. Every peer has a channel of its own
+(a communicator and a rank in it), and whatever goes wrong on a channel costs that peer alone.
+
+Without ULFM the death of any rank ends the whole job: that is MPI's own doing. With it (`mpirun --with-ft ulfm`) a
+probe of a dead peer's channel raises within milliseconds, and the server can spawn a replacement, whose channel is
+the intercommunicator that comes of it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
+import signal
+import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fldist.wire.codec import (
@@ -41,40 +51,80 @@ from fldist.wire.link import (
     check_session,
     own_info,
 )
+from fldist.wire.ulfm import ulfm
 
+log = logging.getLogger("fldist.mpi")
+
+SPAWNED = ("-m", "fldist", "_spawned")
+"""What Python runs in a replacement; its arguments are the rank and the limit on joining, in seconds."""
 _HEAD_TAG = 1
 _BODY_TAG = 2
 _SPIN_S = 50e-6
 _NAP_S = 0.5e-3
+_NOBODY = (bytes(16), 0, 0)
 
 
-@dataclass
-class _Peer:
-    """What the I/O thread knows of one other rank."""
+class Dismissed(PeerLost):
+    """The run ended before this host had joined it."""
+
+
+def _channel(comm: Any) -> Any:
+    """The communicator to use for `comm`: a copy, or an intercommunicator itself, which nobody else uses."""
+    from mpi4py import MPI
+
+    for each in (MPI.COMM_WORLD, MPI.COMM_SELF, comm):
+        each.Set_errhandler(MPI.ERRORS_RETURN)
+    if comm.Is_inter():
+        return comm
+    own = comm.Dup()
+    own.Set_errhandler(MPI.ERRORS_RETURN)
+    return own
+
+
+@dataclass(eq=False)
+class Peer:
+    """One incarnation of another rank, as the I/O thread knows it."""
 
     rank: int
+    comm: Any
+    at: int
+    """Its rank in `comm`."""
     last_heard: float
     silence_s: float  # the joining limit at first, the limit on silence once the peer is ready
-    identity: tuple[bytes, int, int] = (bytes(16), 0, 0)
+    identity: tuple[bytes, int, int] = _NOBODY
+    head: tuple[bytearray, Any] | None = None  # a head on its way, and its request
     waiting: deque[Frame] = field(default_factory=deque)  # heads whose bodies are still to come, in order
     receiving: list[Any] | None = None
     window: int = 1
     lost: str | None = None  # why
     sent_ns: dict[int, int] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)  # what it said of itself when it joined
+    dead: bool = False  # its process is known to have ended
+    dismissed: bool = False  # has been sent a goodbye
+    left: bool = False  # has said goodbye
+
+
+@dataclass
+class _Sending:
+    """What must stay alive until it is sent."""
+
+    peer: Peer
+    data: Any
+    requests: list[Any]
+    counts: bool  # in `_unsent`
 
 
 class Engine:
-    """The I/O thread of one process."""
+    """The I/O thread of one process. channels: by rank a peer's communicator and its rank in that."""
 
     def __init__(
         self,
-        comm: Any,
-        peers: list[int],
+        channels: dict[int, tuple[Any, int]],
         limits: Limits,
         *,
-        deliver: Callable[[int, Frame], None],
-        acknowledged: Callable[[int, Head, int], None],
-        lost: Callable[[int, str], None],
+        deliver: Callable[[Peer, Frame], None],
+        acknowledged: Callable[[Peer, Head, int], None],
+        lost: Callable[[Peer, str], None],
         saw: Callable[[Head], None] = lambda head: None,
     ) -> None:
         from mpi4py import MPI
@@ -82,10 +132,9 @@ class Engine:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RuntimeError("this MPI gives no MPI_THREAD_MULTIPLE, which fldist needs (see `fldist doctor`)")
         self._mpi = MPI
-        self._comm = comm.Dup()
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        now = time.monotonic()
-        self.peers = {rank: _Peer(rank, now, max(limits.silence_s, limits.join_s)) for rank in peers}
+        self._status = MPI.Status()
+        self._join_s = max(limits.silence_s, limits.join_s)
+        self.peers = {rank: self._new(rank, *channel) for rank, channel in channels.items()}
         self.beat_s = limits.silence_s / 5
         self.expected: Expected | None = None
         self.transport_in = 0
@@ -94,9 +143,13 @@ class Engine:
         self._acknowledged = acknowledged
         self._lost = lost
         self._saw = saw
-        self._out: queue.SimpleQueue[tuple[int, Frame, bytes]] = queue.SimpleQueue()
-        # what must stay alive until sent, its requests, and whether it counts in `_unsent`
-        self._sending: list[tuple[Any, list[Any], bool]] = []
+        self._out: queue.SimpleQueue[tuple[Peer, Frame, bytes]] = queue.SimpleQueue()
+        self._replaced: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self._sending: list[_Sending] = []
+        # Requests to lost peers, each with its buffers. MPI cannot take back a transfer that has begun, and may
+        # write into (or read from) its memory for as long as the request is not complete, so both are kept: for
+        # ever, if need be. The transfers of a process that is dead complete with an error in most cases.
+        self._stuck: list[tuple[Any, list[Any]]] = []
         self._unsent = 0
         self._changed = threading.Condition()
         self._stopping = False
@@ -104,18 +157,27 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="fldist-mpi", daemon=True)
         self._thread.start()
 
-    def post(self, rank: int, frame: Frame, encoded: bytes) -> None:
+    def _new(self, rank: int, comm: Any, at: int) -> Peer:
+        return Peer(rank, comm, at, time.monotonic(), self._join_s)
+
+    # ---- for other threads
+    def post(self, peer: Peer, frame: Frame, encoded: bytes) -> None:
         """Queue an encoded frame; never blocks."""
         with self._changed:
             self._unsent += 1
-            self._out.put((rank, frame, encoded))
+            self._out.put((peer, frame, encoded))
             self._changed.notify_all()
 
-    def release(self, rank: int) -> None:
+    def release(self, peer: Peer) -> None:
         """Let the next bodies of a peer be received."""
         with self._changed:
-            self.peers[rank].window += 1
+            peer.window += 1
             self._changed.notify_all()
+
+    def adopt(self, rank: int, comm: Any, at: int) -> None:
+        """Put a new incarnation of a lost peer in its place."""
+        old, self.peers[rank] = self.peers[rank], self._new(rank, comm, at)
+        self._replaced.put(old)
 
     def wait_unsent(self, most: int, timeout_s: float | None) -> bool:
         """Wait until at most `most` frames are unsent."""
@@ -124,6 +186,15 @@ class Engine:
                 lambda: self._unsent <= most or all(p.lost for p in self.peers.values()), timeout_s
             )
 
+    def lose(self, peer: Peer, reason: str) -> None:
+        """Have nothing to do with a peer any more."""
+        with self._changed:
+            if peer.lost is not None:
+                return
+            peer.lost = reason
+            self._changed.notify_all()
+        self._lost(peer, reason)
+
     def stop(self) -> None:
         """End the thread; MPI must not be finalized before."""
         self._stopping = True
@@ -131,20 +202,24 @@ class Engine:
             self._changed.notify_all()
         self._thread.join(5.0)
 
+    # ---- the I/O thread
     def _run(self) -> None:
         try:
             self._loop()
         except Exception as error:
+            log.exception("the MPI thread failed")
             for peer in self.peers.values():
-                self._lose(peer, f"MPI: {error}")
+                self.lose(peer, f"MPI: {error}")
 
     def _loop(self) -> None:
         next_beat = time.monotonic() + self.beat_s
         last_turn = idle_since = time.monotonic()
         while not self._stopping:
+            while not self._replaced.empty():
+                self._put_aside(self._replaced.get())
             busy = self._start_sends()
-            busy |= self._probe()
-            busy |= self._receive()
+            for peer in self.peers.values():
+                busy |= self._receive(peer)
             busy |= self._finish_sends()
             now = time.monotonic()
             if now - last_turn > self.beat_s * 2.5:
@@ -161,45 +236,79 @@ class Engine:
                     if self._out.empty() and not self._stopping:
                         self._changed.wait(_NAP_S)
 
+    def _fail(self, peer: Peer, error: Exception) -> None:
+        """An error on a peer's channel, or in what came over it, costs that peer and nobody else."""
+        reason = str(error) or repr(error)
+        if isinstance(error, self._mpi.Exception):
+            reason = f"MPI: {reason}"
+            if error.Get_error_class() == getattr(self._mpi, "ERR_PROC_FAILED", None):
+                peer.dead = True
+                reason = "its process died"
+        self.lose(peer, reason)
+
     def _beat(self, now: float) -> None:
+        self._stuck = [(data, left) for data, requests in self._stuck if (left := self._incomplete(requests))]
         for peer in self.peers.values():
             if peer.lost:
                 continue
             if now - peer.last_heard > peer.silence_s:
-                self._lose(peer, f"silent for {peer.silence_s:g} s")
+                self.lose(peer, f"silent for {peer.silence_s:g} s")
                 continue
-            self._isend(peer.rank, self._heartbeat)
-            self.transport_out += len(self._heartbeat)
+            self._isend(peer, self._heartbeat)
 
-    def _isend(self, rank: int, data: bytes) -> None:
-        self._sending.append((data, [self._comm.Isend([data, self._mpi.BYTE], rank, _HEAD_TAG)], False))
+    def _incomplete(self, requests: list[Any]) -> list[Any]:
+        rest = []
+        for request in requests:
+            try:
+                done = request.Test()
+            except self._mpi.Exception:
+                done = request == self._mpi.REQUEST_NULL
+            if not done:
+                rest.append(request)
+        return rest
+
+    def _isend(self, peer: Peer, data: bytes) -> None:
+        self._sending.append(_Sending(peer, data, requests := [], False))
+        try:
+            requests.append(peer.comm.Isend([data, self._mpi.BYTE], peer.at, _HEAD_TAG))
+            self.transport_out += len(data)
+        except Exception as error:
+            self._fail(peer, error)
 
     def _start_sends(self) -> bool:
         started = False
         while not self._out.empty():
-            rank, frame, encoded = self._out.get()
-            peer = self.peers[rank]
-            requests = []
-            if not peer.lost:
-                if frame.head.type is FrameType.CALL:
-                    peer.sent_ns[frame.head.seq] = time.monotonic_ns()
-                requests.append(self._comm.Isend([encoded, self._mpi.BYTE], rank, _HEAD_TAG))
-                for part in frame.bodies:
-                    requests.append(self._comm.Isend([part.flat().numpy(), self._mpi.BYTE], rank, _BODY_TAG))
-                if frame.head.type not in COUNTED_BY_MESSAGE:
-                    self.transport_out += len(encoded)
-            self._sending.append(((frame, encoded), requests, True))
+            peer, frame, encoded = self._out.get()
+            self._sending.append(_Sending(peer, (frame, encoded), requests := [], True))
             started = True
+            if peer.lost:
+                continue
+            if frame.head.type is FrameType.CALL:
+                peer.sent_ns[frame.head.seq] = time.monotonic_ns()
+            try:
+                requests.append(peer.comm.Isend([encoded, self._mpi.BYTE], peer.at, _HEAD_TAG))
+                for part in frame.bodies:
+                    requests.append(peer.comm.Isend([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
+            except Exception as error:
+                self._fail(peer, error)
+            if frame.head.type not in COUNTED_BY_MESSAGE:
+                self.transport_out += len(encoded)
         return started
 
     def _finish_sends(self) -> bool:
         rest = []
         done = 0
         for entry in self._sending:
-            if all(r.Test() for r in entry[1]):
-                done += entry[2]
-            else:
-                rest.append(entry)
+            if not entry.peer.lost:
+                try:
+                    if not all(r.Test() for r in entry.requests):
+                        rest.append(entry)
+                        continue
+                except Exception as error:
+                    self._fail(entry.peer, error)
+            if entry.peer.lost and entry.requests:
+                self._stuck.append((entry.data, entry.requests))
+            done += entry.counts
         finished = len(rest) < len(self._sending)
         self._sending = rest
         if done:
@@ -208,27 +317,48 @@ class Engine:
                 self._changed.notify_all()
         return finished
 
-    def _probe(self) -> bool:
-        found = False
-        status = self._mpi.Status()
-        while True:
-            message = self._comm.Improbe(self._mpi.ANY_SOURCE, _HEAD_TAG, status)
-            if message is None:
-                return found
-            found = True
-            size = status.Get_count(self._mpi.BYTE)
-            peer = self.peers.get(status.Get_source())
-            buffer = bytearray(min(size, MAX_HEAD_BYTES))
-            try:
-                message.Recv([buffer, self._mpi.BYTE])  # a longer one is an error, truncated
-                if peer is not None and not peer.lost:
-                    peer.last_heard = time.monotonic()
-                    self._take(peer, bytes(buffer))
-            except Exception as error:  # whatever a peer sends costs that peer, not this thread
-                if peer is not None:
-                    self._lose(peer, str(error) or repr(error))
+    def _receive(self, peer: Peer) -> bool:
+        if peer.lost:
+            self._put_aside(peer)
+            return False
+        try:
+            return self._receive_heads(peer) | self._receive_bodies(peer)
+        except Exception as error:
+            self._fail(peer, error)
+            return True
 
-    def _take(self, peer: _Peer, data: bytes) -> None:
+    def _put_aside(self, peer: Peer) -> None:
+        """Have done with what a lost peer was sending."""
+        if peer.head is not None:
+            self._stuck.append((peer.head[0], [peer.head[1]]))
+            peer.head = None
+        if peer.receiving is not None:
+            self._stuck.append((peer.waiting[0], peer.receiving))
+            peer.receiving = None
+        peer.waiting.clear()
+        peer.sent_ns.clear()
+
+    def _receive_heads(self, peer: Peer) -> bool:
+        # A probe of a dead process raises, whatever else is under way to or from it; the test of a transfer that
+        # had begun may not. So every turn has a probe.
+        found = False
+        while True:
+            if peer.head is None:
+                message = peer.comm.Improbe(peer.at, _HEAD_TAG, self._status)
+                if message is None:
+                    return found
+                buffer = bytearray(min(self._status.Get_count(self._mpi.BYTE), MAX_HEAD_BYTES))
+                peer.head = (buffer, message.Irecv([buffer, self._mpi.BYTE]))  # a longer one is an error, truncated
+            buffer, request = peer.head
+            if not request.Test():
+                peer.comm.Iprobe(peer.at, _HEAD_TAG)
+                return found
+            peer.head = None
+            found = True
+            peer.last_heard = time.monotonic()
+            self._take(peer, bytes(buffer))
+
+    def _take(self, peer: Peer, data: bytes) -> None:
         frame = decode(data, self.expected)
         kind = frame.head.type
         if kind not in COUNTED_BY_MESSAGE:
@@ -238,21 +368,12 @@ class Engine:
         if kind not in (FrameType.JOIN, FrameType.WELCOME):
             check_session(frame.head, *peer.identity)
         if kind is FrameType.ACK:
-            self._acknowledged(peer.rank, frame.head, peer.sent_ns.pop(frame.head.seq, 0))
+            self._acknowledged(peer, frame.head, peer.sent_ns.pop(frame.head.seq, 0))
             return
         self._saw(frame.head)
         peer.waiting.append(frame)
 
-    def _receive(self) -> bool:
-        moved = False
-        for peer in self.peers.values():
-            try:
-                moved |= self._receive_from(peer)
-            except Exception as error:
-                self._lose(peer, str(error) or repr(error))
-        return moved
-
-    def _receive_from(self, peer: _Peer) -> bool:
+    def _receive_bodies(self, peer: Peer) -> bool:
         moved = False
         while peer.waiting and not peer.lost:
             frame = peer.waiting[0]
@@ -262,9 +383,9 @@ class Engine:
                 with self._changed:
                     peer.window -= 1
                 frame.allocate()
-                peer.receiving = [
-                    self._comm.Irecv([p.flat().numpy(), self._mpi.BYTE], peer.rank, _BODY_TAG) for p in frame.bodies
-                ]
+                peer.receiving = []
+                for part in frame.bodies:
+                    peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
             if peer.receiving is not None:
                 if not all(r.Test() for r in peer.receiving):
                     break
@@ -273,22 +394,9 @@ class Engine:
             peer.waiting.popleft()
             moved = True
             if frame.head.type is FrameType.CALL:
-                data = encode(Frame(Head(FrameType.ACK, *peer.identity, seq=frame.head.seq)))
-                self._isend(peer.rank, data)
-                self.transport_out += len(data)
-            self._deliver(peer.rank, frame)
+                self._isend(peer, encode(Frame(Head(FrameType.ACK, *peer.identity, seq=frame.head.seq))))
+            self._deliver(peer, frame)
         return moved
-
-    def lose(self, rank: int, reason: str) -> None:
-        """Have nothing to do with a peer any more."""
-        self._lose(self.peers[rank], reason)
-
-    def _lose(self, peer: _Peer, reason: str) -> None:
-        if not peer.lost:
-            peer.lost = reason
-            with self._changed:
-                self._changed.notify_all()
-            self._lost(peer.rank, reason)
 
 
 class MpiServer(ServerLink):
@@ -297,23 +405,29 @@ class MpiServer(ServerLink):
     def __init__(self, comm: Any, limits: Limits) -> None:
         super().__init__()
         self.limits = limits
+        self.fault_tolerant = ulfm()
+        """Whether a host may die, and `respawn` may be called."""
         self._welcome: Welcome | None = None
         self._closing = False
         self._joining = threading.Lock()
-        self._joined: list[int] = []  # hosts that wait for a welcome
-        self._farewells: set[int] = set()
+        self._joined: list[Peer] = []  # hosts that wait for a welcome
+        self._spawning: set[int] = set()  # ranks whose replacement is awaited
+        channel = _channel(comm)
+        ranks = range(1, comm.Get_size())
+        self._incarnations = dict.fromkeys(ranks, 1)
         self._engine = Engine(
-            comm,
-            list(range(1, comm.Get_size())),
+            {rank: (channel, rank) for rank in ranks},
             limits,
             deliver=self._delivered,
             acknowledged=self._acknowledged,
-            lost=self._rank_lost,
+            lost=self._peer_lost,
         )
 
     @property
     def survives(self) -> str:
         """One line: what this backend and launcher can survive."""
+        if self.fault_tolerant:
+            return "MPI with ULFM: a host may die, and the server can start a replacement"
         return "MPI without fault tolerance: mpirun ends the whole job when a rank dies"
 
     def admit(self, welcome: Welcome) -> None:
@@ -325,40 +439,46 @@ class MpiServer(ServerLink):
 
     def _greet(self) -> None:
         assert self._welcome is not None
-        identity = (self._welcome.run_id, self._welcome.epoch, 1)
-        for rank in self._joined:
-            self.connected.add(rank)
-            self._engine.peers[rank].identity = identity
-            greeting = Frame(Head(FrameType.WELCOME, *identity), note=self._welcome.note(1, self.limits))
-            self._engine.post(rank, greeting, encode(greeting))
+        for peer in self._joined:
+            incarnation = self._incarnations[peer.rank]
+            peer.identity = (self._welcome.run_id, self._welcome.epoch, incarnation)
+            self.connected.add(peer.rank)
+            note = self._welcome.note(incarnation, self.limits)
+            self._say(peer, Frame(Head(FrameType.WELCOME, *peer.identity), note=note))
         self._joined.clear()
 
-    def _delivered(self, rank: int, frame: Frame) -> None:
+    def _say(self, peer: Peer, frame: Frame) -> None:
+        self._engine.post(peer, frame, encode(frame))
+
+    # ---- in the I/O thread
+    def _delivered(self, peer: Peer, frame: Frame) -> None:
         now = time.monotonic_ns()
         kind = frame.head.type
         if kind is FrameType.JOIN:
+            peer.note = frame.note
             with self._joining:
-                self._joined.append(rank)
-                if self._welcome is not None:
+                self._joined.append(peer)
+                if self._welcome is not None and not self._closing:
                     self._greet()
         elif kind is FrameType.BYE:
-            self._farewells.add(rank)
+            peer.left = True
         elif kind is FrameType.READY:
-            self._engine.peers[rank].silence_s = self.limits.silence_s
+            peer.silence_s = self.limits.silence_s
             offset = now - int(frame.note["clock_ns"])
-            self.events.put(Joined(rank, 1, frame.note, offset))
+            self.events.put(Joined(peer.rank, peer.identity[2], frame.note, offset))
         else:
-            release = (lambda: self._engine.release(rank)) if frame.bodies else _nothing
-            self.events.put(Received(rank, frame, now, release))
+            release = (lambda: self._engine.release(peer)) if frame.bodies else _nothing
+            self.events.put(Received(peer.rank, frame, now, release))
 
-    def _acknowledged(self, rank: int, head: Head, sent_ns: int) -> None:
-        self.events.put(Sent(rank, head.seq, sent_ns, time.monotonic_ns()))
+    def _acknowledged(self, peer: Peer, head: Head, sent_ns: int) -> None:
+        self.events.put(Sent(peer.rank, head.seq, sent_ns, time.monotonic_ns()))
 
-    def _rank_lost(self, rank: int, reason: str) -> None:
-        self.connected.discard(rank)
+    def _peer_lost(self, peer: Peer, reason: str) -> None:
+        self.connected.discard(peer.rank)
         if not self._closing:
-            self.events.put(Lost(rank, reason))
+            self.events.put(Lost(peer.rank, reason))
 
+    # ---- the round loop's side
     def post(self, rank: int, frame: Frame) -> bool:
         """Encode and queue a frame."""
         self.number(frame)
@@ -367,73 +487,168 @@ class MpiServer(ServerLink):
             return False
         head = frame.head
         head.run_id, head.epoch, head.incarnation = peer.identity
-        self._engine.post(rank, frame, encode(frame))
+        self._say(peer, frame)
         return True
 
     def abort(self, rank: int, reason: str) -> None:
         """Have nothing to do with a host any more."""
-        self._engine.lose(rank, reason)
+        self._engine.lose(self._engine.peers[rank], reason)
 
     def transport_bytes(self) -> tuple[int, int]:
         """Heartbeats, joins, acknowledgements."""
         return self._engine.transport_in, self._engine.transport_out
+
+    def respawn(self, rank: int) -> None:
+        """Start a process in place of a lost host: `Joined` with the next incarnation follows, or `Lost` again.
+
+        Never blocks. Needs `fault_tolerant`. Nothing happens while the host is there or its replacement on its way.
+        """
+        if not self.fault_tolerant:
+            raise RuntimeError(self.survives)
+        peer = self._engine.peers[rank]
+        with self._joining:
+            if peer.lost is None or rank in self._spawning or self._closing:
+                return
+            _kill(peer)  # one that only fell silent would still be there at the end
+            self._spawning.add(rank)
+        threading.Thread(target=self._replace, args=(rank,), name=f"fldist-respawn-{rank}", daemon=True).start()
+
+    def _replace(self, rank: int) -> None:
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # MPI_Comm_spawn has no limit on time, and never returns when the program ends before its MPI_Init
+        threading.Thread(target=self._spawn, args=(rank, answer), name=f"fldist-spawn-{rank}", daemon=True).start()
+        try:
+            channel = answer.get(timeout=self.limits.join_s)
+        except queue.Empty:
+            channel = f"its replacement did not start within {self.limits.join_s:g} s"
+        with self._joining:
+            self._spawning.discard(rank)
+            if not isinstance(channel, str):
+                self._incarnations[rank] += 1
+                self._engine.adopt(rank, channel, 0)
+        if isinstance(channel, str):
+            log.warning("host %d: %s", rank, channel)
+            if not self._closing:
+                self.events.put(Lost(rank, channel))
+
+    def _spawn(self, rank: int, answer: queue.SimpleQueue[Any]) -> None:
+        from mpi4py import MPI
+
+        try:
+            # a communicator of its own: two spawns over one at the same time are not allowed
+            alone = MPI.COMM_SELF.Dup()
+            alone.Set_errhandler(MPI.ERRORS_RETURN)
+            # the dead rank's slot stays taken, so without OVERSUBSCRIBE there may be none
+            info = MPI.Info.Create({"map_by": "slot:OVERSUBSCRIBE", "bind_to": "none", "wdir": os.getcwd()})
+            command = [*SPAWNED, str(rank), str(self.limits.join_s)]
+            channel = alone.Spawn(sys.executable, command, maxprocs=1, info=info)
+            info.Free()
+            alone.Free()
+            answer.put(_channel(channel))
+        except Exception as error:
+            answer.put(f"its replacement could not be started ({error})")
 
     def close(self, deadline_s: float) -> None:
         """Say goodbye, wait for every host's, stop the I/O thread; `all_left` tells whether all came.
 
         MPI_Finalize waits for all ranks without limit: after hosts that did not answer, abort instead.
         """
-        self._closing = True
         deadline = time.monotonic() + deadline_s
-        for rank, peer in self._engine.peers.items():
-            if not peer.lost:
-                frame = Frame(Head(FrameType.BYE, *peer.identity))
-                self._engine.post(rank, frame, encode(frame))
-        while not self.all_left and time.monotonic() < deadline:
+        with self._joining:
+            self._closing = True
+        while True:
+            peers = list(self._engine.peers.values())
+            for peer in peers:
+                if not peer.lost and not peer.dismissed:
+                    peer.dismissed = True
+                    self._say(peer, Frame(Head(FrameType.BYE, *peer.identity)))
+            waiting = [p for p in peers if not p.left and not (self.fault_tolerant and p.lost)]
+            if not (waiting or self._spawning) or time.monotonic() > deadline:
+                break
             time.sleep(0.002)
         self._engine.stop()
+        if self.fault_tolerant:
+            for peer in self._engine.peers.values():
+                if not peer.left:
+                    _kill(peer)
 
     @property
     def all_left(self) -> bool:
-        """Whether every host has said goodbye."""
-        return self._farewells >= set(self._engine.peers)
+        """Whether every host has said goodbye, or has died where that is survived."""
+        return all(p.left or (self.fault_tolerant and p.dead) for p in self._engine.peers.values())
+
+    @property
+    def intact(self) -> bool:
+        """Whether no host was ever lost, so that MPI_Finalize may be called."""
+        engine = self._engine
+        return all(p.left or not p.lost for p in engine.peers.values()) and set(self._incarnations.values()) <= {1}
 
 
 def _nothing() -> None:
     return None
 
 
+def _kill(peer: Peer) -> None:
+    """End the process of a host that is still there, if it is on this machine and of this job."""
+    pid = peer.note.get("pid")
+    if peer.dead or not isinstance(pid, int) or peer.note.get("hostname") != socket.gethostname():
+        return
+    name = os.environ.get("PMIX_NAMESPACE", "").partition("@")[0]  # of a job and of all that it spawns
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if name and any(e.startswith(f"PMIX_NAMESPACE={name}@".encode()) for e in environment):
+            os.kill(pid, signal.SIGKILL)
+            peer.dead = True
+    except OSError:  # it has ended, or there is no /proc
+        pass
+
+
 class MpiHost(HostLink):
-    """A host's end: any rank but 0."""
+    """A host's end: any rank but 0 of a communicator, or a spawned process on the one to its parent."""
 
     def __init__(self, comm: Any, limits: Limits) -> None:
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
+        self.identity = _NOBODY
         self._engine = Engine(
-            comm,
-            [0],
+            {0: (_channel(comm), 0)},
             limits,
-            deliver=lambda rank, frame: self._frames.put(frame),
-            acknowledged=lambda rank, head, sent: None,
-            lost=lambda rank, reason: self._frames.put(reason),
-            saw=self.saw,
+            deliver=lambda peer, frame: self._frames.put(frame),
+            acknowledged=lambda peer, head, sent: None,
+            lost=self._server_lost,
+            saw=self._saw,
         )
-        join = Frame(Head(FrameType.JOIN), note=own_info())
-        self._engine.post(0, join, encode(join))
+        self._server = self._engine.peers[0]
+        self._say(Frame(Head(FrameType.JOIN), note=own_info()))
         try:
             answer = self._frames.get(timeout=limits.join_s)
         except queue.Empty:
             raise DeadlineExceeded(f"rank 0 did not answer within {limits.join_s:g} s") from None
         if isinstance(answer, str):
             raise PeerLost(answer)
+        if answer.head.type is FrameType.BYE:
+            self.close()
+            raise Dismissed("the run ended before this host had joined it")
         if answer.head.type is not FrameType.WELCOME:
             raise BadMessage(f"a {answer.head.type.name} frame where WELCOME is due")
         self.welcome = answer.note
-        self.identity = (answer.head.run_id, answer.head.epoch, answer.head.incarnation)
-        self._engine.peers[0].identity = self.identity
-        self._engine.peers[0].silence_s = float(self.welcome["silence_s"]) * PATIENCE
+        self._server.silence_s = float(self.welcome["silence_s"]) * PATIENCE
         self._engine.beat_s = float(self.welcome["silence_s"]) / 5
 
+    def _say(self, frame: Frame) -> None:
+        self._engine.post(self._server, frame, encode(frame))
+
+    # ---- in the I/O thread
+    def _saw(self, head: Head) -> None:
+        if head.type is FrameType.WELCOME:  # what comes behind it is checked against this
+            self.identity = self._engine.peers[0].identity = (head.run_id, head.epoch, head.incarnation)
+        self.saw(head)
+
+    def _server_lost(self, peer: Peer, reason: str) -> None:
+        self.latest = (2**32, 0)  # nobody waits for what is being worked on
+        self._frames.put(reason)
+
+    # ---- in the main thread
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
         self._engine.expected = self.expected
@@ -443,25 +658,25 @@ class MpiHost(HostLink):
         """The next frame; waits as long as the server is alive."""
         item = self._frames.get()
         if isinstance(item, str):
+            self._frames.put(item)
             raise PeerLost(f"the server is gone: {item}")
         if item.bodies:
-            self._engine.release(0)
+            self._engine.release(self._server)
         return item
 
     def send(self, frame: Frame) -> None:
         """Queue a frame; waits while several are on their way."""
         self._engine.wait_unsent(HOST_QUEUE - 1, None)
-        reason = self._engine.peers[0].lost
-        if reason is not None:
-            raise PeerLost(f"the server is gone: {reason}")
+        if self._server.lost is not None:
+            raise PeerLost(f"the server is gone: {self._server.lost}")
         frame.head.run_id, frame.head.epoch, frame.head.incarnation = self.identity
         frame.head.sent_ns = time.monotonic_ns()
         frame.head.flags &= ~CHECKSUMMED
-        self._engine.post(0, frame, encode(frame))
+        self._say(frame)
 
     def close(self) -> None:
         """Say goodbye, flush, stop the I/O thread."""
-        if not self._engine.peers[0].lost:
+        if not self._server.lost:
             self.send(Frame(Head(FrameType.BYE)))
         self._engine.wait_unsent(0, 10.0)
         self._engine.stop()
