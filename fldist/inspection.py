@@ -391,7 +391,14 @@ def _check_mpi() -> Finding:
     launcher = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
     if launcher is None:
         return "warn", f"MPI: {library}, but no mpirun on PATH: activate the environment that has it, or use srun"
-    return "ok", f"MPI: {library}; try: {mpirun_line(library)}"
+    text = f"MPI: {library}; try: {mpirun_line(library)}"
+    if "Open MPI" in library:
+        text += f"\nwith {ULFM_FLAGS} after mpirun a host may die, and another takes its place"
+    return "ok", text
+
+
+ULFM_FLAGS = "--with-ft ulfm --prtemca state_base_recoverable 1"
+"""What makes a job of Open MPI 5 survive the death of a rank; the second one has it end with 0 all the same."""
 
 
 def mpirun_line(library: str, ranks: int = 3) -> str:

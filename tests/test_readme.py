@@ -81,3 +81,14 @@ def test_commands_that_the_readme_names_exist() -> None:
     named = {name for text in texts for name in re.findall(r"^(?:.*-m )?fldist (\w+)", text, re.M)}
     assert named <= commands, named - commands
     assert {"run", "describe", "doctor", "data", "partition"} <= named
+
+
+def test_every_test_that_the_page_on_recovery_names_is_there() -> None:
+    text = (ROOT / "docs" / "recovery.md").read_text()
+    named = re.findall(r"^(\d+)\. `(tests/\w+\.py)`: `(test_\w+)`$", text, re.M)
+    assert [int(number) for number, _, _ in named] == list(range(1, len(named) + 1))
+    for _, file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+    table = text[text.index("## What survives what") : text.index("1. `tests/")]
+    numbers = {int(n) for cell in re.findall(r"\[([\d, ]+)\]", table) for n in cell.split(", ")}
+    assert numbers == set(range(1, len(named) + 1)), "a test is named that no cell refers to, or the other way round"
