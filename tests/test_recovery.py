@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +479,53 @@ def test_a_disk_that_stays_full_ends_the_run_and_it_goes_on(tmp_path: Path) -> N
     seen = Recorder()
     assert_as_if_nothing_had_happened(run_here(load(config("scaffold")), output=run, observer=seen), expected)
     assert f"continued after round 2, from {run}" in seen.warnings
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, small_disk: Path) -> None:
+    """Neither lines, nor a checkpoint, nor a client's state can be written in rounds 3 and 4."""
+    filler = small_disk / "filler"
+
+    def after(number: int) -> None:
+        if number == 2:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if number == 4:
+            filler.unlink()
+
+    seen = Recorder(after)
+    result = run_here(load(config("scaffold", rounds=6)), output=small_disk / "run", observer=seen)
+    assert result["status"] == "finished"
+    said = "\n".join(seen.warnings)
+    assert "round 3: messages.jsonl cannot be written (No space left on device)" in said
+    assert "round 4: no checkpoint could be written" in said
+    reasons = [reason for line in seen.lines[2:4] for reason in line["missing"].values()]
+    assert len(reasons) == 6
+    assert all(r.startswith("error: update on host 0: its state cannot be written: ") for r in reasons)
+    assert [line["committed"] for line in seen.lines] == [True, True, False, False, True, True]
+    assert [line["round"] for line in rounds(small_disk / "run")] == [1, 2, 3, 4, 5, 6]
+    c, mean = mean_variate(small_disk / "run", 6)
+    torch.testing.assert_close(c, mean, rtol=0, atol=1e-6)
+    delivered = [r for r in kinds(small_disk / "run") if r[8] == "delivered" and r[3] == "train"]
+    assert sum(r[7] for r in delivered) == sum(result["bytes"]["logical"].values())
 
 
 def test_what_a_full_disk_makes_of_safetensors_is_an_oserror(tmp_path: Path) -> None:
