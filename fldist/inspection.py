@@ -35,7 +35,7 @@ from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of
 from fldist.runtime.placement import Placement
-from fldist.runtime.server import ClientsView, ServerView
+from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
 from fldist.selection import ClientReport
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message

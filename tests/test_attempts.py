@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,11 +50,11 @@ def test_a_selector_is_told_nothing_of_a_void_attempt(tmp_path: Path, hosts: Hos
     assert_undisturbed(result, settings, tmp_path)
 
 
-def test_what_would_fail_again_is_not_done_again(tmp_path: Path) -> None:
-    raises = small(
-        algorithm={"name": "tests.own:Raises", "clients": [1]}, faults={"min_replies": "all", "on_quorum_loss": "retry"}
-    )
-    with pytest.raises(RunStopped, match=r"round 1: only 5 of the 6 replies .* nothing else would come of it"):
+@pytest.mark.parametrize("algorithm", [{"name": "tests.own:Raises", "clients": [1]}, "tests.own:NanFrom"])
+def test_what_would_fail_again_is_not_done_again(tmp_path: Path, algorithm: Any) -> None:
+    raises = small(algorithm=algorithm, faults={"min_replies": "all", "on_quorum_loss": "retry"})
+    raises["task"]["model"] = {"name": "mlp", "hidden": [100]}  # too large for the replies to ride in one frame
+    with pytest.raises(RunStopped, match=r"round 1: only \d of the 6 replies .* nothing else would come of it"):
         fldist.run(raises, output=tmp_path / "run")
 
 

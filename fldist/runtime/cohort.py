@@ -33,6 +33,9 @@ _LOST_S = 5.0
 """How long the `Lost` event of a host that took no frame may be on its way."""
 
 
+NOT_WAITED_FOR = "not waited for: too many others are missing"
+
+
 class ClientCodeFailed(RuntimeError):
     """Every client of a call failed with an exception of its own: the algorithm's code cannot work."""
 
@@ -455,7 +458,7 @@ class Caller:
                         self._miss(running, client, f"host {event.rank} lost: {reason}")
             if len(running.missing) > most_missing:
                 for client in sorted(running.outstanding):
-                    self._miss(running, client, "not waited for: too many others are missing")
+                    self._miss(running, client, NOT_WAITED_FOR)
                 break
 
     def _current(self, head: Head) -> bool:

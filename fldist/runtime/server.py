@@ -6,26 +6,25 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 import fldist
 from fldist.algorithm import Stage, State, TooFewReplies
-from fldist.data.client_data import PooledData
 from fldist.models.evaluate import Scores, warm_up_metrics
-from fldist.runtime.cohort import Caller, CallsClients, Cohort, RoundFacts
+from fldist.runtime.cohort import NOT_WAITED_FOR, Caller, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.keeper import Keeper
 from fldist.runtime.membership import Membership, RunStopped, Supervisor, ids_text
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
-from fldist.runtime.state import Watch, check_value, hash_state
+from fldist.runtime.state import Watch, hash_state
 from fldist.runtime.summary import over_clients
-from fldist.seeding import Streams, forked, generator
-from fldist.selection import Candidates, ClientReport
+from fldist.runtime.views import ClientsView, ServerView
+from fldist.seeding import forked
+from fldist.selection import ClientReport
 from fldist.wire.ledger import Ledger, Totals
 from fldist.wire.link import ServerLink, Welcome
 
@@ -52,90 +51,6 @@ class Observer(Protocol):
 
     def stopped(self, text: str) -> None:
         """The run ends before its time, and why; told before anything is saved, since a launcher may not wait."""
-
-
-class ServerView:
-    """The server half's view of a run; see `fldist.algorithm.Server`."""
-
-    _RESERVED = frozenset({"task", "data", "round", "rng", "log", "state"})
-
-    def __init__(self, job: Job, state: State) -> None:
-        set_ = object.__setattr__
-        set_(self, "task", job.task)
-        set_(self, "state", state)
-        set_(self, "logged", {})
-        set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1)))
-        self.enter(0, job.seed)
-
-    def enter(self, number: int, seed: int) -> None:
-        """Begin a round: its random stream, an empty log."""
-        set_ = object.__setattr__
-        set_(self, "round", number)
-        set_(self, "rng", generator(seed, "server", number))
-        self.data.enter(Streams(seed, number, -1))
-        self.logged.clear()
-
-    def replace(self, state: State) -> None:
-        """Put another state in place."""
-        object.__setattr__(self, "state", state)
-
-    def log(self, **values: float) -> None:
-        """Write numbers into this round's line of rounds.jsonl."""
-        self.logged.update({k: float(v) for k, v in values.items()})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "state"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._RESERVED:
-            raise AttributeError(f"server.{name} is taken; choose another name for your state")
-        check_value(f"server.{name}", value)
-        setattr(self.state, name, value)
-
-
-class ClientsView:
-    """All clients of a run; see `fldist.algorithm.Clients`."""
-
-    def __init__(self, job: Job, caller: CallsClients) -> None:
-        self.num = job.task.num_clients
-        self._job = job
-        self._caller = caller
-        self._round = 0
-        self._choice: list[int] | None = None
-        self._able = [c for c in range(self.num) if job.task.sizes[c] > 0]
-
-    def enter(self, number: int) -> None:
-        """Begin a round: nobody is selected yet."""
-        self._round = number
-        self._choice = None
-
-    def selected(self) -> Cohort:
-        """The selector's choice for this round, the same whenever it is asked for."""
-        if self._choice is None:
-            job = self._job
-            count = min(job.per_round, len(self._able))
-            sizes = [job.task.sizes[c] for c in self._able]
-            candidates = Candidates(self._able, sizes, count, MappingProxyType(self._caller.reports))
-            rng = generator(job.seed, "select", self._round)
-            self._choice = job.selector.select(candidates, rng)
-        return Cohort(self._caller, self._choice)
-
-    def all(self) -> Cohort:
-        """Every client that holds samples."""
-        return Cohort(self._caller, self._able)
-
-    def only(self, ids: Sequence[int]) -> Cohort:
-        """The named clients."""
-        unknown = [c for c in ids if not 0 <= c < self.num]
-        if unknown:
-            raise ValueError(f"there is no client {unknown[0]}; clients are 0 to {self.num - 1}")
-        return Cohort(self._caller, sorted(set(ids)))
-
-    def by(self, architecture: int) -> Cohort:
-        """The clients that hold samples and a model of this architecture."""
-        task = self._job.task
-        wanted = task.architectures[architecture]
-        return Cohort(self._caller, [c for c in self._able if task.architecture(c) is wanted])
 
 
 class ServerLoop:
@@ -383,7 +298,7 @@ class ServerLoop:
             return False
         if faults.on_quorum_loss == "stop":
             raise RunStopped(f"{what} (faults.on_quorum_loss: stop){why}; {self._kept()}")
-        if all(reason.startswith(("error", "refused")) for reason in error.missing.values()):
+        if all(reason.startswith(("error", "refused", NOT_WAITED_FOR)) for reason in error.missing.values()):
             raise RunStopped(f"{what}, and nothing else would come of it if it were done again{why}; {self._kept()}")
         if attempt + 1 >= faults.max_attempts:
             raise RunStopped(f"{what} in {attempt + 1} attempts (faults.max_attempts){why}; {self._kept()}")

@@ -1,0 +1,99 @@
+"""What the server half of an algorithm sees of a run: its state, its data, all clients. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from fldist.algorithm import State
+from fldist.data.client_data import PooledData
+from fldist.runtime.cohort import CallsClients, Cohort
+from fldist.runtime.job import Job
+from fldist.runtime.state import check_value
+from fldist.seeding import Streams, generator
+from fldist.selection import Candidates
+
+
+class ServerView:
+    """The server half's view of a run; see `fldist.algorithm.Server`."""
+
+    _RESERVED = frozenset({"task", "data", "round", "rng", "log", "state"})
+
+    def __init__(self, job: Job, state: State) -> None:
+        set_ = object.__setattr__
+        set_(self, "task", job.task)
+        set_(self, "state", state)
+        set_(self, "logged", {})
+        set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1)))
+        self.enter(0, job.seed)
+
+    def enter(self, number: int, seed: int) -> None:
+        """Begin a round: its random stream, an empty log."""
+        set_ = object.__setattr__
+        set_(self, "round", number)
+        set_(self, "rng", generator(seed, "server", number))
+        self.data.enter(Streams(seed, number, -1))
+        self.logged.clear()
+
+    def replace(self, state: State) -> None:
+        """Put another state in place."""
+        object.__setattr__(self, "state", state)
+
+    def log(self, **values: float) -> None:
+        """Write numbers into this round's line of rounds.jsonl."""
+        self.logged.update({k: float(v) for k, v in values.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "state"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._RESERVED:
+            raise AttributeError(f"server.{name} is taken; choose another name for your state")
+        check_value(f"server.{name}", value)
+        setattr(self.state, name, value)
+
+
+class ClientsView:
+    """All clients of a run; see `fldist.algorithm.Clients`."""
+
+    def __init__(self, job: Job, caller: CallsClients) -> None:
+        self.num = job.task.num_clients
+        self._job = job
+        self._caller = caller
+        self._round = 0
+        self._choice: list[int] | None = None
+        self._able = [c for c in range(self.num) if job.task.sizes[c] > 0]
+
+    def enter(self, number: int) -> None:
+        """Begin a round: nobody is selected yet."""
+        self._round = number
+        self._choice = None
+
+    def selected(self) -> Cohort:
+        """The selector's choice for this round, the same whenever it is asked for."""
+        if self._choice is None:
+            job = self._job
+            count = min(job.per_round, len(self._able))
+            sizes = [job.task.sizes[c] for c in self._able]
+            candidates = Candidates(self._able, sizes, count, MappingProxyType(self._caller.reports))
+            rng = generator(job.seed, "select", self._round)
+            self._choice = job.selector.select(candidates, rng)
+        return Cohort(self._caller, self._choice)
+
+    def all(self) -> Cohort:
+        """Every client that holds samples."""
+        return Cohort(self._caller, self._able)
+
+    def only(self, ids: Sequence[int]) -> Cohort:
+        """The named clients."""
+        unknown = [c for c in ids if not 0 <= c < self.num]
+        if unknown:
+            raise ValueError(f"there is no client {unknown[0]}; clients are 0 to {self.num - 1}")
+        return Cohort(self._caller, sorted(set(ids)))
+
+    def by(self, architecture: int) -> Cohort:
+        """The clients that hold samples and a model of this architecture."""
+        task = self._job.task
+        wanted = task.architectures[architecture]
+        return Cohort(self._caller, [c for c in self._able if task.architecture(c) is wanted])
