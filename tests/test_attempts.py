@@ -40,6 +40,18 @@ def test_a_round_that_lost_a_reply_is_done_again_as_if_nothing_had_happened(tmp_
     assert sum(result["bytes"]["wire"].values()) == wire + sum(result["bytes"]["transport"].values())
 
 
+def test_a_round_waits_for_the_host_whose_clients_wait_for_it(tmp_path: Path, hosts: Hosts) -> None:
+    """orphans: wait, retry: the round is done again when the host is back, not in vain meanwhile."""
+    settings = scaffold(rounds=4)
+    settings["faults"]["orphans"] = "wait"
+    hosts.moments[1] = ("computing", int(signal.SIGKILL), 2, str(tmp_path / "mark"))
+    seen = Recorder()
+    result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert_undisturbed(result, settings, tmp_path)
+    assert [line["attempt"] for line in seen.lines] == [0, 1, 0, 0]
+    assert [line["hosts"]["present"] for line in seen.lines] == [2, 2, 2, 2]
+
+
 def test_a_selector_is_told_nothing_of_a_void_attempt(tmp_path: Path, hosts: Hosts) -> None:
     settings = scaffold(rounds=5)
     settings["selection"] = "tests.own:Worst"

@@ -6,7 +6,9 @@ from torch import nn
 
 from fldist.algorithm import State
 from fldist.params import Params
-from fldist.runtime.state import ClientStates, Watch, hash_state
+from fldist.runtime.checkpoint import ClientFiles
+from fldist.runtime.state import ClientStates, Watch, hash_state, version_of
+from fldist.wire.codec import FrameType, Head
 
 
 def states(stateful=True):
@@ -311,3 +313,28 @@ def test_a_copy_of_a_state_does_not_see_later_writes():
     copied.b = 3
     assert copied.a == 1
     assert list(state.values) == ["a"]
+
+
+def test_what_was_written_for_a_dead_server_is_not_taken_for_its_successors(tmp_path):
+    """A host that slept through its server's death writes the same call of the same round after the one that counts."""
+    old, new = Head(FrameType.CALL, epoch=0, round=3, call=1), Head(FrameType.CALL, epoch=1, round=3, call=1)
+    mine, late = (ClientStates(lambda client: State(v=0), stateful=True) for _ in range(2))
+    mine.files = late.files = ClientFiles(tmp_path)
+    mine.begin((3, 0))
+    late.begin((3, 0))
+    assert mine.stage(5, {"v": 1}, version_of(new))
+    assert late.stage(5, {"v": 2}, version_of(old))
+    reader = ClientStates(lambda client: State(v=0), stateful=True)
+    reader.files = ClientFiles(tmp_path)
+    reader.take(5, version_of(new))
+    assert reader.committed(5) == {"v": 1}
+
+
+def test_another_server_finds_no_round_begun():
+    clients = ClientStates(lambda client: State(v=0), stateful=True)
+    assert clients.begin((3, 0))
+    clients.stage(1, {"v": 9})
+    assert clients.view(1).v == 9
+    clients.forget_round()
+    assert clients.begin((3, 0)), "the same round of another server is another round"
+    assert clients.view(1).v == 0
