@@ -48,6 +48,7 @@ log = logging.getLogger("fldist")
 GOODBYE_S = 10.0
 _STORE_KEY = "server"
 _DIRECTORY_KEY = "directory"
+_DONE_KEY = "done"
 
 
 class Silent:
@@ -218,9 +219,10 @@ def _serve_children(
         return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "children", children).run()
     finally:
         until = time.monotonic() + (GOODBYE_S if sys.exc_info()[0] is None else 1.0)
+        joined = set(link.connected)
         with undisturbed():
             link.close(until - time.monotonic())
-            children.stop(max(0.5, until - time.monotonic()))
+            children.stop(max(0.5, until - time.monotonic()), joined)
 
 
 def _survives_children(settings: Settings) -> str:
@@ -237,7 +239,9 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
         again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "1")) > 0
         hosts = Unsupervised(survives_loss=world.own_agents, returns=world.own_agents and again)
         job = build(settings)
-        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
+        result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
+        link.rendezvous.set(_DONE_KEY, "")  # for a host that its agent has started again and that comes too late
+        return result
     finally:
         with undisturbed():
             link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
@@ -379,7 +383,11 @@ def _be_host(world: World, settings: Settings) -> dict[str, Any]:
         _be_mpi_host(_mpi_world(), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
         return {}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it to all ranks: the server ends the run
-    address, port, token = _torchrun_store(world, settings.deadlines.join_s).get(_STORE_KEY).decode().split()
+    store = _torchrun_store(world, settings.deadlines.join_s)
+    address, port, token = store.get(_STORE_KEY).decode().split()
+    if store.check([_DONE_KEY]):
+        log.info("rank %d: the run has ended before this host was started again", world.rank)
+        return {}
     _serve_in_turn((address, int(port)), token, world, settings.deadlines.join_s)
     return {}
 

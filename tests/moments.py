@@ -89,6 +89,8 @@ def arm_host(moment: str, number: int, round_number: int, mark: str) -> None:
             return run(self, method, frame, *rest)
 
         Host._run = running  # type: ignore[method-assign]
+    elif moment == "asleep":
+        time.sleep(60)
     elif moment == "joining":
         ready = GlooHost.ready
 

@@ -229,6 +229,20 @@ def test_a_host_killed_while_it_joins_is_started_again(tmp_path: Path, hosts: Ho
     assert [line["replied"] for line in seen.lines] == [2] * 3
 
 
+def test_a_host_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Path, hosts: Hosts) -> None:
+    def after(number: int) -> None:
+        if number == 1:
+            hosts.moments[1] = ("asleep", 0, 0, "")  # whatever comes next
+            hosts.send(1, signal.SIGKILL)
+
+    finished: list[float] = []
+    seen = Recorder(after)
+    seen.finished = lambda result: finished.append(time.monotonic())  # type: ignore[method-assign]
+    run_here(load(config()), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert len(hosts.all) == 3
+    assert time.monotonic() - finished[0] < 2
+
+
 def test_clients_that_wait_for_their_host_are_missing_at_once(tmp_path: Path, hosts: Hosts) -> None:
     """orphans: wait. Selection does not look at membership."""
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -173,10 +173,12 @@ class Children:
             return f"killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}; its last words are in rank-{rank}.log"
 
-    def stop(self, deadline_s: float) -> None:
-        """Wait for all to end, then kill who has not."""
+    def stop(self, deadline_s: float, joined: Container[int]) -> None:
+        """Wait for all to end, then kill who has not; one that has not joined has nothing to wait for."""
         deadline = time.monotonic() + deadline_s
-        for process in self._processes.values():
+        for rank, process in self._processes.items():
+            if rank not in joined:
+                process.kill()
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -68,7 +68,7 @@ class GlooServer(ServerLink):
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, on_accept=lambda connection: None)
         self._listener = listener
-        self.rendezvous: object = None
+        self.rendezvous: Any = None
         """What must live as long as hosts may look for this server (torchrun's store)."""
 
     @property
