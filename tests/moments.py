@@ -80,11 +80,11 @@ def arm_host(moment: str, number: int, round_number: int, mark: str) -> None:
         Session._receive_bodies = halving(  # type: ignore[method-assign]
             Session._receive_bodies, lambda session, frame: due(frame.head), lambda session: strike(number, mark)
         )
-    elif moment == "computing":
+    elif moment in ("computing", "computing the second call"):
         run = Host._run
 
         def running(self: Host, method: Any, frame: Frame, *rest: Any) -> Any:
-            if due(frame.head):
+            if due(frame.head) and (moment == "computing" or frame.head.call == 2):
                 strike(number, mark)
             return run(self, method, frame, *rest)
 

@@ -239,6 +239,19 @@ class DroppedScaffold(Scaffold):
 
 
 @dataclass(frozen=True)
+class Twice(Base):
+    """FedAvg that lets its clients train twice a round."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        for _ in range(2):
+            server.x = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")}).y
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        return Update(data.train(x).params, data.n)
+
+
+@dataclass(frozen=True)
 class Worst(Selector):
     """Those with the highest loss so far, as they report it; unknown ones first."""
 

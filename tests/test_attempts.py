@@ -54,8 +54,8 @@ def test_a_round_waits_for_the_host_whose_clients_wait_for_it(tmp_path: Path, ho
 
 def test_a_selector_is_told_nothing_of_a_void_attempt(tmp_path: Path, hosts: Hosts) -> None:
     settings = scaffold(rounds=5)
-    settings["selection"] = "tests.own:Worst"
-    hosts.moments[1] = ("computing", int(signal.SIGKILL), 3, str(tmp_path / "mark"))
+    settings.update(selection="tests.own:Worst", algorithm="tests.own:Twice")
+    hosts.moments[1] = ("computing the second call", int(signal.SIGKILL), 3, str(tmp_path / "mark"))
     seen = Recorder()
     result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     assert [line["attempt"] for line in seen.lines] == [0, 0, 1, 0, 0]
