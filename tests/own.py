@@ -252,18 +252,17 @@ class Twice(Base):
 
 
 @dataclass(frozen=True)
-class Worst(Selector):
-    """Those with the highest loss so far, as they report it; unknown ones first."""
+class ByReports(Selector):
+    """An order that any change of any report changes; clients without one come first."""
 
     wants_reports: ClassVar[bool] = True
 
     def select(self, candidates: Candidates, rng: Generator) -> list[int]:
-        def loss(client: int) -> float:
+        def key(client: int) -> tuple[int, int]:
             report = candidates.reports.get(client)
-            return report.loss if report is not None else 1e9
+            return (int(report.loss * 1e6) % 97 if report is not None else -1, client)
 
-        worst = sorted(candidates.ids, key=lambda c: (-loss(c), c))
-        return sorted(worst[: candidates.count])
+        return sorted(sorted(candidates.ids, key=key)[: candidates.count])
 
 
 @dataclass(frozen=True)

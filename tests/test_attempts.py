@@ -54,7 +54,7 @@ def test_a_round_waits_for_the_host_whose_clients_wait_for_it(tmp_path: Path, ho
 
 def test_a_selector_is_told_nothing_of_a_void_attempt(tmp_path: Path, hosts: Hosts) -> None:
     settings = scaffold(rounds=5)
-    settings.update(selection="tests.own:Worst", algorithm="tests.own:Twice")
+    settings.update(selection="tests.own:ByReports", algorithm="tests.own:Twice")
     hosts.moments[1] = ("computing the second call", int(signal.SIGKILL), 3, str(tmp_path / "mark"))
     seen = Recorder()
     result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
