@@ -548,6 +548,34 @@ def test_files_of_clients_do_not_pile_up(tmp_path: Path) -> None:
         assert len(names) <= 4
 
 
+def test_what_a_synced_checkpoint_names_has_been_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+
+    def note(path: Path) -> None:
+        assert path.exists()
+        synced.add(path.name)
+
+    monkeypatch.setattr(checkpoint, "sync", note)
+    monkeypatch.setattr(keeper, "sync", note)
+    run = tmp_path / "run"
+    named: list[tuple[int, set[str]]] = []
+
+    def after(number: int) -> None:
+        if number:
+            facts = checkpoint.read_facts(run / "checkpoints" / f"round-{number:06d}.safetensors")
+            named.append((number, {f"{version}.safetensors" for version in facts["versions"].values()}))
+            if number % 2 == 0 or number == 5:
+                assert named[-1][1] <= synced
+                assert {"rounds.jsonl", "messages.jsonl", "LATEST.tmp"} <= synced
+                assert any(name.startswith(f"round-{number:06d}") for name in synced)
+            else:
+                assert not named[-1][1] <= synced, "an ordinary round need not wait for the disk"
+
+    settings = config("scaffold", checkpoint={"every": 2, "keep": 2})
+    run_here(load(settings), output=run, observer=Recorder(after))
+    assert [number for number, _ in named] == [1, 2, 3, 4, 5]
+
+
 def test_without_checkpoints_nothing_is_written(tmp_path: Path) -> None:
     result = fldist.run(config("scaffold", checkpoint={"every": 0}), output=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
