@@ -132,17 +132,18 @@ def run_here(
     restore = fix_threads(settings.threads)
     try:
         with owned(directory), _file_log(directory / "rank-0.log"), interruptible():
-            if backend == "in-process":
-                return _alone(settings, directory, observer)
-            if backend == "mpi":
-                return _serve_mpi(settings, directory, observer)
-            if world.launcher == "torchrun":
-                return _serve_torchrun(settings, directory, observer, world)
-            return _serve_children(settings, directory, observer, nproc, spawn)
-    except Exception:
-        if not (directory / "config.yaml").exists():
-            discard(directory)
-        raise
+            try:
+                if backend == "in-process":
+                    return _alone(settings, directory, observer)
+                if backend == "mpi":
+                    return _serve_mpi(settings, directory, observer)
+                if world.launcher == "torchrun":
+                    return _serve_torchrun(settings, directory, observer, world)
+                return _serve_children(settings, directory, observer, nproc, spawn)
+            except Exception:
+                if not (directory / "config.yaml").exists():
+                    discard(directory)
+                raise
     finally:
         restore()
 

@@ -294,6 +294,15 @@ class Masked(Base):
 
 
 @dataclass(frozen=True)
+class MaskedTwice(Masked):
+    """The same in two calls a round."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        for _ in range(2):
+            Masked.round(self, server, clients)
+
+
+@dataclass(frozen=True)
 class Halves(Base):
     """Two stages, each of half the rounds."""
 

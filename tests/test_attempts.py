@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fldist.config import load
 from fldist.runner import run_here
 from fldist.runtime.membership import RunStopped
 from tests.conftest import Hosts, Recorder, small
-from tests.disturbed import assert_undisturbed, config, scaffold
+from tests.disturbed import assert_undisturbed, config, scaffold, when
 
 
 def test_a_round_that_lost_a_reply_is_done_again_as_if_nothing_had_happened(tmp_path: Path, hosts: Hosts) -> None:
@@ -97,3 +98,17 @@ def test_attempts_are_limited(tmp_path: Path, hosts: Hosts) -> None:
         run_here(load(settings), nproc=3, output=tmp_path / "run", spawn=hosts)
 
 
+
+
+def test_attempts_are_not_burnt_on_a_host_that_takes_no_calls(tmp_path: Path, hosts: Hosts) -> None:
+    """It is paused for longer than the round's deadline and shorter than the limit on silence."""
+    mark = tmp_path / "mark"
+    settings = config(faults={"min_replies": "all", "on_quorum_loss": "retry", "max_attempts": 4})
+    settings["deadlines"] = {"client_timeout_s": 5.0, "round_deadline_s": 0.2}
+    hosts.moments[1] = ("on the header", int(signal.SIGSTOP), 2, str(mark))
+    seen = Recorder()
+    with when(mark.exists, lambda: (time.sleep(1.2), hosts.send(1, signal.SIGCONT))):
+        result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert result["status"] == "finished"
+    assert 1 <= seen.lines[1]["attempt"] <= 2
+    assert [line["replied"] for line in seen.lines] == [2, 2, 2]

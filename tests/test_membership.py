@@ -24,7 +24,7 @@ from fldist.wire.codec import Frame, FrameType
 from fldist.wire.control import ControlPlane
 from fldist.wire.session import Session
 from tests import moments
-from tests.conftest import Hosts, Recorder
+from tests.conftest import Hosts, Recorder, small
 from tests.disturbed import SILENCE_S, assert_is_first_and, config, when
 
 KILL_LIMIT_S = 0.2
@@ -359,3 +359,16 @@ def test_without_restarts_a_killed_host_stays_away(tmp_path: Path, hosts: Hosts)
     run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     assert [line["hosts"]["present"] for line in seen.lines][2:] == [1, 1, 1]
     assert len(hosts.all) == 2
+
+
+def test_states_that_nobody_can_be_asked_for_leave_a_run_without_its_hash(tmp_path: Path, hosts: Hosts) -> None:
+    """A host lost before its clients had a state to lose, which wait for it in vain: the end comes all the same."""
+    settings = small(
+        algorithm={"name": "tests.own:Counts", "bad_round": 99},
+        checkpoint={"every": 0},
+        faults={"orphans": "wait", "restart": "never"},
+    )
+    seen = Recorder(lambda number: hosts.send(1, signal.SIGKILL) if number == 0 else None)
+    result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert (result["status"], result["state_hash"]) == ("finished", None)
+    assert any("no state_hash: the state of clients" in w for w in seen.warnings)

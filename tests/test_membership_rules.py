@@ -76,7 +76,7 @@ class Crowd:
         return self
 
     def assemble(self, everyone: bool = False) -> None:
-        self.members.assemble(self.take, everyone=everyone)
+        self.members.assemble(self.take, lambda: self.members.complete or not everyone)
 
 
 def test_a_host_that_joins_has_work_from_the_next_round_on() -> None:
@@ -140,6 +140,25 @@ def test_everyone_is_waited_for_when_a_round_needs_them() -> None:
     crowd.members.lost(1, "gone")
     crowd.assemble(everyone=True)  # in vain: the round is tried with those who are here
     assert crowd.members.present == [2]
+
+
+def test_a_death_that_is_seen_twice_is_one_death() -> None:
+    """The link tells of a host that died while it joined, and its process is found ended: one is started, not two."""
+    for began in (True, False):
+        crowd = Crowd()
+        if began:
+            crowd.begun().members.lost(1, "gone")
+        crowd.supervisor.restarts.clear()
+        crowd.supervisor.ended[1] = "killed by SIGKILL"
+        crowd.link.events += [Lost(1, "gone")]
+        crowd.joins(1)
+        crowd.joins(2)
+        if began:
+            crowd.assemble()
+        else:
+            crowd.members.gather(crowd.take, partly=False)
+        assert crowd.supervisor.restarts == [1]
+        assert 1 in crowd.members.present
 
 
 def test_hosts_that_do_not_join_end_a_new_run_and_not_one_that_goes_on() -> None:

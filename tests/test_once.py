@@ -60,6 +60,12 @@ def test_every_client_is_given_a_version_once_wherever_it_is(tmp_path: Path, hos
     assert given(many["directory"]) == given(alone["directory"])
 
 
+def test_a_version_that_is_given_twice_in_a_round_is_booked_once(tmp_path: Path) -> None:
+    result = fldist.run(masked(fields={"name": "tests.own:MaskedTwice"}), output=tmp_path / "run")
+    called = {((r["round"] - 1) // 3, r["client"]) for r in rows(result["directory"], "kind")}
+    assert given(result["directory"]) == sorted(called)
+
+
 def test_a_version_travels_once_to_every_host(tmp_path: Path, hosts: Hosts) -> None:
     # a model of 4 bytes a parameter and 650 parameters is smaller than the mask
     config = masked()

@@ -350,6 +350,31 @@ def test_a_directory_has_one_owner(tmp_path: Path) -> None:
     assert run_here(load(config("fedavg")), output=run)["status"] == "finished"
 
 
+def test_a_run_that_is_refused_takes_nothing_away(tmp_path: Path) -> None:
+    """The other one is still building: there is no configuration in the directory yet."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with keeper.owned(run):
+        (run / "rank-1.log").write_text("a host's")
+        with pytest.raises(ValueError, match="belongs to a run that is still going"):
+            run_here(load(config("fedavg")), output=run)
+        assert {p.name for p in run.iterdir()} >= {"owner.lock", "rank-1.log"}
+
+
+def test_a_method_that_has_worked_before_the_run_went_on_may_fail(tmp_path: Path) -> None:
+    """A call that fails on all its clients ends a run only when nobody has ever answered it."""
+    failing = small(
+        algorithm={"name": "tests.own:Raises", "clients": [0]}, rounds=8, clients={"num_clients": 3, "per_round": 1}
+    )
+    straight_run = fldist.run(failing, output=tmp_path / "straight")
+    lines = (tmp_path / "straight" / "rounds.jsonl").read_text().splitlines()
+    void = [line["round"] for line in map(json.loads, lines) if not line["committed"]]
+    first = next(number for number in void if number > 1)
+    run = tmp_path / "run"
+    fldist.run({**failing, "rounds": first - 1}, output=run)
+    assert go_on(run, "rounds=8")["state_hash"] == straight_run["state_hash"]
+
+
 def test_stages_that_depend_on_the_number_of_rounds_cannot_be_extended(tmp_path: Path) -> None:
     run = tmp_path / "run"
     staged = config("tests.own:Halves", rounds=4)
@@ -528,6 +553,19 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, small_disk: Path) -> No
     assert sum(r[7] for r in delivered) == sum(result["bytes"]["logical"].values())
 
 
+def test_arrays_that_cannot_be_written_stop_the_run_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: output.Output, path: Path, lines: Any) -> None:
+        raise RuntimeError("Unable to synchronously close file, errno = 28\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "_write_arrays", full)
+        with pytest.raises(RunStopped, match=r"all rounds are done, but .*: run\.h5 cannot be written: Unable to"):
+            fldist.run(config("fedavg", rounds=2), output=tmp_path / "run")
+    assert go_on(tmp_path / "run")["status"] == "finished"
+
+
 def test_what_a_full_disk_makes_of_safetensors_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be written"):
         checkpoint.save_tensors({"a": torch.zeros(3)}, tmp_path / "missing" / "file")
@@ -596,6 +634,9 @@ def test_hosts_that_do_not_see_the_directory_are_told_of(
     result = run_here(load(config("scaffold", rounds=2)), nproc=2, output=tmp_path / "new", observer=seen, spawn=hosts)
     assert result["status"] == "finished"
     assert any("not every host sees the run's directory" in w for w in seen.warnings)
+    assert not (tmp_path / "new" / "checkpoints").exists()
+    with pytest.raises(ValueError, match="exists and is not empty; nothing is overwritten"):
+        run_here(load(config("scaffold", rounds=2)), nproc=2, output=tmp_path / "new", spawn=hosts)
     with pytest.raises(RunStopped, match=r"not every host sees .*, where the clients' states are"):
         go_on(run, "rounds=2", nproc=2, hosts=hosts)
 

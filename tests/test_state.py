@@ -335,6 +335,6 @@ def test_another_server_finds_no_round_begun():
     assert clients.begin((3, 0))
     clients.stage(1, {"v": 9})
     assert clients.view(1).v == 9
-    clients.forget_round()
+    clients.forget()
     assert clients.begin((3, 0)), "the same round of another server is another round"
     assert clients.view(1).v == 0

@@ -147,7 +147,7 @@ class Caller:
         self.reports: dict[int, ClientReport] = {}
         self._told: dict[int, ClientReport] = {}  # this round's reports
         self._methods = {m.name: m for m in job.methods.values()}
-        self._worked: set[str] = set()  # methods that some client has answered
+        self.worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
         self._stage = 0
         self._call = 0
@@ -229,6 +229,7 @@ class Caller:
         """
         self.send_verdicts()
         number, _ = self._key
+        found: dict[int, str | None] = {}
         shares: dict[int, list[int]] = {rank: [] for rank in self.placement.alive}
         homes = {c: rank for rank, ids in self.placement.homes().items() for c in ids}
         for client in sorted(clients):
@@ -236,13 +237,14 @@ class Caller:
                 shares[homes[client]].append(client)
             elif shares and self.placement.shared_files:
                 min(shares.values(), key=len).append(client)
+            else:
+                found[client] = None
         waiting: dict[int, list[int]] = {}
         for rank, ids in shares.items():
             # of the round to come: a host leaves what it still does for an older one
             frame = Frame(Head(FrameType.DIGEST, round=number + 1), note=self._versions_of(ids))
             if ids and self._post(rank, frame):
                 waiting[rank] = ids
-        found: dict[int, str | None] = {}
         limit = self.job.round_deadline_s
         deadline = time.monotonic() + limit if limit is not None else None
         while waiting:
@@ -315,10 +317,10 @@ class Caller:
         self.facts.replied.update(replied)
         if len(replied) < needed:
             errors = [r for r in running.missing.values() if r.startswith("error")]
-            if errors and len(errors) == len(ids) and spec.name not in self._worked:
+            if errors and len(errors) == len(ids) and spec.name not in self.worked:
                 raise ClientCodeFailed(f"{spec.name} failed on every client it was called on; the first: {errors[0]}")
             raise TooFewReplies(spec.name, running.missing, len(replied), needed)
-        self._worked.add(spec.name)
+        self.worked.add(spec.name)
         began = time.monotonic()
         try:
             values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
@@ -429,6 +431,10 @@ class Caller:
             running.outstanding.update(dict.fromkeys(clients, rank))
         for client in set(ids) - set(running.outstanding) - set(running.missing):
             self._miss(running, client, "no host is left")
+
+    def behind(self) -> bool:
+        """Whether a host has not taken all that was sent to it."""
+        return any(booked[0].rank in self.placement.alive for booked in self._posted.values() if booked)
 
     def _busy(self, rank: int) -> bool:
         """Whether a host has not even taken a call of an earlier round: nothing more is heaped on it."""

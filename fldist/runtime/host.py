@@ -57,7 +57,7 @@ class Host:
 
     def begin_session(self) -> None:
         """A server, perhaps another one than before, has welcomed this host: no round has begun."""
-        self.states.forget_round()
+        self.states.forget()
         self._streams.clear()
         self._sent.clear()
         self._copied = None

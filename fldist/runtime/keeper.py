@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class Keeper:
         temporary = folder / "EPOCH.tmp"
         temporary.write_text(f"{self.epoch}\n", encoding="utf-8")
         temporary.replace(path)
+
+    def give_up(self) -> None:
+        """Take the place back: nothing will be kept, and this run cannot go on."""
+        shutil.rmtree(self._checkpoints.directory)
+        shutil.rmtree(self.clients.directory, ignore_errors=True)
 
     def resume(self, layouts: Iterable[Layout]) -> None:
         """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew.

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, Field
 
 from fldist.runtime.placement import Orphans, Placement
-from fldist.wire.link import Event, Joined, Limits, Lost, ServerLink
+from fldist.wire.link import Event, Joined, Limits, ServerLink
 
 log = logging.getLogger("fldist.server")
 
@@ -99,6 +99,7 @@ class Membership:
         self._began = False
         self._coming: set[int] = set()  # absent, and expected back
         self._arrived: set[int] = set()  # joined, and in no round yet
+        self._began_waiting = 0.0
         self._starts: dict[int, int] = dict.fromkeys(ranks, 0)  # since it last joined
         self.files = True
         """Whether every host that has joined sees the clients' files in the run's directory."""
@@ -170,11 +171,17 @@ class Membership:
         if not (self.present or self._arrived or self._coming):
             raise RunStopped(f"{otherwise}; {self._kept()}")
 
-    def _look_after(self) -> None:
-        """Notice hosts that were started again and ended before they joined."""
-        for rank in sorted(self._coming - self._link.connected):
-            why = self._supervisor.explain(rank, "")
-            if why and not self._restart(rank):
+    def _look_after(self, take: Callable[[Event], None]) -> None:
+        """Take what has happened, and notice hosts that were started again and ended before they joined."""
+        starts = dict(self._starts)
+        silent = self._coming - self._link.connected
+        while (event := self._link.next_event(0.0)) is not None:  # one that had connected has told of its end by now
+            take(event)
+        for rank in sorted(silent & self._coming):
+            why = self._supervisor.explain(rank, "") if self._starts[rank] == starts[rank] else ""
+            if why and not self._began:
+                self._lost_at_start(rank, why)
+            elif why and not self._restart(rank):
                 text = f"host {rank} does not come back: its last {MAX_FAILED_STARTS} starts failed ({why})"
                 self._warn(text)
                 self._somebody(text)
@@ -186,22 +193,13 @@ class Membership:
         partly: go on without those that do not join (the run has been under way before). The limit is on hosts of
         which nothing was heard. take: gets every event.
         """
-        waiting = self._coming = set(self.ranks)
-        deadline = time.monotonic() + self._limits.join_s
-        while waiting:
-            event = self._link.next_event(0.1)
-            if event is not None:
-                take(event)
-                if isinstance(event, Lost):  # a new one is under way
-                    deadline = time.monotonic() + self._limits.join_s
-            for rank in sorted(waiting - self._link.connected):
-                why = self._supervisor.explain(rank, "")
-                if why:
-                    self._lost_at_start(rank, why)
-                    deadline = time.monotonic() + self._limits.join_s
-            waiting = self._coming
-            if waiting - self._link.connected and time.monotonic() > deadline:
-                self._give_up(sorted(waiting - self._link.connected), partly)
+        self._coming = set(self.ranks)
+        self._began_waiting = time.monotonic()
+        while self._coming:
+            self._next(take)
+            silent = sorted(self._coming - self._link.connected)
+            if silent and time.monotonic() - self._began_waiting > self._limits.join_s:
+                self._give_up(silent, partly)
                 break
         self._arrived.clear()
         self._began = True
@@ -209,6 +207,7 @@ class Membership:
     def _lost_at_start(self, rank: int, why: str) -> None:
         """A host was lost before all had joined. One that ended by itself would do so again."""
         self._coming.add(rank)
+        self._began_waiting = time.monotonic()  # another one is under way
         if self._supervisor.killed(rank) and self._restart(rank):
             self._warn(f"host {rank} was lost while it joined ({why}); it is started again")
             return
@@ -224,34 +223,37 @@ class Membership:
             self._placement.lose(rank)
         self._warn(f"hosts {silent} did not join {limit}; the run goes on without them")
 
-    def assemble(self, take: Callable[[Event], None], *, everyone: bool) -> None:
+    def assemble(self, take: Callable[[Event], None], also: Callable[[], bool] = lambda: True) -> None:
         """Begin a round: take in who has joined since. Where no host is here, wait for one, as long as join_s.
 
-        everyone: wait also for the others that are expected back, e.g. since a round lacked their clients' replies.
+        also: what else is waited for that long, and no longer.
         """
-        while (event := self._link.next_event(0.0)) is not None:
-            take(event)
-        self._look_after()
+        self._look_after(take)
         self._somebody("no host is left")
-        if not self.present or everyone:
-            self._wait(take, everyone)
+        deadline = time.monotonic() + self._limits.join_s
+        while not ((self.present or self._arrived) and also()):
+            if time.monotonic() > deadline:
+                if self.present or self._arrived:
+                    break
+                raise RunStopped(
+                    f"no host came back within {self._limits.join_s:g} s (deadlines.join_s); {self._kept()}"
+                )
+            self._next(take)
         for rank in sorted(self._arrived):
             self._placement.join(rank)
         self._arrived.clear()
 
-    def _wait(self, take: Callable[[Event], None], everyone: bool) -> None:
-        deadline = time.monotonic() + self._limits.join_s
-        while self._coming if everyone else not (self.present or self._arrived):
-            if time.monotonic() > deadline:
-                if self.present or self._arrived:
-                    return
-                raise RunStopped(
-                    f"no host came back within {self._limits.join_s:g} s (deadlines.join_s); {self._kept()}"
-                )
-            event = self._link.next_event(0.1)
-            if event is not None:
-                take(event)
-            self._look_after()
+    def _next(self, take: Callable[[Event], None]) -> None:
+        """Wait a moment for the next event, and look after those who are expected."""
+        event = self._link.next_event(0.1)
+        if event is not None:
+            take(event)
+        self._look_after(take)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nobody is absent who is expected back."""
+        return not self._coming
 
 
 def ids_text(ids: Collection[int]) -> str:

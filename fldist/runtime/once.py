@@ -51,7 +51,7 @@ class OnceTable:
         self._share = share
         self._held: dict[int, dict[str, _Held]] = {}  # by rank, of its present incarnation
         self.given: dict[str, dict[int, int]] = {}  # argument -> client -> version
-        self._giving: list[tuple[str, int, Booked]] = []  # argument, version; not settled yet
+        self._giving: dict[tuple[str, int], tuple[int, Booked]] = {}  # by argument and client; not settled yet
 
     def left(self, rank: int) -> None:
         """A host is gone, and what it held with it."""
@@ -70,7 +70,7 @@ class OnceTable:
             if given is None:
                 continue
             argument = f"{method}.{field.name}"
-            if given.value is not None and self.given.get(argument, {}).get(client) != given.version:
+            if given.value is not None and self._has(argument, client) != given.version:
                 size, before = size_of(given.value), kinds.get(field.kind, (0, 0))
                 kinds[field.kind] = (before[0] + size, before[1] + size)
             held = self._held.get(rank, {}).get(argument)
@@ -87,14 +87,23 @@ class OnceTable:
                 held = self._held[rank][argument] = _Held(given.version, set())
             for booked in entries:
                 held.clients.add(booked.client)
-                self._giving.append((argument, given.version, booked))
+                if self._has(argument, booked.client) != given.version:
+                    self._giving[argument, booked.client] = (given.version, booked)
+
+    def _has(self, argument: str, client: int) -> int | None:
+        """The version that a client has been given, or is being given."""
+        version, booked = self._giving.get((argument, client), (None, None))
+        if booked is not None and booked.status in ("open", "delivered"):
+            return version
+        return self.given.get(argument, {}).get(client)
 
     def settle(self) -> None:
         """Note what clients have been given by now; what was lost or is void they have not."""
-        for argument, version, booked in self._giving:
+        for (argument, client), (version, booked) in list(self._giving.items()):
             if booked.status == "delivered":
-                self.given.setdefault(argument, {})[booked.client] = version
-        self._giving = [entry for entry in self._giving if entry[2].status == "open"]
+                self.given.setdefault(argument, {})[client] = version
+            if booked.status != "open":
+                del self._giving[argument, client]
 
 
 class OnceValues:

@@ -184,11 +184,19 @@ class Output:
 
     def arrays(self, rounds: list[dict[str, Any]]) -> None:
         """run.h5: what tables and plots need, one array a column, sealed at the end of the run."""
+
+        temporary = self.directory / "run.h5.tmp"
+        try:
+            self._write_arrays(temporary, rounds)
+        except (OSError, RuntimeError) as error:  # what the library makes of a full disk is several lines long
+            raise OSError(f"run.h5 cannot be written: {str(error).partition(',')[0]}") from None
+        temporary.replace(self.directory / "run.h5")
+
+    def _write_arrays(self, path: Path, rounds: list[dict[str, Any]]) -> None:
         import h5py
         import numpy as np
 
-        temporary = self.directory / "run.h5.tmp"
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(path, "w") as file:
             group = file.create_group("rounds")
             for name in ("round", "accuracy", "loss", "selected", "replied"):
                 group[name] = np.array([_number(r.get(name)) for r in rounds], dtype=np.float64)
@@ -197,7 +205,6 @@ class Output:
                 group[f"wire_bytes_{way}"] = np.array([r["bytes"]["wire"][way] for r in rounds], dtype=np.int64)
             for name in ("total", "compute", "server", "encode", "wire", "wait", "evaluate"):
                 group[f"{name}_s"] = np.array([r["seconds"][name] for r in rounds], dtype=np.float64)
-        temporary.replace(self.directory / "run.h5")
 
     def model(self, params: Params) -> None:
         """model/model.safetensors: the final model by tensor name."""

@@ -104,6 +104,7 @@ class ServerLoop:
         self._caller = Caller(job, link, self._ledger, self._placement, self._hosts)
         if resumed is not None:
             self._caller.versions = {int(c): str(v) for c, v in resumed.facts["versions"].items()}
+            self._caller.worked = set(resumed.facts["worked"])
             self._caller.once.given = {
                 name: {int(c): int(v) for c, v in clients.items()} for name, clients in resumed.facts["given"].items()
             }
@@ -181,6 +182,7 @@ class ServerLoop:
                 "not every host sees the run's directory: clients' states are not kept, so this run cannot be "
                 "continued, and stops when a host is lost; put --output on a file system that all machines share"
             )
+            self._keeper.give_up()
             self._keeper = None
 
     def _kept(self) -> str:
@@ -262,7 +264,7 @@ class ServerLoop:
         before = view.state
         attempt = 0
         while True:
-            self._hosts.assemble(caller.take_aside, everyone=attempt > 0 and job.faults.orphans == "wait")
+            self._hosts.assemble(caller.take_aside, (lambda: True) if attempt == 0 else self._ready_again)
             view.replace(before.copy())
             view.enter(number, job.seed)
             self._clients.enter(number)
@@ -285,6 +287,10 @@ class ServerLoop:
             if not again:
                 return attempt, failed
             attempt += 1
+
+    def _ready_again(self) -> bool:
+        """Whether it makes sense to do a round again: hosts take calls, and those whose clients wait are back."""
+        return not self._caller.behind() and (self._hosts.complete or not self._placement.waits)
 
     def _again(self, number: int, attempt: int, error: TooFewReplies) -> bool:
         """Whether a round that too few answered is done again; RunStopped where the run ends with it."""
@@ -314,6 +320,7 @@ class ServerLoop:
             "stages": [[s.name, s.rounds] for s in self.job.algorithm.stages(self.job.rounds)],
             "versions": {str(c): v for c, v in sorted(self._caller.versions.items())},
             "given": {n: {str(c): v for c, v in given.items()} for n, given in self._caller.once.given.items()},
+            "worked": sorted(self._caller.worked),
             "reports": {str(c): list(r) for c, r in sorted(self._caller.reports.items())},
             "best": self._best,
             "seconds": self._seconds,
@@ -492,7 +499,7 @@ class ServerLoop:
             everyone = range(self.job.task.num_clients)
             digests: dict[int, str | None] = {}
             while len(digests) < len(everyone):  # as often as a host is lost over it
-                self._hosts.assemble(self._caller.take_aside, everyone=False)
+                self._hosts.assemble(self._caller.take_aside)
                 digests.update(self._caller.digests(set(everyone) - digests.keys()))
             clients = [d for c in everyone if (d := digests[c]) is not None]
             if len(clients) < len(everyone):

@@ -127,9 +127,11 @@ class ClientStates:
         self._staged: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # by call: version, writes
         self._scratch: dict[int, State] = {}
 
-    def forget_round(self) -> None:
-        """Another server has taken over: drop what is staged, and take no round for one that has begun already."""
+    def forget(self) -> None:
+        """Another server has taken over: no round has begun, and states are what it says, read from the files."""
         self._key = (0, 0)
+        self._committed.clear()
+        self._versions.clear()
         self._staged.clear()
         self._scratch.clear()
 
