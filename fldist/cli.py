@@ -34,7 +34,7 @@ def run(
     config: Annotated[str, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, as many as you like.")] = None,
     nproc: Annotated[int, typer.Option(help="Ranks to run: this process as server and N-1 hosts.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="The run's directory itself; must be new or empty.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's directory: a new one, or an unfinished run's.")] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print configuration, rank map and predicted bytes; run nothing.")
     ] = False,

@@ -26,6 +26,7 @@ from fldist.runtime.keeper import Keeper, files_seen, kept_token, owned
 from fldist.runtime.launch import (
     Children,
     Spawn,
+    Spawned,
     Unsupervised,
     World,
     find_world,
@@ -33,7 +34,7 @@ from fldist.runtime.launch import (
     spawn_host,
 )
 from fldist.runtime.membership import RunStopped, Supervisor
-from fldist.runtime.output import Output, default_directory, discard, prepare
+from fldist.runtime.output import Output, default_directory, discard, prepare, status_of
 from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import PeerLost, TransportError
@@ -41,7 +42,6 @@ from fldist.wire.link import Limits, ServerLink
 
 if TYPE_CHECKING:
     from fldist.wire.gloo import GlooServer
-    from fldist.wire.mpi import MpiServer
 
 log = logging.getLogger("fldist")
 
@@ -117,6 +117,9 @@ def run_here(
     world = find_world()
     backend = choose_backend(settings, world, nproc)
     if world.rank != 0:
+        if world.own_agents and not resume and output is not None and status_of(Path(output)) == "finished":
+            log.info("rank %d: the run in %s has ended before this host was started again", world.rank, output)
+            return {}
         return _be_host(world, settings)
     if output is None:
         output = _torchrun_directory(settings, world) if world.launcher == "torchrun" else _directory(settings)
@@ -140,9 +143,14 @@ def run_here(
                 if world.launcher == "torchrun":
                     return _serve_torchrun(settings, directory, observer, world)
                 return _serve_children(settings, directory, observer, nproc, spawn)
-            except Exception:
+            except Exception as error:
                 if not (directory / "config.yaml").exists():
                     discard(directory)
+                    if isinstance(error, OSError):
+                        raise ConfigError(
+                            f"output: {directory} cannot be written to ({error.strerror or error}); make room, or "
+                            "name another with --output"
+                        ) from None
                 raise
     finally:
         restore()
@@ -281,14 +289,17 @@ def _torchrun_store(world: World, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     env = os.environ
-    of_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    own: dict[str, Any] = {}
+    if world.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # left to itself the store listens on every interface, and tells the token to whoever asks
+        try:
+            listener = socket.create_server((socket.gethostbyname(address), port))
+        except OSError as error:
+            raise ConfigError(f"MASTER_PORT: {address} port {port} cannot be listened on ({error.strerror})") from None
+        own = {"is_master": True, "master_listen_fd": listener.detach()}
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        is_master=world.rank == 0 and not of_agent,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
+        address, port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, **own
     )
     # where one agent starts all ranks anew, what the dead ones left in its store is not for the new ones
     attempt = "" if world.own_agents else env.get("TORCHELASTIC_RESTART_COUNT", "")
@@ -297,36 +308,16 @@ def _torchrun_store(world: World, timeout_s: float) -> Any:
 
 def _torchrun_directory(settings: Settings, world: World) -> Path:
     """A server that its agent starts again finds in the agent's store which directory it wrote to."""
-    if not world.own_agents or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not world.own_agents:
         return _directory(settings)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ConfigError(
+            "--output: a server whose supervisor may start it again must be told where its run is; name a directory"
+        )
     store = _torchrun_store(world, settings.deadlines.join_s)
     if not store.check([_DIRECTORY_KEY]):
         store.set(_DIRECTORY_KEY, str(_directory(settings).absolute()))
     return Path(store.get(_DIRECTORY_KEY).decode())
-
-
-class _Spawning:
-    """The hosts of an MPI run whose server can spawn replacements. again: whether it does."""
-
-    survives_loss = True
-
-    def __init__(self, link: MpiServer, again: bool) -> None:
-        self._link = link
-        self._again = again
-
-    def explain(self, rank: int, reason: str) -> str:
-        """What the link saw."""
-        return reason
-
-    def killed(self, rank: int) -> bool:
-        """MPI tells of no other deaths."""
-        return self._again
-
-    def restart(self, rank: int) -> bool:
-        """Spawn a replacement."""
-        if self._again:
-            self._link.respawn(rank)
-        return self._again
 
 
 def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
@@ -339,7 +330,7 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     try:
         ranks = list(range(1, comm.Get_size()))
         again = settings.faults.restart == "on-failure"
-        hosts = _Spawning(link, again) if link.fault_tolerant else Unsupervised(survives_loss=False)
+        hosts = Spawned(link.respawn, again) if link.fault_tolerant else Unsupervised(survives_loss=False)
         result = _server_loop(settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", hosts).run()
     except BaseException as error:
         if isinstance(error, ValueError):
@@ -400,20 +391,24 @@ def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: f
 
     built = _Built()
     gone_since: float | None = None
+    pause_s = 0.2
     while True:
+        link: GlooHost | None = None
         try:
             link = GlooHost(address, world.rank, token, Limits(wait_s))
-            gone_since = None
             with _log_of(link, world.rank):
                 _serve_as_host(link, world.rank, built)
             return
         except TransportError as error:
+            if link is not None and link.latest > (0, 0):  # it was given work; one that is sent away must not storm
+                gone_since, pause_s = None, 0.2
             gone_since = gone_since or time.monotonic()
             left = gone_since + wait_s - time.monotonic()
             if left <= 0 or not world.own_agents:
                 raise
             log.warning("rank %d: %s; waiting for the server, %.0f s at most", world.rank, error, left)
-            time.sleep(min(0.2, left))
+            time.sleep(min(pause_s, left))
+            pause_s = min(5.0, 2 * pause_s)
 
 
 def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:

@@ -112,3 +112,10 @@ def test_attempts_are_not_burnt_on_a_host_that_takes_no_calls(tmp_path: Path, ho
     assert result["status"] == "finished"
     assert 1 <= seen.lines[1]["attempt"] <= 2
     assert [line["replied"] for line in seen.lines] == [2, 2, 2]
+
+
+def test_a_host_that_does_not_come_back_is_not_waited_for_in_vain(tmp_path: Path, hosts: Hosts) -> None:
+    faults = {"min_replies": "all", "on_quorum_loss": "retry", "orphans": "wait", "restart": "never"}
+    hosts.moments[1] = ("computing", int(signal.SIGKILL), 2, str(tmp_path / "mark"))
+    with pytest.raises(RunStopped, match="a host whose clients wait for it does not come back"):
+        run_here(load(config(faults=faults)), nproc=3, output=tmp_path / "run", spawn=hosts)

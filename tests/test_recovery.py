@@ -445,6 +445,38 @@ def test_a_state_that_cannot_be_written_costs_that_clients_reply(
     torch.testing.assert_close(c, mean, rtol=0, atol=1e-6)
 
 
+def test_a_full_disk_is_not_taken_for_code_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's state can be written in round 1; code that fails on everyone would end the run."""
+    write = ClientFiles.write
+
+    def full(self: ClientFiles, client: int, version: str, values: Any) -> None:
+        if version.startswith("1."):
+            raise OSError(28, "No space left on device")
+        write(self, client, version, values)
+
+    monkeypatch.setattr(ClientFiles, "write", full)
+    seen = Recorder()
+    run_here(load(config("scaffold", rounds=3)), output=tmp_path / "run", observer=seen)
+    assert [line["committed"] for line in seen.lines] == [False, True, True]
+
+
+def test_a_run_that_cannot_begin_for_a_full_disk_says_so(tmp_path: Path) -> None:
+    for limit in (0, 200):
+        program = f"""
+import json, resource, sys
+from pathlib import Path
+import tests.conftest
+from fldist.config import ConfigError, load
+from fldist.runner import run_here
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+try:
+    run_here(load(tests.conftest.small()), output={str(tmp_path / f"run{limit}")!r})
+except ConfigError as error:
+    sys.exit(7 * ("cannot be written to (File too large); make room" in str(error)))
+"""
+        assert in_a_process(program) == 7
+
+
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.membership import Faults
 from fldist.runtime.once import OnceTable
 from fldist.runtime.placement import Placement
-from fldist.runtime.state import version_of
+from fldist.runtime.state import UNKEPT, version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Kinds, Ledger
@@ -29,6 +29,8 @@ from fldist.wire.link import Event, Joined, Lost, Received, Sent, ServerLink
 
 log = logging.getLogger("fldist.server")
 
+_LATE_CALLS = 1000
+"""Calls to which a late reply may still belong."""
 _LOST_S = 5.0
 """How long the `Lost` event of a host that took no frame may be on its way."""
 
@@ -151,6 +153,7 @@ class Caller:
         self._key = (0, 0)
         self._stage = 0
         self._call = 0
+        self._phases: dict[tuple[int, int, int], str] = {}  # of the latest calls: late replies are booked under theirs
         self._deadline: float | None = None
         self._default_phase: str | None = None
         self._faults = job.faults
@@ -199,6 +202,8 @@ class Caller:
         elif again:
             self.ledger.void(number, attempt)
         self.once.settle()
+        self._accepted.clear()
+        self._broken.clear()
         self._wrote.clear()
         self._told.clear()
 
@@ -305,6 +310,9 @@ class Caller:
         spec = self._method(method)
         phase = phase or self._default_phase or spec.phase
         self._call += 1
+        self._phases[(*self._key, self._call)] = phase
+        while len(self._phases) > _LATE_CALLS:
+            del self._phases[next(iter(self._phases))]
         began = time.monotonic()
         running = _Running(spec, phase, self._accumulators(spec, fold, arguments))
         running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
@@ -316,7 +324,7 @@ class Caller:
         replied = sorted(running.replied)
         self.facts.replied.update(replied)
         if len(replied) < needed:
-            errors = [r for r in running.missing.values() if r.startswith("error")]
+            errors = [r for r in running.missing.values() if r.startswith("error") and UNKEPT not in r]
             if errors and len(errors) == len(ids) and spec.name not in self.worked:
                 raise ClientCodeFailed(f"{spec.name} failed on every client it was called on; the first: {errors[0]}")
             raise TooFewReplies(spec.name, running.missing, len(replied), needed)
@@ -501,7 +509,9 @@ class Caller:
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
             if event.frame.head.type is FrameType.REPLY and method is not None:
-                for booked in self._book_up(event, method, method.phase):
+                head = event.frame.head
+                phase = self._phases.get((head.round, head.attempt, head.call), method.phase)
+                for booked in self._book_up(event, method, phase):
                     booked.settle("late", event.done_ns)
             event.release()
 

@@ -19,7 +19,7 @@ from fldist.params import Params
 from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceValues
-from fldist.runtime.state import ClientStates, ClientView, Watch, version_of
+from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, value_of, values_of
 from fldist.wire.link import HostLink
@@ -183,7 +183,10 @@ class Host:
         me: ClientView | None = None
         result: Any = None
         try:
-            self.states.take(client, version)
+            try:
+                self.states.take(client, version)
+            except Damaged as error:
+                raise ValueError(f"{UNKEPT}read: {error}") from None
             me = self.states.view(client)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
@@ -211,7 +214,7 @@ class Host:
             wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
-            _fail(reply, f"its state cannot be written: {error}")
+            _fail(reply, f"{UNKEPT}written: {error}")
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):

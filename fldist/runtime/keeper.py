@@ -155,6 +155,7 @@ def kept_token(directory: Path) -> str:
         return path.read_text(encoding="ascii")
     token = secrets.token_hex(32)
     temporary = directory / f"token.tmp-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(token)
     temporary.replace(path)
@@ -172,7 +173,7 @@ def owned(directory: Path) -> Iterator[None]:
     """Be the only one that writes a run's directory; ValueError names who else does."""
     path = directory / "owner.lock"
     try:
-        opened = path.open("a+", encoding="utf-8")
+        opened = path.open("ab+", buffering=0)
     except OSError as error:
         raise ValueError(
             f"output: {directory} cannot be written to ({error.strerror}); name another with --output"
@@ -182,13 +183,14 @@ def owned(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            owner = file.read().decode().strip() or "unknown"
             raise ValueError(
-                f"output: {directory} belongs to a run that is still going ({file.read().strip() or 'unknown'}); "
+                f"output: {directory} belongs to a run that is still going ({owner}); "
                 "wait for it, end it, or name another directory with --output"
             ) from None
         except OSError as error:
             log.warning("%s cannot be locked (%s): see to it yourself that one run writes there", directory, error)
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same, by somebody unnamed
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}, process {os.getpid()}\n".encode())
         yield

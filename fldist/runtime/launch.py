@@ -111,6 +111,30 @@ class Unsupervised:
         return self._returns
 
 
+class Spawned:
+    """The hosts of an MPI job whose server can spawn others in their place (`respawn`). restart: whether it does."""
+
+    survives_loss = True
+
+    def __init__(self, respawn: Callable[[int], None], restart: bool) -> None:
+        self._respawn = respawn
+        self._restart = restart
+
+    def explain(self, rank: int, reason: str) -> str:
+        """What the link saw."""
+        return reason
+
+    def killed(self, rank: int) -> bool:
+        """MPI tells of no other deaths."""
+        return self._restart
+
+    def restart(self, rank: int) -> bool:
+        """Have another one spawned."""
+        if self._restart:
+            self._respawn(rank)
+        return self._restart
+
+
 class Children:
     """The hosts that this process has started. restart: whether one that has died is started again."""
 

@@ -97,6 +97,7 @@ class Membership:
         self._kept = kept
         self._who = who  # the algorithm, for what is said of clients' states
         self._began = False
+        self._partly = False
         self._coming: set[int] = set()  # absent, and expected back
         self._arrived: set[int] = set()  # joined, and in no round yet
         self._began_waiting = 0.0
@@ -193,13 +194,13 @@ class Membership:
         partly: go on without those that do not join (the run has been under way before). The limit is on hosts of
         which nothing was heard. take: gets every event.
         """
-        self._coming = set(self.ranks)
+        self._coming, self._partly = set(self.ranks), partly
         self._began_waiting = time.monotonic()
         while self._coming:
             self._next(take)
             silent = sorted(self._coming - self._link.connected)
             if silent and time.monotonic() - self._began_waiting > self._limits.join_s:
-                self._give_up(silent, partly)
+                self._give_up(silent, f"within {self._limits.join_s:g} s (deadlines.join_s)")
                 break
         self._arrived.clear()
         self._began = True
@@ -211,17 +212,19 @@ class Membership:
         if self._supervisor.killed(rank) and self._restart(rank):
             self._warn(f"host {rank} was lost while it joined ({why}); it is started again")
             return
-        raise RunStopped(f"host {rank} ended before it joined: {why}")
+        if not self._partly:
+            raise RunStopped(f"host {rank} ended before it joined: {why}")
+        self._coming.discard(rank)
+        self._give_up([rank], f"({why})")
 
-    def _give_up(self, silent: list[int], partly: bool) -> None:
-        limit = f"within {self._limits.join_s:g} s (deadlines.join_s)"
-        if not partly or len(silent) == len(self.ranks):
-            raise RunStopped(
-                f"hosts {silent} did not join {limit}; are they started, and can they reach this machine?"
-            )
-        for rank in silent:
-            self._placement.lose(rank)
-        self._warn(f"hosts {silent} did not join {limit}; the run goes on without them")
+    def _give_up(self, silent: list[int], why: str) -> None:
+        """Go on without some hosts; RunStopped for a new run, and where nobody is left."""
+        if self._partly:
+            for rank in silent:
+                self._placement.lose(rank)
+        if not self._partly or not self.present:
+            raise RunStopped(f"hosts {silent} did not join {why}; are they started, and can they reach this machine?")
+        self._warn(f"hosts {silent} did not join {why}; the run goes on without them")
 
     def assemble(self, take: Callable[[Event], None], also: Callable[[], bool] = lambda: True) -> None:
         """Begin a round: take in who has joined since. Where no host is here, wait for one, as long as join_s.

@@ -62,7 +62,7 @@ def prepare(directory: Path, resolved: dict[str, Any], *, resume: bool = False) 
 def _foreign(path: Path) -> bool:
     """Whether a file is none of those that a run leaves that was killed before it had written its configuration."""
     ours = {"owner.lock", "token", "checkpoints", "clients", "config.yaml.tmp", *LINES}
-    return path.name not in ours and not path.match("rank-*.log")
+    return path.name not in ours and not path.match("rank-*.log") and not path.match("token.tmp-*")
 
 
 def status_of(directory: Path) -> str | None:
@@ -124,10 +124,9 @@ def cut_back(directory: Path, to: Mapping[str, int]) -> None:
     """Take the files that grow back to where they were at a checkpoint; what came later belongs to no round."""
     filled = sorted(directory.glob("messages-*.jsonl"))
     if len(filled) > to["rotated"]:  # the file that was growing then has been filled since
-        (directory / "messages.jsonl").unlink(missing_ok=True)
-        filled[to["rotated"]].rename(directory / "messages.jsonl")
-        for later in filled[to["rotated"] + 1 :]:
+        for later in filled[to["rotated"] + 1 :]:  # first, so that a death in between leaves what can be done again
             later.unlink()
+        filled[to["rotated"]].replace(directory / "messages.jsonl")
     for name in LINES:
         path = directory / name
         if name not in to:

@@ -306,6 +306,8 @@ class ServerLoop:
             raise RunStopped(f"{what} (faults.on_quorum_loss: stop){why}; {self._kept()}")
         if all(reason.startswith(("error", "refused", NOT_WAITED_FOR)) for reason in error.missing.values()):
             raise RunStopped(f"{what}, and nothing else would come of it if it were done again{why}; {self._kept()}")
+        if self._placement.waits and self._hosts.complete and len(self._hosts.present) < len(self.ranks):
+            raise RunStopped(f"{what}, and a host whose clients wait for it does not come back{why}; {self._kept()}")
         if attempt + 1 >= faults.max_attempts:
             raise RunStopped(f"{what} in {attempt + 1} attempts (faults.max_attempts){why}; {self._kept()}")
         self.observer.warning(f"{what}; it is done again (attempt {attempt + 1}){why}")

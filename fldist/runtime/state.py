@@ -26,6 +26,10 @@ RoundKey = tuple[int, int]
 """(round, attempt)."""
 
 
+UNKEPT = "its state cannot be "
+"""In the reason of a reply that is missing for want of a file, not of a client's code: `written`, `read`."""
+
+
 def version_of(head: Head) -> str:
     """The version of what is written in the call that a head belongs to."""
     return f"{head.round}.{head.attempt}.{head.call}.{head.epoch}"

@@ -30,7 +30,7 @@ class LocalServer(ServerLink):
     @property
     def survives(self) -> str:
         """One line: what this backend and launcher can survive."""
-        return "one process: if it dies, the run ends; finished rounds are kept"
+        return "one process: if it dies, finished rounds are kept, and the same command goes on"
 
     def admit(self, welcome: Welcome) -> None:
         """The only host is there at once."""
