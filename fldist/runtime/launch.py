@@ -111,28 +111,18 @@ class Unsupervised:
         return self._returns
 
 
-class Spawned:
+class Spawned(Unsupervised):
     """The hosts of an MPI job whose server can spawn others in their place (`respawn`). restart: whether it does."""
 
-    survives_loss = True
-
     def __init__(self, respawn: Callable[[int], None], restart: bool) -> None:
+        super().__init__(survives_loss=True, returns=restart)
         self._respawn = respawn
-        self._restart = restart
-
-    def explain(self, rank: int, reason: str) -> str:
-        """What the link saw."""
-        return reason
-
-    def killed(self, rank: int) -> bool:
-        """MPI tells of no other deaths."""
-        return self._restart
 
     def restart(self, rank: int) -> bool:
         """Have another one spawned."""
-        if self._restart:
+        if self._returns:
             self._respawn(rank)
-        return self._restart
+        return self._returns
 
 
 class Children:
