@@ -459,7 +459,8 @@ def test_a_model_sent_in_an_earlier_round_is_not_the_one_sent(tmp_path):
     job = dataclasses.replace(build(load(settings)), algorithm=Sometimes())
     run_job(job, tmp_path / "run", seen)
     assert [line["accuracy"] is None for line in seen.lines] == [False, True, False]
-    assert any("round 2: no client could be scored: error: evaluate_client on host 0: ValueError: eval.model" in text for text in seen.warnings)
+    said = "round 2: no client could be scored: error: evaluate_client on host 0: ValueError: eval.model"
+    assert any(said in text for text in seen.warnings)
 
 
 @dataclass(frozen=True)
