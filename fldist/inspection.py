@@ -378,7 +378,9 @@ def _check_mpi() -> Finding:
     )
     try:
         command = [sys.executable, "-c", program]
-        probe = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        # a process that is an MPI job by itself leaves a file of Open MPI's shared memory behind: it needs none
+        env = {"OMPI_MCA_btl": "self", **os.environ}
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)  # noqa: S603
     except subprocess.TimeoutExpired:
         return "warn", "MPI: mpi4py does not come up within 60 s; try: python -c 'from mpi4py import MPI'"
     if probe.returncode:
