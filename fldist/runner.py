@@ -249,7 +249,8 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
         hosts = Unsupervised(survives_loss=world.own_agents, returns=world.own_agents and again)
         job = build(settings)
         result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
-        link.rendezvous.set(_DONE_KEY, "")  # for a host that its agent has started again and that comes too late
+        with contextlib.suppress(RuntimeError):  # for a host that its agent has started again and that comes too late
+            link.rendezvous.set(_DONE_KEY, "")
         return result
     finally:
         with undisturbed():
@@ -268,6 +269,7 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
     if world.own_agents:
         port = port or int(os.environ["MASTER_PORT"]) + 1
         survives = "a host or the server may die: its agent starts it again, and the others go on or wait for it"
+    store = _torchrun_store(world, deadlines.join_s)
     link = GlooServer(
         ranks=list(range(1, world.size)),
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
@@ -277,7 +279,7 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
         checksum=settings.network.checksum == "full",
         survives=survives,
     )
-    link.rendezvous = store = _torchrun_store(world, deadlines.join_s)
+    link.rendezvous = store
     store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
     return link
 
