@@ -137,7 +137,7 @@ def test_scaffold_stays_exact_while_clients_drop_out_at_random(tmp_path: Path) -
 def test_scaffold_stays_exact_while_hosts_die_at_random(tmp_path: Path, hosts: Hosts) -> None:
     generator = random.Random(5)
     settings = scaffold(rounds=50, eval__every=0)
-    settings.update(faults={}, algorithm={"name": "tests.own:DroppedScaffold", "share": 0.0, "seconds": 0.02})
+    settings.update(faults={}, algorithm={"name": "tests.own:DroppedScaffold", "share": 0.0, "seconds": 0.03})
     stop = threading.Event()
 
     def reaper() -> None:
@@ -154,8 +154,8 @@ def test_scaffold_stays_exact_while_hosts_die_at_random(tmp_path: Path, hosts: H
         stop.set()
         thread.join()
     assert result["state_hash"] is not None
-    assert sum(bool(line["missing"]) for line in seen.lines) >= 3
-    assert sum("has joined again" in w for w in seen.warnings) >= 3
+    assert sum(bool(line["missing"]) for line in seen.lines) >= 2
+    assert sum("has joined again" in w for w in seen.warnings) >= 2
     c, mean = mean_variate(tmp_path / "run", 6)
     assert float(c.norm()) > 0.01
     torch.testing.assert_close(c, mean, rtol=0, atol=1e-6)

@@ -103,7 +103,7 @@ def test_a_death_costs_the_dead_host_only(scenes: dict[str, Any]) -> None:
         assert death["times_lost"] == 1, named(death)
         assert death["others_lost"] == [], named(death)
         assert death["trips"][len(death["trips"]) // 2] < 2 * quiet + 0.001, named(death)
-        assert death["trips"][-1] < 0.4, named(death)
+        assert death["trips"][-1] < 1.0, named(death)  # one may fall into the start of several replacements
 
 
 def test_what_was_on_its_way_is_dropped(scenes: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def test_a_replacement_that_does_not_start_is_given_up(scenes: dict[str, Any]) -
     assert before_mpi["took_s"] < 1.5
     assert before_joining["reason"] in ("its process died", "silent for 20 s")
     for failed in scenes["failing"]:
-        assert failed["trips"][-1] < 0.4
+        assert failed["trips"][-1] < 1.0
 
 
 def test_a_host_that_the_server_spawned_is_a_host_like_others(scenes: dict[str, Any]) -> None:
