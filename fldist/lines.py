@@ -37,6 +37,10 @@ class Lines:
         self.size += len(data)
         self.waiting, self.problem = b"", None
 
+    def sync(self) -> None:
+        """Have what is written outlive a power failure."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Write what waits and close; OSError when it still cannot be written."""
         if self._file < 0:

@@ -270,6 +270,7 @@ class Ledger:
     def _rotate(self) -> None:
         assert self._lines is not None
         path = self._lines.path
+        self._lines.sync()  # checkpoints sync the file that grows, and never come back to one that is full
         self._lines.close()
         number = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}"))) + 1
         path.rename(path.with_name(f"{path.stem}-{number:04d}{path.suffix}"))
