@@ -56,7 +56,7 @@ class Form(enum.IntEnum):
     TENSORS = 3
     FLOAT = 4
     INT = 5
-    HELD = 6  # a version of a `Once` argument that the receiver holds
+    HELD = 6  # what the receiver holds: a version of a `Once` argument, or this call's value
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Once(Generic[T]):
 
 
 class Held:
-    """Stands in a message where a `Once` argument's value would stand."""
+    """Stands in a message where a value would stand that the receiver holds: a `Once` argument's, or this call's."""
 
 
 HELD = Held()

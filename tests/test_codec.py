@@ -558,7 +558,7 @@ HOSTILE = {
     "params for a tensor": (
         a_head([FLOATS, INTS], [a_message(a_params(0, 1))], inline=bytes(72)), "form"),
     "none for a tensor": (a_head([], [a_message(bytes([Form.NONE]))]), "form"),
-    "form 6": (a_head([], [a_message(b"\x06")]), "form"),
+    "form 9": (a_head([], [a_message(b"\x09")]), "form"),
     "form 127 with a version": (a_head([], [a_message(b"\xff" + bytes(8))]), "form"),
     "more bytes than MaxBytes": (
         one_tensor(a_part(dtype=8, shape=(MAX_BYTES + 1,), inline=0)), str(MAX_BYTES)),
@@ -640,6 +640,14 @@ def test_a_hostile_head_with_a_right_checksum_is_a_bad_message_before_memory_is_
         tracemalloc.stop()
     assert max(taken, default=0) <= INLINE_BYTES
     assert peak < 2 * 2**20
+
+
+def test_only_a_call_may_say_that_a_value_is_held():
+    head = a_head([], [a_message(bytes([Form.HELD]))])
+    frame = decode(head, EXPECTED)
+    assert values_of(frame, frame.messages[0], LAYOUT) == [HELD]
+    with pytest.raises(BadMessage, match="has the form HELD"):
+        decode(head, Expected(SCHEMAS.get, lambda client: LAYOUT))
 
 
 def test_the_hostile_heads_differ_from_good_ones_by_their_fault_alone():

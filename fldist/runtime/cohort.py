@@ -13,14 +13,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from fldist.algorithm import TooFewReplies
 from fldist.fold import Accumulator, Collect, Collected, Fold, FoldContext, Mean, NoWeight, Refused, Sum
-from fldist.kinds import Each, Field, Form, Once, Schema, reference_for
+from fldist.kinds import HELD, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.membership import Faults
-from fldist.runtime.once import OnceTable
+from fldist.runtime.once import OnceTable, size_of
 from fldist.runtime.placement import Placement
+from fldist.runtime.sharing import Shares
 from fldist.runtime.state import UNKEPT, version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, values_of
@@ -164,6 +167,8 @@ class Caller:
         self._wrote: dict[int, str] = {}  # this round's, of accepted calls
         self._verdicts: dict[int, list[dict[str, Any]]] = {}  # by rank: not sent yet
         self._posted: dict[int, list[Booked]] = {}  # by sequence number: not acknowledged yet
+        self._machines: dict[int, str] = {}  # by rank: the machine that it runs on
+        self._seconds: dict[str, float] = {}  # by method: what the latest client took
 
     # ---- rounds
     def begin_round(self, number: int, attempt: int, stage: int, phase: str | None = None) -> None:
@@ -314,9 +319,9 @@ class Caller:
         while len(self._phases) > _LATE_CALLS:
             del self._phases[next(iter(self._phases))]
         began = time.monotonic()
-        running = _Running(spec, phase, self._accumulators(spec, fold, arguments))
+        running = _Running(spec, phase, self._accumulators(spec, fold, arguments), arguments)
         running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
-        self._send(spec, phase, running, sorted(ids), arguments)
+        self._send(running, sorted(ids))
         self.facts.encode_s += time.monotonic() - began
         needed = self._faults.needed(len(ids))
         self._wait(running, most_missing=len(ids) - needed)
@@ -387,58 +392,76 @@ class Caller:
         reference = reference if isinstance(reference, Params) else None
         return FoldContext(reference, bound, self.job.integers if not isinstance(how, Sum) else "mean")
 
-    def _send(
-        self, spec: ClientMethod, phase: str, running: _Running, ids: list[int], arguments: dict[str, Any]
-    ) -> None:
-        number, attempt = self._key
+    def _send(self, running: _Running, ids: list[int]) -> None:
+        """Give every host its clients of the call, or the first of them."""
         self.facts.called.update(ids)
-        once = {name: a for name, a in arguments.items() if isinstance(a, Once)}
-        versions = {name: a.version for name, a in once.items()}
-        groups: dict[int, list[int]] = {}
-        if self.placement.alive:
-            for client, rank in self.placement.place(ids).items():
-                groups.setdefault(rank, []).append(client)
-        for rank, clients in sorted(groups.items()):
+        new = self.placement.new(ids)
+        placed = self.placement.place(ids) if self.placement.alive else {}
+        able = [rank for rank in self.placement.alive if not self._busy(rank)]
+        for client, rank in placed.items():
             if rank not in self.placement.alive:
-                for client in clients:
-                    self._miss(running, client, f"host {rank} is absent")
-                continue
-            if self._busy(rank):
-                for client in clients:
-                    self._miss(running, client, f"host {rank} is still busy with an earlier round")
-                continue
-            head = Head(
-                FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
-            )
-            builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
-            given: dict[int, Kinds] = {}
-            for client in sorted(clients):
-                values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
-                if once:
-                    given[client] = self.once.hold_back(rank, spec.name, spec.call.fields, client, once, values)
-                builder.add(Message(client), spec.call, values, versions)
-            if self.job.algorithm.stateful:
-                builder.frame.note.update(self._versions_of(clients))
-            ready = time.monotonic_ns()
-            if not self._post(rank, builder.frame):
-                running.gone.add(rank)
-                for client in clients:
-                    self._miss(running, client, f"host {rank} is lost")
-                continue
-            booked = self.ledger.book(
-                builder.frame,
-                spec.call,
-                direction="down",
-                phase=phase,
-                rank=rank,
-                times=[(ready, 0, 0)] * len(clients),
-                once=given,
-            )
-            self.once.sent(rank, spec.name, once, booked)
-            self._posted[builder.frame.head.seq] = booked
-            running.outstanding.update(dict.fromkeys(clients, rank))
-        for client in set(ids) - set(running.outstanding) - set(running.missing):
+                self._miss(running, client, f"host {rank} is absent")
+            elif rank not in able:
+                self._miss(running, client, f"host {rank} is still busy with an earlier round")
+        running.shares = Shares(
+            {c: r for c, r in placed.items() if c not in running.missing},
+            new if self.placement.moves else (),
+            {rank: self._machines.get(rank, str(rank)) for rank in able},
+            self.job.task.sizes,
+            self._seconds.get(running.spec.name),
+        )
+        for rank, clients in running.shares.first().items():
+            self._give(running, rank, clients)
+        for client in set(ids) - set(placed):
             self._miss(running, client, "no host is left")
+
+    def _give(self, running: _Running, rank: int, clients: list[int]) -> None:
+        """Send a host these clients' messages of the call. What they share with earlier ones travels no second time."""
+        number, attempt = self._key
+        spec, arguments = running.spec, running.arguments
+        once = {name: a for name, a in arguments.items() if isinstance(a, Once)}
+        common = [n for n, a in arguments.items() if isinstance(a, Params | Tensor | dict)] if self.job.share else []
+        held_for = running.first.get(rank)  # the client whose message brought this host what is common
+        head = Head(
+            FrameType.CALL, round=number, attempt=attempt, call=self._call, stage=self._stage, method=spec.number
+        )
+        builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
+        given: dict[int, Kinds] = {}
+        for client in clients:
+            values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
+            kinds = self.once.hold_back(rank, spec.name, spec.call.fields, client, once, values) if once else {}
+            for index, field_ in enumerate(spec.call.fields):
+                if held_for is not None and field_.name in common:
+                    size, before = size_of(values[index]), kinds.get(field_.kind, (0, 0))
+                    kinds[field_.kind] = (before[0] + size, before[1] + size)
+                    values[index] = HELD
+            given[client] = kinds
+            builder.add(Message(client), spec.call, values, {name: a.version for name, a in once.items()})
+        if self.job.algorithm.stateful:
+            builder.frame.note.update(self._versions_of(clients))
+        if common and held_for is None and running.shares.waiting:
+            builder.frame.note["keep"] = True
+        self.placement.move(clients, rank)
+        ready = time.monotonic_ns()
+        if not self._post(rank, builder.frame):
+            running.gone.add(rank)
+            for client in clients:
+                self._miss(running, client, f"host {rank} is lost")
+            return
+        booked = self.ledger.book(
+            builder.frame,
+            spec.call,
+            direction="down",
+            phase=running.phase,
+            rank=rank,
+            times=[(ready, 0, 0)] * len(clients),
+            once=given,
+            held_for=held_for if common else None,
+        )
+        running.first.setdefault(rank, clients[0])
+        self.once.sent(rank, spec.name, once, booked)
+        self._posted[builder.frame.head.seq] = booked
+        running.outstanding.update(dict.fromkeys(clients, rank))
 
     def behind(self) -> bool:
         """Whether a host has not taken all that was sent to it."""
@@ -451,11 +474,11 @@ class Caller:
 
     def _wait(self, running: _Running, most_missing: int) -> None:
         """Take replies until all are in, or the deadline has passed, or so many are missing that the rest is no use."""
-        while running.outstanding or running.gone & set(self.placement.alive):
+        while running.open or running.gone & set(self.placement.alive):
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            event = self.link.next_event(timeout if running.outstanding else _LOST_S)
+            event = self.link.next_event(timeout if running.open else _LOST_S)
             if event is None:
-                for client in sorted(running.outstanding):
+                for client in running.open:
                     self._miss(running, client, "deadline")
                 break
             if isinstance(event, Received) and self._current(event.frame.head):
@@ -470,8 +493,10 @@ class Caller:
                     reason = self._reasons.get(event.rank, event.reason)
                     for client in [c for c, r in running.outstanding.items() if r == event.rank]:
                         self._miss(running, client, f"host {event.rank} lost: {reason}")
+                    for client in running.shares.lose(event.rank):
+                        self._miss(running, client, f"host {event.rank} lost: {reason}")
             if len(running.missing) > most_missing:
-                for client in sorted(running.outstanding):
+                for client in running.open:
                     self._miss(running, client, NOT_WAITED_FOR)
                 break
 
@@ -505,6 +530,7 @@ class Caller:
             self._reasons[event.rank] = self._hosts.lost(event.rank, event.reason, fresh)
         elif isinstance(event, Joined):
             self.offsets[event.rank] = event.offset_ns
+            self._machines[event.rank] = str(event.info.get("hostname"))
             self._hosts.joined(event)
         elif isinstance(event, Received):
             method = self.job.method(event.frame.head.method)
@@ -540,6 +566,7 @@ class Caller:
                 continue
             seconds = (message.ready_ns - message.started_ns) / 1e9
             self.facts.compute_s[rank] = self.facts.compute_s.get(rank, 0.0) + seconds
+            self._seconds[running.spec.name] = seconds
             if message.status is Status.ERROR:
                 booked.settle("delivered", event.done_ns)
                 self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
@@ -558,6 +585,9 @@ class Caller:
                 if client in wrote:
                     self._wrote[client] = version_of(frame.head)
         event.release()
+        has = sum(r == rank for r in running.outstanding.values())
+        if more := running.shares.next(rank, has):
+            self._give(running, rank, more)
         self.facts.encode_s += time.monotonic() - began
 
     def _fold(self, running: _Running, message: Message, frame: Frame) -> str | None:
@@ -587,12 +617,20 @@ class _Running:
     spec: ClientMethod
     phase: str
     accumulators: dict[str, Accumulator]
+    arguments: dict[str, Any]
     weights: dict[str, str] = field(default_factory=dict)  # fold -> reply field that holds its weight
     outstanding: dict[int, int] = field(default_factory=dict)  # client -> rank
     missing: dict[int, str] = field(default_factory=dict)
     replied: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)  # hosts that took no frame: their `Lost` is on its way
+    shares: Shares = field(init=False)
+    first: dict[int, int] = field(default_factory=dict)  # by host: the first client it was given
+
+    @property
+    def open(self) -> list[int]:
+        """Clients of which neither a reply has come nor is known that none will."""
+        return sorted([*self.outstanding, *self.shares.waiting])
 
 
 def plain(argument: Any) -> Any:

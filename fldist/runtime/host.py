@@ -12,7 +12,7 @@ import torch
 
 from fldist.algorithm import State
 from fldist.data.client_data import ClientData
-from fldist.kinds import Form, Kind
+from fldist.kinds import HELD, Form, Kind
 from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Params
@@ -49,6 +49,9 @@ class Host:
         self._longest_s: dict[int, float] = {}  # by method
         self._sent: dict[int, Params] = {}  # by client: the weights it was sent in this round, where these are scored
         self._copied: tuple[Params, Params] | None = None  # weights of a message, and the copy that outlives it
+        self._kept: dict[str, Any] = {}  # arguments of the call under way, for its later frames
+        self._kept_of: tuple[int, int, int] = (0, 0, 0)
+        self._changed: str | None = None  # what a client of this call changed although all share it
 
     def _first_state(self, client: int) -> State:
         """A client's state before its first call: the same on any host, whenever it is asked for."""
@@ -62,6 +65,8 @@ class Host:
         self._sent.clear()
         self._copied = None
         self._once.clear()
+        self._kept.clear()
+        self._kept_of = (0, 0, 0)
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -102,23 +107,23 @@ class Host:
             self._sent.clear()
             self._copied = None
         self._keep_once(method, frame)
+        self._keep(method, frame)
         received_ns = time.monotonic_ns()
         versions = frame.note.get("versions", {})
         builder = self._builder(head)
         opened = time.monotonic()
-        spoilt: str | None = None  # what an earlier client of this frame changed although all share it
         for message in frame.messages:
             if obsolete():
                 log.info("round %d: the server has gone on; the rest of its calls is left", head.round)
                 break
             reply = Message(message.client, received_ns=received_ns, started_ns=time.monotonic_ns())
             wrote = False
-            if spoilt is None:
-                values, spoilt, wrote = self._run(
+            if self._changed is None:
+                values, self._changed, wrote = self._run(
                     method, frame, message, reply, str(versions.get(str(message.client), ""))
                 )
             else:
-                _fail(reply, f"{spoilt} by another client of this host; work on a clone()")
+                _fail(reply, f"{self._changed} by another client of this host; work on a clone()")
             reply.ready_ns = time.monotonic_ns()
             if reply.status is Status.OK:
                 try:
@@ -172,8 +177,10 @@ class Host:
             for name, held in once.items():
                 if held is not None:
                     arguments[name] = self._once.get(f"{method.name}.{name}", held)
-        except ValueError as error:
-            _fail(reply, str(error))
+                elif arguments[name] is HELD:
+                    arguments[name] = self._kept[name]
+        except (KeyError, ValueError) as error:
+            _fail(reply, f"this host does not hold {error}" if isinstance(error, KeyError) else str(error))
             return (), None, False
         if job.evaluation.model == "sent":
             self._keep_sent(method, client, arguments)
@@ -228,6 +235,19 @@ class Host:
                 if value.version is not None and value.form is not Form.HELD:
                     layout = self.job.layout(message.client)
                     self._once.put(f"{method.name}.{spec.name}", value.version, value_of(frame, value, layout))
+
+    def _keep(self, method: ClientMethod, frame: Frame) -> None:
+        """Keep the arguments of a call that has further frames, which do not repeat them."""
+        head = frame.head
+        if self._kept_of != (head.round, head.attempt, head.call):
+            self._kept_of = (head.round, head.attempt, head.call)
+            self._kept.clear()
+            self._changed = None
+        if frame.note.get("keep"):
+            message = frame.messages[0]
+            layout = self.job.layout(message.client)
+            values = values_of(frame, message, layout)
+            self._kept = {f.name: v for f, v in zip(method.call.fields, values, strict=True) if v is not HELD}
 
     def _keep_sent(self, method: ClientMethod, client: int, arguments: dict[str, Any]) -> None:
         """Remember the weights that a client was sent, in a copy: a message's memory is the link's."""

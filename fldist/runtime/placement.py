@@ -63,6 +63,19 @@ class Placement:
             self._round.update(balance(new, self._sizes, self._alive, loads))
         return {c: self._round[c] for c in clients}
 
+    @property
+    def moves(self) -> bool:
+        """Whether another host may do a client's work, at its first call of a round."""
+        return not self._home
+
+    def new(self, clients: Iterable[int]) -> set[int]:
+        """Those that have not been called in this round."""
+        return {c for c in clients if c not in self._round}
+
+    def move(self, clients: Iterable[int], rank: int) -> None:
+        """Another host than the one they were placed on has these clients for the rest of the round."""
+        self._round.update(dict.fromkeys(clients, rank))
+
     def commit(self, clients: Iterable[int]) -> None:
         """Note clients whose state was committed on their host."""
         if self._stateful:

@@ -328,7 +328,7 @@ class Expected:
     layout: Callable[[int], Layout]
     num_clients: int = 2**32
     once: bool = False
-    """Whether fields may be `Once` values, and stand for those held."""
+    """Whether fields may be `Once` values, and stand for values that the receiver holds."""
 
 
 FIXED_BYTES = _HEAD.size
@@ -526,7 +526,7 @@ def _validate_fields(
     for spec, value in zip(schema.fields, message.fields, strict=True):
         if value.version is not None and not once:
             raise BadMessage(f"field {spec.name!r} is given as Once, which only a call's arguments are")
-        if (value.form is Form.NONE and spec.optional) or (value.form is Form.HELD and value.version is not None):
+        if (value.form is Form.NONE and spec.optional) or (value.form is Form.HELD and once):
             continue
         number = {Form.FLOAT, Form.INT}
         if value.form is not spec.form and not {value.form, spec.form} <= number:

@@ -70,11 +70,12 @@ class Booked:
 
 
 def costs(
-    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None
+    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None, held_for: int | None = None
 ) -> list[tuple[Kinds, int, int, int | None]]:
     """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame.
 
-    once: by client, the kinds of `Once` values that are booked with its message, whether or not they travel in it.
+    once: by client, the kinds of values that are booked with its message, whether or not they travel in it; held_for:
+    the client with whose message those travelled that this frame does not repeat.
     """
     booked: dict[int, int] = {}  # part -> client that carries its wire bytes
     payload_in_head = sum(p.bytes for p in frame.parts if p.inline)
@@ -82,7 +83,7 @@ def costs(
     for number, message in enumerate(frame.messages):
         kinds: Kinds = dict((once or {}).get(message.client, {}))
         distinct = 0
-        shared_with: int | None = frame.messages[0].client if number else None
+        shared_with: int | None = frame.messages[0].client if number else held_for
         fields = [] if message.status is Status.ERROR else message.fields
         for spec, value in zip(schema.fields, fields, strict=False):
             logical, encoded = kinds.get(spec.kind, (0, 0))
@@ -101,7 +102,7 @@ def costs(
                 else:
                     booked[index] = message.client
                     distinct += part.bytes
-            if value.form is not Form.NONE and value.version is None:
+            if value.form not in (Form.NONE, Form.HELD) and value.version is None:
                 kinds[spec.kind] = (logical, encoded)
         result.append((kinds, 0, distinct, shared_with))
     if result:
@@ -194,11 +195,13 @@ class Ledger:
         rank: int,
         times: Iterable[tuple[int, int, int]],
         once: Mapping[int, Kinds] | None = None,
+        held_for: int | None = None,
     ) -> list[Booked]:
-        """Enter a frame's messages as open; `times` has (ready, sent, done) for each; once: see `costs`."""
+        """Enter a frame's messages as open; `times` has (ready, sent, done) for each; the rest: see `costs`."""
         head = frame.head
         entered = []
-        for message, cost, (ready, sent, done) in zip(frame.messages, costs(frame, schema, once), times, strict=True):
+        of_each = costs(frame, schema, once, held_for)
+        for message, cost, (ready, sent, done) in zip(frame.messages, of_each, times, strict=True):
             kinds, framing, wire, shared_with = cost
             entered.append(
                 Booked(
