@@ -52,6 +52,14 @@ class FoldContext:
     integers: Integers = "mean"
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of int64 and how two of them are combined: `sum` or `max`. Empty blocks are there too."""
+
+    tensor: Tensor
+    how: Literal["sum", "max"]
+
+
 class Accumulator(ABC):
     """The growing value of one fold in one call."""
 
@@ -179,6 +187,7 @@ class FixedPoint(Accumulator):
         self.weights: dict[int, float] = {}
         self._total = Fraction(0)  # exact, so that no order of arrival decides whether the bound is kept
         self._largest_ints: dict[int, Tensor] = {}
+        self._absorbed = False  # whether `ints` holds the largest of contributions that were added elsewhere
         size = min(CHUNK, max(1, self.floats.numel()))
         self._work = torch.empty(size, dtype=torch.float64)
         self._whole = torch.empty(size, dtype=torch.int64)
@@ -208,6 +217,29 @@ class FixedPoint(Accumulator):
         self._accumulate(value.floats, weight, -1, value.floats.numel())
         self._add_ints(client, value.ints, weight, -1)
         self._total -= Fraction(self.weights.pop(client))
+
+    def absorb(self, client: int, weight: float) -> None:
+        """Take the weight of a contribution that is in the blocks of another accumulator, which `blocks` will add."""
+        if not (0.0 <= weight < math.inf and self._total + Fraction(weight) <= self.bound):
+            raise Refused("range", f"weight {weight} takes the sum of weights out of 0 to {self.bound:g}")
+        self.weights[client] = weight
+        self._total += Fraction(weight)
+        self._absorbed = True
+
+    def blocks(self) -> list[Block]:
+        """All contributions so far, to be combined with those of other accumulators of the same call, in place.
+
+        Nothing can be added or removed afterwards.
+        """
+        if self.integers != "max":
+            return [Block(self.floats, "sum"), Block(self.ints, "sum")]
+        if self._largest_ints:
+            self.ints = torch.stack(list(self._largest_ints.values())).amax(dim=0)
+            self._largest_ints.clear()
+            self._absorbed = True
+        elif not self._absorbed:
+            self.ints.fill_(torch.iinfo(torch.int64).min)
+        return [Block(self.floats, "sum"), Block(self.ints, "max")]
 
     def _accumulate(self, block: Tensor, weight: float, sign: int, end: int) -> tuple[int, str] | None:
         """Add sign * contribution for elements [0, end); return where and why a chunk cannot be taken."""
@@ -271,9 +303,8 @@ class FixedPoint(Accumulator):
         if not self.ints.numel() or self.integers == "keep":
             return self.reference.ints.clone()
         if self.integers == "max":
-            if not self._largest_ints:
-                return self.reference.ints.clone()
-            return torch.stack(list(self._largest_ints.values())).amax(dim=0)
+            candidates = [*self._largest_ints.values(), *([self.ints] if self._absorbed else [])]
+            return torch.stack(candidates).amax(dim=0) if candidates else self.reference.ints.clone()
         if not self.divide:
             return self.ints.clone()
         return torch.div(self.ints, int(total), rounding_mode="trunc")

@@ -57,6 +57,7 @@ class Form(enum.IntEnum):
     FLOAT = 4
     INT = 5
     HELD = 6  # what the receiver holds: a version of a `Once` argument, or this call's value
+    FOLDED = 7  # what the sender has folded with others
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,13 @@ class Held:
 
 
 HELD = Held()
+
+
+class Folded:
+    """Stands in a reply where a value would stand that its host has folded with those of its other clients."""
+
+
+FOLDED = Folded()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fldist.wire.codec import (
     FrameType,
     Head,
     Message,
+    Place,
     Status,
     decode,
     encode,
@@ -263,7 +264,7 @@ def test_equal_tensors_and_other_kinds_are_parts_of_their_own():
 def test_parts_of_4096_bytes_and_more_are_bodies(size, inline):
     frame = build(TENSOR, [torch.arange(size).to(torch.uint8)])
     (part,) = frame.parts
-    assert (part.bytes, part.inline) == (size, inline)
+    assert (part.bytes, part.place is Place.INLINE) == (size, inline)
     assert (frame.body_bytes, len(frame.bodies)) == ((0, 0) if inline else (size, 1))
     assert (len(encode(frame)) > size) == inline
     arrived = decode(encode(frame), EXPECTED)
@@ -280,7 +281,7 @@ def test_decoded_and_allocated_tensors_lie_at_64_byte_boundaries():
     arrived = decode(encode(builder.frame), EXPECTED)
     arrived.allocate()
     assert [p.tensor.data_ptr() % 64 for p in arrived.parts] == [0] * len(sizes)
-    assert [p.inline for p in arrived.parts] == [s < 4096 for s in sizes]
+    assert [p.place is Place.INLINE for p in arrived.parts] == [s < 4096 for s in sizes]
 
 
 def test_the_checksum_covers_the_bodies_in_order():
@@ -527,7 +528,7 @@ HOSTILE = {
     "dtype 10": (one_tensor(a_part(dtype=10), inline=two_floats()), "dtype"),
     "dtype 255": (one_tensor(a_part(dtype=255), inline=two_floats()), "dtype"),
     "encoding 1": (one_tensor(a_part(encoding=1), inline=two_floats()), "encoding"),
-    "place 2": (one_tensor(a_part(inline=2), inline=two_floats()), "place"),
+    "place 3": (one_tensor(a_part(inline=3), inline=two_floats()), "place"),
     "small body": (one_tensor(a_part(inline=0)), "wrong place"),
     "large inline": (one_tensor(a_part(shape=(1024,)), inline=bytes(4096)), "wrong place"),
     "9 dimensions": (one_tensor(a_part(shape=(1,) * 9), inline=bytes(4)), "9 dimensions"),
@@ -606,7 +607,7 @@ HOSTILE = {
     "2^32 - 1 messages": (a_head(**GOOD, num_messages=2**32 - 1), "do not fit"),
     "a message that is not there": (a_head(**GOOD, num_messages=2), ""),
     "a part that is not there": (a_head(**GOOD, num_parts=2), ""),
-    "status 2": (a_head([], [a_message(status=2)], method=NOTHING), "status"),
+    "status 3": (a_head([], [a_message(status=3)], method=NOTHING), "status"),
     "an error with fields": (a_head([], [an_error(b"no", fields=1) + b"\0"], method=NOTHING), "error with fields"),
     "an error text of 4 GiB": (a_head([], [an_error(b"no", size=2**32 - 1)], method=NOTHING), "error text"),
     "an error text that is cut off": (a_head([], [an_error(b"no", size=3)], method=NOTHING), ""),

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fldist.algorithm import TooFewReplies
-from fldist.fold import Accumulator, Collect, Collected, Fold, FoldContext, Mean, NoWeight, Refused, Sum
-from fldist.kinds import HELD, Each, Field, Form, Once, Schema, reference_for
+from fldist.fold import Fold, NoWeight
+from fldist.kinds import HELD, Each, Once
 from fldist.params import Params
+from fldist.runtime.folding import Folds
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.membership import Faults
 from fldist.runtime.once import OnceTable, size_of
@@ -319,8 +320,8 @@ class Caller:
         while len(self._phases) > _LATE_CALLS:
             del self._phases[next(iter(self._phases))]
         began = time.monotonic()
-        running = _Running(spec, phase, self._accumulators(spec, fold, arguments), arguments)
-        running.weights = {n: f.by for n, f in fold.items() if f.by is not None}
+        _check_names(spec, fold, arguments)
+        running = _Running(spec, phase, Folds(self.job, spec, fold, arguments), arguments)
         self._send(running, sorted(ids))
         self.facts.encode_s += time.monotonic() - began
         needed = self._faults.needed(len(ids))
@@ -336,7 +337,7 @@ class Caller:
         self.worked.add(spec.name)
         began = time.monotonic()
         try:
-            values = {name: accumulator.result() for name, accumulator in running.accumulators.items()}
+            values = running.folds.results()
         except NoWeight as error:
             self._broken.update(replied)
             raise TooFewReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
@@ -353,44 +354,6 @@ class Caller:
         if name not in self._methods or getattr(method, "__self__", None) is not self.job.algorithm:
             raise ValueError(f"{name} is not a client method of this algorithm; mark it with @on_client")
         return self._methods[name]
-
-    def _accumulators(
-        self, spec: ClientMethod, fold: dict[str, Fold], arguments: dict[str, Any]
-    ) -> dict[str, Accumulator]:
-        names = [f.name for f in spec.call.fields]
-        if set(arguments) != set(names):
-            raise ValueError(f"{spec.name} takes the arguments {names}; it was called with {sorted(arguments)}")
-        unknown = set(fold) - {f.name for f in spec.reply.fields}
-        if unknown:
-            raise ValueError(
-                f"{spec.name} has no reply field {sorted(unknown)}; it has {[f.name for f in spec.reply.fields]}"
-            )
-        made: dict[str, Accumulator] = {}
-        for reply_field in spec.reply.fields:
-            how = fold.get(reply_field.name)
-            if how is None:
-                if reply_field.form not in (Form.FLOAT, Form.INT) and reply_field is not REPORT:
-                    raise ValueError(
-                        f"{spec.name}: the reply field {reply_field.name!r} ({reply_field.kind.label}) needs a fold: "
-                        "Mean, Sum, or collect() to keep every reply"
-                    )
-                how = Collect()
-            made[reply_field.name] = how.begin(self._fold_context(spec.call, reply_field, how, arguments))
-        return made
-
-    def _fold_context(self, call: Schema, reply_field: Field, how: Fold, arguments: dict[str, Any]) -> FoldContext:
-        like = getattr(how, "like", None)
-        reference_field = call.fields[call.index(like)] if like else reference_for(reply_field, call)
-        reference = plain(arguments[reference_field.name]) if reference_field is not None else None
-        bound = float(self.job.task.num_clients)
-        if isinstance(how, Mean) and how.bound is not None:
-            bound = how.bound
-        elif isinstance(how, Mean) and how.by == "n":
-            bound = float(self.job.task.num_train)
-        elif isinstance(how, Mean) and how.by is not None:
-            raise ValueError(f"Mean(by={how.by!r}) needs bound=..., a number that no sum of the weights exceeds")
-        reference = reference if isinstance(reference, Params) else None
-        return FoldContext(reference, bound, self.job.integers if not isinstance(how, Sum) else "mean")
 
     def _send(self, running: _Running, ids: list[int]) -> None:
         """Give every host its clients of the call, or the first of them."""
@@ -456,7 +419,7 @@ class Caller:
             rank=rank,
             times=[(ready, 0, 0)] * len(clients),
             once=given,
-            held_for=held_for if common else None,
+            carrier=held_for if common else None,
         )
         running.first.setdefault(rank, clients[0])
         self.once.sent(rank, spec.name, once, booked)
@@ -571,7 +534,7 @@ class Caller:
                 booked.settle("delivered", event.done_ns)
                 self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
                 continue
-            refusal = self._fold(running, message, frame)
+            refusal = running.folds.add(client, values_of(frame, message, self.job.layout(client)))
             if refusal is not None:
                 booked.settle("refused", event.done_ns)
                 self._miss(running, client, refusal)
@@ -590,25 +553,6 @@ class Caller:
             self._give(running, rank, more)
         self.facts.encode_s += time.monotonic() - began
 
-    def _fold(self, running: _Running, message: Message, frame: Frame) -> str | None:
-        """Fold a reply's fields, all or none; returns why not."""
-        values = values_of(frame, message, self.job.layout(message.client))
-        named = {f.name: v for f, v in zip(running.spec.reply.fields, values, strict=True)}
-        done: list[tuple[Accumulator, Any, float]] = []
-        for name, accumulator in running.accumulators.items():
-            by = running.weights.get(name)
-            weight = 1.0 if by is None else float("nan") if named[by] is None else float(named[by])
-            try:
-                if named[name] is None and not isinstance(accumulator, Collected):
-                    raise Refused("shape", "there is nothing to fold")
-                accumulator.add(message.client, named[name], weight)
-            except Refused as error:
-                for other, value, other_weight in done:
-                    other.remove(message.client, value, other_weight)
-                return f"refused: {name}: {error}"
-            done.append((accumulator, named[name], weight))
-        return None
-
 
 @dataclass
 class _Running:
@@ -616,9 +560,8 @@ class _Running:
 
     spec: ClientMethod
     phase: str
-    accumulators: dict[str, Accumulator]
+    folds: Folds
     arguments: dict[str, Any]
-    weights: dict[str, str] = field(default_factory=dict)  # fold -> reply field that holds its weight
     outstanding: dict[int, int] = field(default_factory=dict)  # client -> rank
     missing: dict[int, str] = field(default_factory=dict)
     replied: set[int] = field(default_factory=set)
@@ -633,13 +576,15 @@ class _Running:
         return sorted([*self.outstanding, *self.shares.waiting])
 
 
-def plain(argument: Any) -> Any:
-    """An argument without its wrapping; of `Each` the first value."""
-    if isinstance(argument, Once):
-        return argument.value
-    if isinstance(argument, Each):
-        return next(iter(argument.values.values()), None)
-    return argument
+def _check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> None:
+    names = [f.name for f in spec.call.fields]
+    if set(arguments) != set(names):
+        raise ValueError(f"{spec.name} takes the arguments {names}; it was called with {sorted(arguments)}")
+    unknown = set(fold) - {f.name for f in spec.reply.fields}
+    if unknown:
+        raise ValueError(
+            f"{spec.name} has no reply field {sorted(unknown)}; it has {[f.name for f in spec.reply.fields]}"
+        )
 
 
 def argument_for(argument: Any, client: int, name: str) -> Any:

@@ -6,7 +6,7 @@ bounded and validated from the head before memory is allocated for it. No pickle
 
     head    magic, version, type, flags, length, run id, epoch, incarnation, round, attempt, call, stage, method,
             sequence number, time of sending, numbers of messages and parts, lengths of the note and of the inline data
-    part    kind, dtype, encoding, place (inline or body), number of dimensions, bytes, logical bytes, shape
+    part    kind, dtype, encoding, place (body, inline or world), number of dimensions, bytes, logical bytes, shape
     message client, status, times (received, started, ready), fields: form and what the form needs
     end     crc32 of all that stands before it in the head
 
@@ -20,14 +20,14 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fldist.kinds import HELD, Form, Kind, Schema
+from fldist.kinds import FOLDED, HELD, Field, Form, Kind, Schema
 from fldist.params import Layout, Params
 from fldist.wire.errors import BadMessage
 
@@ -76,6 +76,9 @@ class FrameType(enum.IntEnum):
     DIGEST = 11
     HEARTBEAT = 12
     BYE = 14
+    WORLD = 15
+    GATHER = 16
+    REDUCE = 17
 
 
 class Status(enum.IntEnum):
@@ -83,12 +86,21 @@ class Status(enum.IntEnum):
 
     OK = 0
     ERROR = 1
+    REFUSED = 2  # by the host's fold
 
 
 class Encoding(enum.IntEnum):
     """How a part's bytes stand for its tensor. The numbers travel: never renumber."""
 
     RAW = 0
+
+
+class Place(enum.IntEnum):
+    """Where a part's bytes travel. The numbers travel: never renumber."""
+
+    BODY = 0  # behind the head, between two ranks
+    INLINE = 1  # in the head
+    WORLD = 2  # between all ranks at once: broadcast with a call, gathered with its replies
 
 
 CHECKSUMMED = 1
@@ -123,7 +135,7 @@ class Part:
     shape: tuple[int, ...]
     bytes: int
     logical_bytes: int
-    inline: bool
+    place: Place
     encoding: Encoding = Encoding.RAW
     tensor: Tensor | None = None
 
@@ -171,16 +183,26 @@ class Frame:
     @property
     def bodies(self) -> list[Part]:
         """The parts that travel as bodies, in order."""
-        return [p for p in self.parts if not p.inline]
+        return [p for p in self.parts if p.place is Place.BODY]
+
+    @property
+    def world(self) -> list[Part]:
+        """The parts that travel between all ranks at once, in order."""
+        return [p for p in self.parts if p.place is Place.WORLD]
 
     @property
     def body_bytes(self) -> int:
         """Bytes of all bodies."""
-        return sum(p.bytes for p in self.parts if not p.inline)
+        return sum(p.bytes for p in self.parts if p.place is Place.BODY)
 
     def allocate(self) -> None:
         """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries."""
         for part in self.bodies:
+            part.tensor = torch.empty(part.shape, dtype=part.dtype)
+
+    def allocate_world(self) -> None:
+        """Make room for what is broadcast."""
+        for part in self.world:
             part.tensor = torch.empty(part.shape, dtype=part.dtype)
 
     def checksum(self) -> int:
@@ -192,10 +214,20 @@ class Frame:
 
 
 class FrameBuilder:
-    """Collects the messages of one frame; a tensor that several clients are sent is one part."""
+    """Collects the messages of one frame; a tensor that several clients are sent is one part.
 
-    def __init__(self, head: Head, share: bool = True, layout: Callable[[int], Layout] | None = None) -> None:
+    large: where parts travel that are too large for the head.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        share: bool = True,
+        layout: Callable[[int], Layout] | None = None,
+        large: Literal[Place.BODY, Place.WORLD] = Place.BODY,
+    ) -> None:
         self.frame = Frame(head)
+        self._large: Place = large
         self._share = share
         self._layout = layout  # None: Params of any layout are taken
         self._known: dict[tuple[int, Kind], int] = {}
@@ -217,7 +249,7 @@ class FrameBuilder:
                     built.version = once[spec.name]
                 message.fields.append(built)
             layout = self._layout(message.client) if self._layout is not None else None
-            _validate_fields(message, schema, self.frame.parts, layout, once is not None)
+            _validate_fields(message, schema, self.frame.parts, layout, once is not None, folded=True)
         except (ValueError, BadMessage) as error:
             del self.frame.parts[before:]
             self._known = {k: i for k, i in self._known.items() if i < before}
@@ -225,7 +257,17 @@ class FrameBuilder:
             raise ValueError(str(error)) from None
         self.frame.messages.append(message)
 
+    def broadcast(self, schema: Schema, values: Mapping[str, Any]) -> None:
+        """Begin with the parts of these values, which every frame of the call has, and have them broadcast."""
+        self._large = Place.WORLD
+        for spec in schema.fields:
+            if spec.name in values:
+                self._field(spec.name, spec.kind, spec.form, spec.optional, values[spec.name])
+        self._large = Place.BODY
+
     def _field(self, name: str, kind: Kind, form: Form, optional: bool, value: Any) -> FieldValue:
+        if value is FOLDED:
+            return FieldValue(Form.FOLDED)
         if value is None:
             if not optional:
                 raise ValueError(f"{name!r} is None; annotate it `| None` if there may be nothing to send")
@@ -261,7 +303,8 @@ class FrameBuilder:
         self._keep.append(tensor)
         flat = tensor.detach().contiguous()
         size = flat.numel() * flat.element_size()
-        self.frame.parts.append(Part(kind, flat.dtype, tuple(flat.shape), size, size, size < INLINE_BYTES, tensor=flat))
+        place = Place.INLINE if size < INLINE_BYTES else self._large
+        self.frame.parts.append(Part(kind, flat.dtype, tuple(flat.shape), size, size, place, tensor=flat))
         self._known[key] = len(self.frame.parts) - 1
         return len(self.frame.parts) - 1
 
@@ -273,18 +316,18 @@ def encode(frame: Frame) -> bytes:
     inline = bytearray()
     for part in frame.parts:
         tables += _PART.pack(
-            part.kind, _DTYPE_CODES[part.dtype], part.encoding, int(part.inline), len(part.shape), part.bytes,
+            part.kind, _DTYPE_CODES[part.dtype], part.encoding, part.place, len(part.shape), part.bytes,
             part.logical_bytes,
         )  # fmt: skip
         tables += struct.pack(f"<{len(part.shape)}Q", *part.shape)
-        if part.inline:
+        if part.place is Place.INLINE:
             inline += part.flat().numpy().tobytes()
     for message in frame.messages:
         tables += _MESSAGE.pack(
             message.client, message.status, len(message.fields), message.received_ns, message.started_ns,
             message.ready_ns,
         )  # fmt: skip
-        if message.status is Status.ERROR:
+        if message.status is not Status.OK:
             # cut by characters, so that what is left decodes
             text = message.error[:MAX_ERROR_CHARACTERS].encode("utf-8", "backslashreplace")
             tables += _U32.pack(len(text)) + text
@@ -329,6 +372,10 @@ class Expected:
     num_clients: int = 2**32
     once: bool = False
     """Whether fields may be `Once` values, and stand for values that the receiver holds."""
+    world: bool = False
+    """Whether parts may travel between all ranks at once."""
+    folded: bool = False
+    """Whether fields may stand for what is in their host's fold."""
 
 
 FIXED_BYTES = _HEAD.size
@@ -387,7 +434,7 @@ def _parse(data: bytes, expected: Expected | None) -> Frame:
     inline_used = inline_at
     for _ in range(num_parts):
         part, at = _parse_part(data, at)
-        if part.inline:
+        if part.place is Place.INLINE:
             raw = data[inline_used : inline_used + part.bytes]
             inline_used += part.bytes
             if inline_used > end:
@@ -419,7 +466,7 @@ def _parse_part(data: bytes, at: int) -> tuple[Part, int]:
     at += _PART.size
     if kind not in Kind._value2member_map_ or dtype >= len(_DTYPES) or encoding not in Encoding._value2member_map_:
         raise BadMessage(f"unknown kind {kind}, dtype {dtype} or encoding {encoding}")
-    if ndim > _MAX_DIMS or place > 1:
+    if ndim > _MAX_DIMS or place not in Place._value2member_map_:
         raise BadMessage(f"a part with {ndim} dimensions at place {place}")
     shape = struct.unpack_from(f"<{ndim}Q", data, at)
     if any(dim >= 2**62 for dim in shape):
@@ -427,10 +474,9 @@ def _parse_part(data: bytes, at: int) -> tuple[Part, int]:
     elements = math.prod(shape)
     if size != elements * _DTYPES[dtype].itemsize or logical != size:
         raise BadMessage(f"a part of shape {shape} and {_DTYPES[dtype]} cannot have {size} bytes")
-    inline = bool(place)
-    if inline != (size < INLINE_BYTES):
+    if (place == Place.INLINE) != (size < INLINE_BYTES):
         raise BadMessage(f"a part of {size} bytes at the wrong place")
-    return Part(Kind(kind), _DTYPES[dtype], tuple(shape), size, logical, inline), at + 8 * ndim
+    return Part(Kind(kind), _DTYPES[dtype], tuple(shape), size, logical, Place(place)), at + 8 * ndim
 
 
 def _parse_message(data: bytes, at: int, num_parts: int) -> tuple[Message, int]:
@@ -439,7 +485,7 @@ def _parse_message(data: bytes, at: int, num_parts: int) -> tuple[Message, int]:
     if status not in Status._value2member_map_:
         raise BadMessage(f"unknown status {status}")
     message = Message(client, [], Status(status), "", received, started, ready)
-    if message.status is Status.ERROR:
+    if message.status is not Status.OK:
         size = _U32.unpack_from(data, at)[0]
         at += _U32.size
         if size > MAX_NOTE_BYTES:
@@ -489,7 +535,7 @@ def _parse_field(data: bytes, at: int) -> tuple[FieldValue, int]:
             raise BadMessage("a name stands twice in a field of named tensors")
         value.parts, value.names = tuple(indices), tuple(names)
     else:
-        count = {Form.NONE: 0, Form.HELD: 0, Form.TENSOR: 1, Form.PARAMS: 2}[form]
+        count = {Form.TENSOR: 1, Form.PARAMS: 2}.get(form, 0)
         value.parts = struct.unpack_from(f"<{count}I", data, at)
         at += 4 * count
     return value, at
@@ -507,17 +553,27 @@ def _validate(frame: Frame, expected: Expected) -> None:
     if len(clients) != len(frame.messages) or max(clients, default=0) >= expected.num_clients:
         raise BadMessage("a client is named twice, or there is no such client")
     for message in frame.messages:
-        if message.status is Status.ERROR:
+        if message.status is not Status.OK:
             if message.fields:
                 raise BadMessage("an error with fields")
             continue
-        used |= _validate_fields(message, schema, frame.parts, expected.layout(message.client), expected.once)
-    if len(used) != len(frame.parts):
-        raise BadMessage("the frame has parts that no message uses")
+        layout = expected.layout(message.client)
+        used |= _validate_fields(message, schema, frame.parts, layout, expected.once, expected.folded)
+    for index, part in enumerate(frame.parts):
+        if part.place is Place.WORLD and not expected.world:
+            raise BadMessage("a part for all ranks, in a run whose ranks exchange two by two")
+        # what is broadcast comes to hosts as well that have no client in the call
+        broadcast = part.place is Place.WORLD and expected.once and any(_could_be(part, f) for f in schema.fields)
+        if index not in used and not broadcast:
+            raise BadMessage("the frame has parts that no message uses")
+
+
+def _could_be(part: Part, spec: Field) -> bool:
+    return part.kind is spec.kind and (spec.form is Form.PARAMS or part.bytes <= spec.max_bytes)
 
 
 def _validate_fields(
-    message: Message, schema: Schema, parts: list[Part], layout: Layout | None, once: bool
+    message: Message, schema: Schema, parts: list[Part], layout: Layout | None, once: bool, folded: bool = False
 ) -> set[int]:
     """Compare one message's fields with its schema; returns the parts they use."""
     used: set[int] = set()
@@ -527,6 +583,8 @@ def _validate_fields(
         if value.version is not None and not once:
             raise BadMessage(f"field {spec.name!r} is given as Once, which only a call's arguments are")
         if (value.form is Form.NONE and spec.optional) or (value.form is Form.HELD and once):
+            continue
+        if value.form is Form.FOLDED and folded and spec.form is Form.PARAMS:
             continue
         number = {Form.FLOAT, Form.INT}
         if value.form is not spec.form and not {value.form, spec.form} <= number:
@@ -566,11 +624,13 @@ def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: La
 
 
 def value_of(frame: Frame, value: FieldValue, layout: Layout) -> Any:
-    """Build a field's value from a complete frame; tensors share the frame's memory. What is held stays `HELD`."""
+    """Build a field's value from a complete frame; tensors share the frame's memory. HELD and FOLDED stay."""
     if value.form is Form.NONE:
         return None
     if value.form is Form.HELD:
         return HELD
+    if value.form is Form.FOLDED:
+        return FOLDED
     if value.form in (Form.FLOAT, Form.INT):
         return value.number
     tensors = [None if i == _NO_PART else frame.parts[i].tensor for i in value.parts]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from fldist.kinds import Form, Kind, Schema
 from fldist.lines import Lines
-from fldist.wire.codec import _NO_PART, Frame, Status
+from fldist.wire.codec import _NO_PART, Frame, Place, Status
 
 Direction = Literal["up", "down"]
 Outcome = Literal["delivered", "late", "lost", "resent", "refused", "open"]
@@ -70,21 +70,21 @@ class Booked:
 
 
 def costs(
-    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None, held_for: int | None = None
+    frame: Frame, schema: Schema, once: Mapping[int, Kinds] | None = None, carrier: int | None = None
 ) -> list[tuple[Kinds, int, int, int | None]]:
     """(kinds, framing bytes, wire bytes, shared_with) of each message of an encoded or decoded frame.
 
-    once: by client, the kinds of values that are booked with its message, whether or not they travel in it; held_for:
-    the client with whose message those travelled that this frame does not repeat.
+    once: by client, the kinds of values that are booked with its message, whether or not they travel in it; carrier:
+    the client with whose message travelled what this frame does not repeat, or what is broadcast with it.
     """
     booked: dict[int, int] = {}  # part -> client that carries its wire bytes
-    payload_in_head = sum(p.bytes for p in frame.parts if p.inline)
+    payload_in_head = sum(p.bytes for p in frame.parts if p.place is Place.INLINE)
     result: list[tuple[Kinds, int, int, int | None]] = []
     for number, message in enumerate(frame.messages):
         kinds: Kinds = dict((once or {}).get(message.client, {}))
         distinct = 0
-        shared_with: int | None = frame.messages[0].client if number else held_for
-        fields = [] if message.status is Status.ERROR else message.fields
+        shared_with: int | None = frame.messages[0].client if number else carrier
+        fields = message.fields if message.status is Status.OK else []
         for spec, value in zip(schema.fields, fields, strict=False):
             logical, encoded = kinds.get(spec.kind, (0, 0))
             if value.form in (Form.FLOAT, Form.INT):
@@ -96,13 +96,15 @@ def costs(
                     continue
                 part = frame.parts[index]
                 logical, encoded = logical + part.logical_bytes, encoded + part.bytes
-                if index in booked:
+                if part.place is Place.WORLD and carrier is not None:
+                    shared_with = carrier
+                elif index in booked:
                     if booked[index] != message.client:
                         shared_with = booked[index]
                 else:
                     booked[index] = message.client
                     distinct += part.bytes
-            if value.form not in (Form.NONE, Form.HELD) and value.version is None:
+            if value.form not in (Form.NONE, Form.HELD, Form.FOLDED) and value.version is None:
                 kinds[spec.kind] = (logical, encoded)
         result.append((kinds, 0, distinct, shared_with))
     if result:
@@ -195,12 +197,12 @@ class Ledger:
         rank: int,
         times: Iterable[tuple[int, int, int]],
         once: Mapping[int, Kinds] | None = None,
-        held_for: int | None = None,
+        carrier: int | None = None,
     ) -> list[Booked]:
         """Enter a frame's messages as open; `times` has (ready, sent, done) for each; the rest: see `costs`."""
         head = frame.head
         entered = []
-        of_each = costs(frame, schema, once, held_for)
+        of_each = costs(frame, schema, once, carrier)
         for message, cost, (ready, sent, done) in zip(frame.messages, of_each, times, strict=True):
             kinds, framing, wire, shared_with = cost
             entered.append(
