@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from fldist.data.client_data import ClientData, PooledData
 from fldist.data.task import Task
 from fldist.fold import Fold, collect
-from fldist.kinds import Report, Weights
+from fldist.kinds import MaxBytes, Report, Weights
 from fldist.models.evaluate import Evaluation
 from fldist.params import Params
 
@@ -184,7 +184,7 @@ class Stage:
 class ClientScores(NamedTuple):
     """How a model did on a client's samples."""
 
-    scores: Report  # float64 [1 + M]: samples, then the metrics in the order of `Evaluation.names`
+    scores: Annotated[Report, MaxBytes(1024)]  # float64 [1 + M]: samples, then the metrics of `Evaluation.names`
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _code_of(error: Exception) -> int:
     if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException, wherever typer keeps it
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
-    from fldist.runtime.cohort import ClientCodeFailed
+    from fldist.runtime.caller import ClientCodeFailed
     from fldist.runtime.membership import RunStopped
     from fldist.wire.errors import TransportError
 

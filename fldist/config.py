@@ -30,7 +30,7 @@ from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
-from fldist.runtime.job import Job
+from fldist.runtime.job import Job, Topology
 from fldist.runtime.membership import Faults
 from fldist.runtime.output import differing, status_of
 from fldist.selection import Selector
@@ -172,6 +172,7 @@ class Settings(Section):
     aggregation: AggregationSection = AggregationSection()
     eval: Evaluation = Evaluation()
     backend: Literal["auto", "in-process", "gloo", "mpi"] = "auto"
+    topology: Topology = "star"
     threads: Annotated[int, Field(ge=1)] = 1
     network: NetworkSection = NetworkSection()
     deadlines: DeadlinesSection = DeadlinesSection()
@@ -199,7 +200,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return settings
 
 
-RESUMABLE = ("rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "network")
+RESUMABLE = ("rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "network")
 """What may change when a run goes on: none of it changes what was computed so far."""
 
 
@@ -353,11 +354,27 @@ def _check(settings: Settings) -> None:
             f"faults.min_replies: {needed} replies cannot come of {clients.count()} clients a round; "
             "lower it, or raise clients.per_round or clients.fraction"
         )
+    if settings.topology != "star":
+        _check_together(settings)
     public = settings.task.public
     if public.data is not None and not public.n:
         raise ConfigError(f"task.public.data: {public.data.name} would not be used, since task.public.n is 0; set n")
     if settings.deadlines.join_s < settings.deadlines.client_timeout_s / 5:
         raise ConfigError("deadlines.join_s: shorter than a heartbeat's period; raise it")
+
+
+def _check_together(settings: Settings) -> None:
+    """What cannot be where all ranks exchange at once."""
+    why = f"does not go with topology: {settings.topology}, where all ranks exchange at once"
+    if settings.deadlines.round_deadline_s is not None:
+        raise ConfigError(
+            f"deadlines.round_deadline_s: {settings.deadlines.round_deadline_s:g} {why} and nobody can be left out; "
+            "remove it, or use topology: star"
+        )
+    if not settings.network.share:
+        raise ConfigError(f"network.share: false {why}; use true, or topology: star")
+    if settings.network.checksum == "full":
+        raise ConfigError(f"network.checksum: full {why} and only heads are checked; use header, or topology: star")
 
 
 # ---- from settings to objects
@@ -503,6 +520,7 @@ def build(settings: Settings) -> Job:
         integers=settings.aggregation.integers,
         share=settings.network.share,
         checksum=settings.network.checksum == "full",
+        topology=settings.topology,
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         round_deadline_s=deadlines.round_deadline_s,
         faults=settings.faults,

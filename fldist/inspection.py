@@ -30,7 +30,8 @@ from fldist.kinds import HELD, Field, Form, Once, Schema, call_schema, reference
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
-from fldist.runtime.cohort import Replies, argument_for
+from fldist.runtime.call import argument_for
+from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import plain
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world

@@ -157,7 +157,7 @@ from fldist.config import load
 from fldist.runner import run_here
 from fldist.runtime.membership import RunStopped
 from fldist.runtime import checkpoint
-from fldist.runtime.cohort import Caller
+from fldist.runtime.caller import Caller
 from fldist.wire.codec import FrameType
 from fldist.wire.session import Session
 ROUND = {number}

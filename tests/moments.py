@@ -100,5 +100,14 @@ def arm_host(moment: str, number: int, round_number: int, mark: str) -> None:
             ready(self)
 
         GlooHost.ready = joining  # type: ignore[method-assign]
+    elif moment == "in the world":  # where the others wait for this rank
+        together = GlooHost._together
+
+        def in_the_world(self: GlooHost, work: Any) -> None:
+            if self.latest[0] == round_number and not Path(mark).exists():
+                strike(number, mark)
+            together(self, work)
+
+        GlooHost._together = in_the_world  # type: ignore[method-assign]
     else:
         raise AssertionError(moment)

@@ -309,3 +309,16 @@ class Halves(Base):
     def stages(self, rounds: int) -> list[Stage]:
         """First this, then that; both the same."""
         return [Stage("this", rounds // 2, self.round), Stage("that", rounds - rounds // 2, self.round)]
+
+
+@dataclass(frozen=True)
+class Collects(Base):
+    """The server keeps every client's model."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        got = clients.selected().call(self.many, x=server.x, fold={"y": collect()})
+        server.x = sum(got.y.values(), start=server.x.zeros_like()) / float(len(got.y))
+
+    @on_client
+    def many(self, me: Me, data: ClientData, x: Weights) -> Update:
+        return Base.update(self, me, data, x)

@@ -18,7 +18,7 @@ from fldist.data.task import Task
 from fldist.fold import Collect, Mean, Sum, collect
 from fldist.kinds import Each, Factors, Logits, MaxBytes, Once, Scalar, Weights
 from fldist.params import Params
-from fldist.runtime.cohort import Caller
+from fldist.runtime.caller import Caller
 from fldist.runtime.host import Host
 from fldist.runtime.placement import Placement
 from fldist.wire.codec import Frame, FrameType

@@ -14,7 +14,7 @@ import pytest
 import fldist
 from fldist.config import load
 from fldist.runner import run_here
-from fldist.runtime.cohort import ClientCodeFailed
+from fldist.runtime.caller import ClientCodeFailed
 from fldist.runtime.membership import RunStopped
 from tests.conftest import Hosts, Recorder, small
 

@@ -57,7 +57,7 @@ class Crowd:
         link: Any = self.link
         self.members = Membership(
             [1, 2], self.placement, link, self.supervisor, Limits(join_s=join_s),
-            warn=self.warnings.append, kept=lambda: "3 finished rounds are kept", who="FedAvg",
+            survives=None, warn=self.warnings.append, kept=lambda: "3 finished rounds are kept", who="FedAvg",
         )  # fmt: skip
 
     def take(self, event: Event) -> None:

@@ -16,7 +16,7 @@ from fldist.config import load, load_resumed
 from fldist.inspection import dry_run
 from fldist.kinds import HELD, Field, Form, Kind, Once
 from fldist.runner import run_here
-from fldist.runtime.cohort import ClientCodeFailed
+from fldist.runtime.caller import ClientCodeFailed
 from fldist.runtime.once import OnceTable, OnceValues
 from fldist.wire.ledger import Booked
 from tests.conftest import Hosts, Recorder, small

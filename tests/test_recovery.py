@@ -221,7 +221,7 @@ def half(self, line):
 output.Output.round = half
 """,
     "with half the replies in": """
-from fldist.runtime.cohort import Caller
+from fldist.runtime.caller import Caller
 old = Caller._take
 seen = []
 def take(self, running, event):

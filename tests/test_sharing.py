@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fldist
 from fldist.config import load
 from fldist.runner import run_here
-from fldist.runtime.cohort import ClientCodeFailed
+from fldist.runtime.caller import ClientCodeFailed
 from fldist.runtime.sharing import PORTION_S, Shares
 from tests.conftest import small
 

@@ -64,6 +64,18 @@ class Folds:
             done.append((accumulator, value, weight))
         return None
 
+    def taken_out(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """A reply's values without those that are folded here; ValueError for one that cannot be."""
+        left = []
+        for field, value in zip(self._spec.reply.fields, values, strict=True):
+            if field.name not in self.accumulators:
+                left.append(value)
+                continue
+            if not isinstance(value, Params):
+                raise ValueError(f"{field.name!r} must be Params, got {type(value).__name__}")
+            left.append(FOLDED)
+        return tuple(left)
+
     def results(self) -> dict[str, Any]:
         """The value of every reply field; NoWeight where a mean has none."""
         return {name: accumulator.result() for name, accumulator in self.accumulators.items()}

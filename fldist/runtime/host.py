@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fldist.algorithm import State
 from fldist.data.client_data import ClientData
@@ -17,12 +18,15 @@ from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Params
 from fldist.runtime.checkpoint import Damaged
+from fldist.runtime.folding import Folds, folds_told
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceValues
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
-from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Status, value_of, values_of
+from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Place, Status, value_of, values_of
+from fldist.wire.errors import BadMessage
 from fldist.wire.link import HostLink
+from fldist.wire.world import How
 
 log = logging.getLogger("fldist.host")
 
@@ -51,6 +55,7 @@ class Host:
         self._copied: tuple[Params, Params] | None = None  # weights of a message, and the copy that outlives it
         self._kept: dict[str, Any] = {}  # arguments of the call under way, for its later frames
         self._kept_of: tuple[int, int, int] = (0, 0, 0)
+        self._folds: Folds | None = None  # of the call under way
         self._changed: str | None = None  # what a client of this call changed although all share it
 
     def _first_state(self, client: int) -> State:
@@ -109,6 +114,7 @@ class Host:
         self._keep_once(method, frame)
         self._keep(method, frame)
         received_ns = time.monotonic_ns()
+        folds = self._folds = self._begin_folds(method, frame)
         versions = frame.note.get("versions", {})
         builder = self._builder(head)
         opened = time.monotonic()
@@ -127,9 +133,13 @@ class Host:
             reply.ready_ns = time.monotonic_ns()
             if reply.status is Status.OK:
                 try:
-                    builder.add(reply, method.reply, values)
+                    builder.add(reply, method.reply, values if folds is None else folds.taken_out(values))
                 except Exception as error:  # whatever a method returns costs that client, not its host
                     _fail(reply, f"the reply of {method.name}: {error}")
+            if reply.status is Status.OK and folds is not None:
+                refusal = folds.add(message.client, values)
+                if refusal is not None:
+                    reply.status, reply.error = Status.REFUSED, refusal
             if reply.status is Status.ERROR:
                 builder.frame.messages.append(reply)
             elif wrote:
@@ -145,7 +155,7 @@ class Host:
         """Whether a frame should go now: it is large, has waited, or the next client may take long."""
         took_s = (reply.ready_ns - reply.started_ns) / 1e9
         longest_s = self._longest_s[method.number] = max(took_s, self._longest_s.get(method.number, 0.0))
-        large = bool(frame.bodies) or sum(p.bytes for p in frame.parts) > FLUSH_BYTES
+        large = bool(frame.bodies or frame.world) or sum(p.bytes for p in frame.parts) > FLUSH_BYTES
         return large or longest_s > FLUSH_S or time.monotonic() - opened > FLUSH_S
 
     def _builder(self, head: Head) -> FrameBuilder:
@@ -158,7 +168,8 @@ class Host:
             stage=head.stage,
             method=head.method,
         )
-        return FrameBuilder(reply, share=False, layout=self.job.layout)
+        large: Literal[Place.BODY, Place.WORLD] = Place.WORLD if self.job.topology == "collective" else Place.BODY
+        return FrameBuilder(reply, share=False, layout=self.job.layout, large=large)
 
     def _run(
         self, method: ClientMethod, frame: Frame, message: Message, reply: Message, version: str
@@ -236,6 +247,32 @@ class Host:
                     layout = self.job.layout(message.client)
                     self._once.put(f"{method.name}.{spec.name}", value.version, value_of(frame, value, layout))
 
+    def _begin_folds(self, method: ClientMethod, frame: Frame) -> Folds | None:
+        """What folds the replies of this host's clients, where the call says how."""
+        told = frame.note.get("fold")
+        if not told or not frame.messages:
+            return None
+        values = values_of(frame, frame.messages[0], self.job.layout(frame.messages[0].client))
+        arguments = {f.name: v for f, v in zip(method.call.fields, values, strict=True)}
+        return Folds(self.job, method, folds_told(told), arguments, partly=True)
+
+    def blocks(self, told: Sequence[tuple[int, How]]) -> list[tuple[Tensor, How]]:
+        """The int64 blocks of the call's folds, or what changes nothing where no client of this host was called.
+
+        told: elements of every block, and how it is combined with others' (`sum`, `max`).
+        """
+        folds, self._folds = self._folds, None
+        if folds is not None:
+            blocks = [block for accumulator in folds.fixed() for block in accumulator.blocks()]
+            if [(b.tensor.numel(), b.how) for b in blocks] != [(n, how) for n, how in told]:
+                raise BadMessage(f"the server asks for blocks {told}, which are not those of the call")
+            return [(b.tensor, b.how) for b in blocks]
+        most = max((a.layout.num_floats + a.layout.num_ints for a in self.job.task.architectures), default=0)
+        if any(not 0 <= n <= most for n, _ in told):
+            raise BadMessage(f"the server asks for blocks {told}; no model has more than {most} elements")
+        least = torch.iinfo(torch.int64).min
+        return [(torch.full((n,), 0 if how == "sum" else least, dtype=torch.int64), how) for n, how in told]
+
     def _keep(self, method: ClientMethod, frame: Frame) -> None:
         """Keep the arguments of a call that has further frames, which do not repeat them."""
         head = frame.head
@@ -282,6 +319,12 @@ def serve_link(host: Host, link: HostLink) -> None:
         frame = link.recv()
         if frame.head.type is FrameType.BYE:
             return
+        if frame.head.type is FrameType.GATHER:
+            link.gather(int(frame.note["bytes"]))
+            continue
+        if frame.head.type is FrameType.REDUCE:
+            link.reduce(host.blocks([(int(n), "max" if how == "max" else "sum") for n, how in frame.note["blocks"]]))
+            continue
         key = (frame.head.round, frame.head.attempt)
         for reply in host.serve(frame, obsolete=lambda key=key: link.latest > key):  # type: ignore[misc]
             link.send(reply)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fldist.algorithm import Algorithm
 from fldist.data.task import Task
@@ -19,6 +19,11 @@ from fldist.wire.link import Limits
 
 REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
 """What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.ClientReport`."""
+
+
+Topology = Literal["star", "collective", "reduce"]
+"""How ranks exchange what is large: two by two; all at once, by broadcast and gather; or by broadcast and a reduction
+of what every host has folded of its own clients' replies."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Job:
     integers: Integers = "mean"
     share: bool = True
     checksum: bool = False
+    topology: Topology = "star"
     limits: Limits = field(default_factory=Limits)
     round_deadline_s: float | None = None
     faults: Faults = field(default_factory=Faults)
@@ -109,8 +115,12 @@ class Job:
 
     def calls(self) -> Expected:
         """What a host may receive."""
-        return Expected(lambda n: m.call if (m := self.method(n)) else None, self.layout, self.task.num_clients, True)
+        world = self.topology != "star"
+        schema = lambda n: m.call if (m := self.method(n)) else None  # noqa: E731
+        return Expected(schema, self.layout, self.task.num_clients, once=True, world=world)
 
     def replies(self) -> Expected:
         """What the server may receive."""
-        return Expected(lambda n: m.reply if (m := self.method(n)) else None, self.layout, self.task.num_clients)
+        world, folded = self.topology == "collective", self.topology == "reduce"
+        schema = lambda n: m.reply if (m := self.method(n)) else None  # noqa: E731
+        return Expected(schema, self.layout, self.task.num_clients, world=world, folded=folded)

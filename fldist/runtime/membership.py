@@ -74,7 +74,11 @@ class Supervisor(Protocol):
 
 
 class Membership:
-    """Who of a run's hosts is here. warn: tells the user; kept: says what is there of a run that has to stop."""
+    """Who of a run's hosts is here.
+
+    survives: why the run ends with the first host that is lost, None where it goes on; warn: tells the user; kept: says
+    what is there of a run that has to stop.
+    """
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Membership:
         supervisor: Supervisor,
         limits: Limits,
         *,
+        survives: str | None,
         warn: Callable[[str], None],
         kept: Callable[[], str],
         who: str,
@@ -93,6 +98,7 @@ class Membership:
         self._link = link
         self._supervisor = supervisor
         self._limits = limits
+        self._survives = survives
         self._warn = warn
         self._kept = kept
         self._who = who  # the algorithm, for what is said of clients' states
@@ -139,8 +145,8 @@ class Membership:
             self._lost_at_start(rank, text)
             return text
         state_lost = self._placement.lose(rank, fresh)
-        if not self._supervisor.survives_loss:
-            raise RunStopped(f"host {rank} lost ({text}); {self._link.survives}; {self._kept()}")
+        if self._survives is not None:
+            raise RunStopped(f"host {rank} lost ({text}); {self._survives}; {self._kept()}")
         if state_lost:
             raise RunStopped(
                 f"host {rank} lost ({text}), and with it the state of clients {ids_text(state_lost)}, which "

@@ -13,7 +13,7 @@ import torch
 import fldist
 from fldist.algorithm import Stage, State, TooFewReplies
 from fldist.models.evaluate import Scores, warm_up_metrics
-from fldist.runtime.cohort import NOT_WAITED_FOR, Caller, RoundFacts
+from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
 from fldist.runtime.job import Job
 from fldist.runtime.keeper import Keeper
 from fldist.runtime.membership import Membership, RunStopped, Supervisor, ids_text
@@ -76,7 +76,11 @@ class ServerLoop:
         self.ranks = list(ranks)
         self.facts = facts
         self.config = config
-        self._survives_loss = supervisor.survives_loss
+        together = job.topology != "star" and ranks != [0]
+        self._survives_loss = supervisor.survives_loss and not together
+        self._survives = link.survives
+        if together:
+            self._survives = f"topology {job.topology} needs every rank: if one dies, the run stops and can go on"
         self._keeper = keeper
         resumed = keeper.resumed if keeper is not None else None
         self._lines: list[dict[str, Any]] = output.lines() if resumed is not None else []
@@ -97,6 +101,7 @@ class ServerLoop:
             link,
             supervisor,
             job.limits,
+            survives=None if self._survives_loss else self._survives,
             warn=observer.warning,
             kept=self._kept,
             who=type(job.algorithm).__name__,
@@ -127,7 +132,7 @@ class ServerLoop:
             self.observer.stopped(reason)
             raise
         except Interrupted as error:
-            hint = "" if self._survives_loss else f"; {self.link.survives}, and asks the others to end"
+            hint = "" if self._survives_loss else f"; {self._survives}, and asks the others to end"
             error.text += f"{hint}; {self._kept()}"
             status, reason = "interrupted", error.text
             self.observer.stopped(reason)
@@ -168,6 +173,13 @@ class ServerLoop:
         link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory))
         self._hosts.gather(self._caller.take_aside, partly=self._keeper is not None and bool(self._keeper.resumed))
         self._share(self._keeper is not None and self._hosts.files)
+        if job.topology == "star":
+            return
+        if self.ranks == [0]:
+            self.observer.warning(f"topology: {job.topology} is for several ranks; in one process nothing is exchanged")
+            job.topology = "star"
+        else:
+            link.open_world()
 
     def _share(self, shared: bool) -> None:
         """Note whether every host sees the clients' states in the run's directory."""
@@ -218,7 +230,7 @@ class ServerLoop:
         if keeper is not None and keeper.resumed is not None:
             _check_stages(keeper.resumed.facts["stages"], stages, done)
         self._total = sum(stage.rounds for stage in stages)
-        survives = self.link.survives
+        survives = self._survives
         if job.algorithm.stateful and self._survives_loss and self.ranks != [0] and not self._placement.shared_files:
             survives = "clients keep states of their own: if a host dies after its first round, the run stops"
         self.observer.started({**self.facts, "survives": survives, "rounds": self._total})

@@ -5,12 +5,17 @@ the TCP control plane (`control.py`); here hosts are admitted, and sessions are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, encode
 from fldist.wire.control import Connection, ControlPlane, control_frame, new_token, proof, trust
@@ -18,6 +23,7 @@ from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, Transport
 from fldist.wire.link import (
     HOST_QUEUE,
     PATIENCE,
+    Combined,
     HostLink,
     Joined,
     Limits,
@@ -28,7 +34,11 @@ from fldist.wire.link import (
     Welcome,
     own_info,
 )
-from fldist.wire.session import Session
+from fldist.wire.session import Session, Store
+from fldist.wire.world import How, World, WorldThread, packed, room, unpacked
+
+MAX_RANKS = 4096
+"""Ranks whose rendezvous a host makes room for."""
 
 
 class GlooServer(ServerLink):
@@ -68,6 +78,11 @@ class GlooServer(ServerLink):
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, on_accept=lambda connection: None)
         self._listener = listener
+        self._world: World | None = None
+        self._world_thread: WorldThread | None = None
+        self._world_store = Store(self._tell_all, limits.join_s, len(ranks) + 1)
+        self._somebody_lost = threading.Event()
+        self._padding = 0
         self.rendezvous: Any = None
         """What must live as long as hosts may look for this server (torchrun's store)."""
 
@@ -133,6 +148,7 @@ class GlooServer(ServerLink):
         )
         session.rank = rank
         session.expected = self.expected
+        session.world_store = self._relay
         connection.owner = session
         trust(connection)
         self._sessions[rank] = session
@@ -163,8 +179,11 @@ class GlooServer(ServerLink):
         self._old_transport[0] += session.connection.transport_in
         self._old_transport[1] += session.connection.transport_out
         self.connected.discard(session.rank)
+        if self._world is not None:
+            threading.Thread(target=self._world.release, name="fldist-unblock", daemon=True).start()
         if not self._closing:
             self.events.put(Lost(session.rank, reason))
+        self._somebody_lost.set()
         self._sessions.pop(session.rank, None)  # last: only now may it join again, so `Joined` comes after `Lost`
 
     # ---- the round loop's side
@@ -184,6 +203,87 @@ class GlooServer(ServerLink):
             return False
         return True
 
+    # ---- all ranks at once
+    def _tell_all(self, key: str, value: bytes) -> None:
+        for session in list(self._sessions.values()):
+            session.publish_world(key, value)
+
+    def _relay(self, sender: Session, key: str, value: bytes) -> None:
+        """Take what a host has set in the world group's store, and tell the other hosts."""
+        self._world_store.receive(key, value)
+        for session in list(self._sessions.values()):
+            if session is not sender:
+                with contextlib.suppress(TransportError):  # its own thread notices
+                    session.publish_world(key, value)
+
+    def open_world(self) -> None:
+        """Meet all hosts in a group."""
+        size = len(self._ranks) + 1
+        first = self._sessions[min(self._ranks)]
+        make = functools.partial(first.make_group, self._world_store, 0, size)
+        world = self._world = World(make, 0, size, self.limits.transfer_s)
+        self._world_thread = WorldThread(world, self._world_failed)
+        for rank in self._ranks:
+            self.post(rank, Frame(Head(FrameType.WORLD), note={"size": size}))
+        self._world_thread.do(world.open)
+
+    def _world_failed(self, reason: str) -> None:
+        self._somebody_lost.wait(self.limits.silence_s)  # whose fault it was should be told first
+        if not self._closing:
+            for session in list(self._sessions.values()):
+                session.end(f"the exchange between all ranks failed: {reason}")
+
+    def broadcast(self, frames: Mapping[int, Frame]) -> list[int]:
+        """Post all frames; their parts for all ranks are broadcast once."""
+        gone = [rank for rank, frame in frames.items() if not self.post(rank, frame)]
+        parts = next(iter(frames.values())).world
+
+        def work() -> None:
+            assert self._world is not None
+            for part in parts:
+                self._world.broadcast(part.flat())
+
+        self._all_ranks(work)
+        return gone
+
+    def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
+        """Ask all hosts for their replies' parts, and fill these in."""
+        parts = {rank: [p for frame in theirs for p in frame.world] for rank, theirs in frames.items()}
+        sizes = {rank: [p.bytes for p in theirs] for rank, theirs in parts.items()}
+        capacity = max(room(s) for s in sizes.values())
+        self._padding += capacity * len(self._ranks) - sum(map(sum, sizes.values()))
+        for rank in self._ranks:
+            self.post(rank, Frame(Head(FrameType.GATHER), note={"bytes": capacity}))
+
+        def work() -> None:
+            assert self._world is not None
+            buffers = self._world.gather(torch.zeros(capacity, dtype=torch.uint8))
+            for rank, theirs in parts.items():
+                for part, raw in zip(theirs, unpacked(buffers[rank], sizes[rank]), strict=True):
+                    part.tensor = raw.view(part.dtype).view(part.shape)
+            self.events.put(Combined())
+
+        self._all_ranks(work)
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Ask all hosts for their blocks, and add them up."""
+        told = [[block.numel(), how] for block, how in blocks]
+        for rank in self._ranks:
+            self.post(rank, Frame(Head(FrameType.REDUCE), note={"blocks": told}))
+
+        def work() -> None:
+            assert self._world is not None
+            for block, how in blocks:
+                if block.numel():
+                    self._world.reduce(block, how)
+            self.events.put(Combined())
+
+        self._all_ranks(work)
+
+    def _all_ranks(self, work: Callable[[], None]) -> None:
+        assert self._world_thread is not None, "open_world comes first"
+        self._world_thread.do(work)
+
     def abort(self, rank: int, reason: str) -> None:
         """End a host's session."""
         session = self._sessions.get(rank)
@@ -194,7 +294,7 @@ class GlooServer(ServerLink):
         """Heartbeats, joins, acknowledgements, rendezvous."""
         connections = [s.connection for s in list(self._sessions.values())]
         return (
-            self._old_transport[0] + sum(c.transport_in for c in connections),
+            self._old_transport[0] + sum(c.transport_in for c in connections) + self._padding,
             self._old_transport[1] + sum(c.transport_out for c in connections),
         )
 
@@ -208,6 +308,8 @@ class GlooServer(ServerLink):
         deadline = time.monotonic() + deadline_s
         while any(not s.ended for s in sessions) and time.monotonic() < deadline:
             time.sleep(0.005)
+        if self._world_thread is not None:
+            self._world_thread.close(1.0)
         for session in sessions:
             session.end("closed")
         self._plane.close()
@@ -229,6 +331,10 @@ class GlooHost(HostLink):
         self._frames: queue.Queue[Frame | str] = queue.Queue()
         self._raw: queue.Queue[bytes | str] = queue.Queue()
         self._session: Session | None = None
+        self._rank = rank
+        self._world: World | None = None
+        self._world_store: Store | None = None
+        self._owed: list[Tensor] = []  # this call's replies, as bytes: what the server will ask all ranks for
         self._hand_over = threading.Lock()
         self._join_s = limits.join_s
         deadline = time.monotonic() + limits.join_s
@@ -257,6 +363,9 @@ class GlooHost(HostLink):
             queue_size=HOST_QUEUE,
             checksum=checksum,
         )
+        self._world_store = Store(self._session.publish_world, limits.join_s, MAX_RANKS)
+        self._session.world_store = self._set_elsewhere
+        self._session.receive_world = self._receive_world
         with self._hand_over:
             self._connection.owner = self._session
             while not self._raw.empty():
@@ -305,10 +414,30 @@ class GlooHost(HostLink):
 
     # ---- in the session's threads
     def _delivered(self, session: Session, frame: Frame) -> None:
+        if frame.head.type is FrameType.WORLD:
+            assert self._world_store is not None
+            make = functools.partial(session.make_group, self._world_store, self._rank, int(frame.note["size"]))
+            world = World(make, self._rank, int(frame.note["size"]), session.limits.transfer_s)
+            world.open()
+            self._world = world
+            return
         self._frames.put(frame)
+
+    def _set_elsewhere(self, session: Session, key: str, value: bytes) -> None:
+        assert self._world_store is not None
+        self._world_store.receive(key, value)
+
+    def _receive_world(self, frame: Frame) -> None:
+        frame.allocate_world()
+        for part in frame.world:
+            self._together(functools.partial(_broadcast, part.flat()))
 
     def _session_lost(self, session: Session, reason: str) -> None:
         self._frames.put(reason)
+        if self._world_store is not None:
+            self._world_store.shut()
+        if self._world is not None:
+            threading.Thread(target=self._world.release, name="fldist-unblock", daemon=True).start()
 
     # ---- in the main thread
     def ready(self) -> None:
@@ -323,15 +452,41 @@ class GlooHost(HostLink):
         if isinstance(item, str):
             self._frames.put(item)
             raise PeerLost(f"the server is gone: {item}")
-        if item.bodies and self._session is not None:
+        if (item.bodies or item.world) and self._session is not None:
             self._session.release()  # the next call's bodies may come while this one is worked on
+        if item.head.type is FrameType.CALL:
+            self._owed.clear()
         return item
 
     def send(self, frame: Frame) -> None:
         """Queue a frame; the writer encodes it just before it is sent."""
         assert self._session is not None
         frame.head.run_id, frame.head.epoch, frame.head.incarnation = self.identity
+        self._owed += [part.flat() for part in frame.world]
         self._session.put(frame)
+
+    def gather(self, capacity: int) -> None:
+        """Give the root this call's replies."""
+        if room([part.numel() for part in self._owed]) > capacity:
+            raise BadMessage(f"the server asks for {capacity} bytes of replies, and there are more")
+        self._together(lambda world: world.gather(packed(self._owed, capacity)))
+        self._owed.clear()
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Add these blocks to the root's."""
+        for block, how in blocks:
+            if block.numel():
+                self._together(functools.partial(_reduce, block, how))
+
+    def _together(self, work: Callable[[World], object]) -> None:
+        if self._world is None:
+            raise BadMessage("something for all ranks, and there is no group of all ranks")
+        try:
+            work(self._world)
+        except RuntimeError as error:
+            assert self._session is not None
+            self._session.wait_ended()  # another host is gone: the server should hear of that one first
+            raise PeerLost(f"the exchange between all ranks failed: {str(error).partition(chr(10))[0]}") from None
 
     def close(self) -> None:
         """Flush what is queued, hang up, end the threads."""
@@ -341,6 +496,14 @@ class GlooHost(HostLink):
         self._session.end("closed")
         self._session.join_threads(5.0)
         self._plane.close()
+
+
+def _broadcast(part: Tensor, world: World) -> None:
+    world.broadcast(part)
+
+
+def _reduce(block: Tensor, how: How, world: World) -> None:
+    world.reduce(block, how)
 
 
 def _connect(address: tuple[str, int], deadline: float) -> socket.socket:

@@ -84,7 +84,7 @@ def costs(
         kinds: Kinds = dict((once or {}).get(message.client, {}))
         distinct = 0
         shared_with: int | None = frame.messages[0].client if number else carrier
-        fields = message.fields if message.status is Status.OK else []
+        fields = [] if message.status is Status.ERROR else message.fields
         for spec, value in zip(schema.fields, fields, strict=False):
             logical, encoded = kinds.get(spec.kind, (0, 0))
             if value.form in (Form.FLOAT, Form.INT):

@@ -11,12 +11,15 @@ import queue
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fldist.wire.codec import Expected, Frame, FrameType, Head
 from fldist.wire.errors import BadMessage
+from fldist.wire.world import How
 
 COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
 """Frames whose bytes the ledger counts message by message; all others are transport."""
@@ -76,7 +79,12 @@ class Received:
     release: Callable[[], None]
 
 
-Event = Joined | Lost | Sent | Received
+@dataclass(frozen=True)
+class Combined:
+    """A gather or a reduction between all ranks has ended: what it fills in is there."""
+
+
+Event = Joined | Lost | Sent | Received | Combined
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,25 @@ class ServerLink(ABC):
         The frame's head gets its sequence number and length.
         """
 
+    def open_world(self) -> None:
+        """Begin to use the world group, all hosts being there; calls of the four methods below may follow."""
+        raise NotImplementedError
+
+    def broadcast(self, frames: Mapping[int, Frame]) -> list[int]:
+        """Post a frame to every host, as `post` does; their parts for all ranks are the same tensors, and travel once.
+
+        Returns the hosts to which nothing could be queued.
+        """
+        raise NotImplementedError
+
+    def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
+        """Have the parts for all ranks of every host's replies, in the order they came in; `Combined` follows."""
+        raise NotImplementedError
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Combine all hosts' int64 blocks into these, in place; `Combined` follows."""
+        raise NotImplementedError
+
     @abstractmethod
     def abort(self, rank: int, reason: str) -> None:
         """End a host's session; `Lost` follows unless it was lost already."""
@@ -198,6 +225,14 @@ class HostLink(ABC):
     @abstractmethod
     def send(self, frame: Frame) -> None:
         """Queue a frame; blocks while several large ones wait, raises PeerLost when the server is gone."""
+
+    def gather(self, capacity: int) -> None:
+        """Give the root what it asks for: the parts for all ranks of this call's replies, in `capacity` bytes."""
+        raise NotImplementedError
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Add these int64 blocks to the root's; they hold anything afterwards."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

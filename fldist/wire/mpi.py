@@ -11,6 +11,7 @@ the intercommunicator that comes of it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -20,10 +21,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fldist.wire.codec import (
     CHECKSUMMED,
@@ -40,6 +44,7 @@ from fldist.wire.link import (
     COUNTED_BY_MESSAGE,
     HOST_QUEUE,
     PATIENCE,
+    Combined,
     HostLink,
     Joined,
     Limits,
@@ -52,6 +57,7 @@ from fldist.wire.link import (
     own_info,
 )
 from fldist.wire.ulfm import ulfm
+from fldist.wire.world import How, packed, room, unpacked
 
 log = logging.getLogger("fldist.mpi")
 
@@ -105,6 +111,15 @@ class Peer:
 
 
 @dataclass
+class _Together:
+    """An operation of all ranks: what starts it, what it gives when it has ended, and its requests meanwhile."""
+
+    start: Callable[[], list[Any]]
+    done: Callable[[], None]
+    requests: list[Any] | None = None
+
+
+@dataclass
 class _Sending:
     """What must stay alive until it is sent."""
 
@@ -122,6 +137,7 @@ class Engine:
         channels: dict[int, tuple[Any, int]],
         limits: Limits,
         *,
+        world: Any,
         deliver: Callable[[Peer, Frame], None],
         acknowledged: Callable[[Peer, Head, int], None],
         lost: Callable[[Peer, str], None],
@@ -137,6 +153,8 @@ class Engine:
         self.peers = {rank: self._new(rank, *channel) for rank, channel in channels.items()}
         self.beat_s = limits.silence_s / 5
         self.expected: Expected | None = None
+        self.expects_world = False
+        """Whether a frame's parts for all ranks are broadcast to this one."""
         self.transport_in = 0
         self.transport_out = 0
         self._deliver = deliver
@@ -145,6 +163,10 @@ class Engine:
         self._saw = saw
         self._out: queue.SimpleQueue[tuple[Peer, Frame, bytes]] = queue.SimpleQueue()
         self._replaced: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self.world = world
+        """The communicator of all ranks, for operations of all of them; None in a process that was spawned."""
+        self._together: queue.SimpleQueue[_Together] = queue.SimpleQueue()
+        self._under_way: _Together | None = None
         self._sending: list[_Sending] = []
         # Requests to lost peers, each with its buffers. MPI cannot take back a transfer that has begun, and may
         # write into (or read from) its memory for as long as the request is not complete, so both are kept: for
@@ -166,6 +188,12 @@ class Engine:
         with self._changed:
             self._unsent += 1
             self._out.put((peer, frame, encoded))
+            self._changed.notify_all()
+
+    def together(self, start: Callable[[], list[Any]], done: Callable[[], None]) -> None:
+        """Have an operation of all ranks done, after those asked for before; the I/O thread starts it."""
+        with self._changed:
+            self._together.put(_Together(start, done))
             self._changed.notify_all()
 
     def release(self, peer: Peer) -> None:
@@ -220,7 +248,7 @@ class Engine:
             busy = self._start_sends()
             for peer in self.peers.values():
                 busy |= self._receive(peer)
-            busy |= self._finish_sends()
+            busy |= self._finish_sends() | self._go_on_together()
             now = time.monotonic()
             if now - last_turn > self.beat_s * 2.5:
                 for peer in self.peers.values():  # this process itself stood still
@@ -233,7 +261,7 @@ class Engine:
                 idle_since = now
             elif now - idle_since > _SPIN_S:
                 with self._changed:
-                    if self._out.empty() and not self._stopping:
+                    if self._out.empty() and self._together.empty() and not self._stopping:
                         self._changed.wait(_NAP_S)
 
     def _fail(self, peer: Peer, error: Exception) -> None:
@@ -317,6 +345,43 @@ class Engine:
                 self._changed.notify_all()
         return finished
 
+    def _go_on_together(self) -> bool:
+        """Start or test an operation of all ranks; one that fails costs every peer."""
+        try:
+            if self._under_way is None:
+                if self._together.empty():
+                    return False
+                self._under_way = self._together.get()
+                self._under_way.requests = self._under_way.start()
+            assert self._under_way.requests is not None
+            if not all(r.Test() for r in self._under_way.requests):
+                return False
+            done, self._under_way = self._under_way.done, None
+            done()
+        except Exception as error:
+            self._under_way = None
+            for peer in self.peers.values():
+                self.lose(peer, f"the exchange between all ranks failed: {error}")
+        return True
+
+    def broadcasts(self, frame: Frame) -> list[Any]:
+        """Start the broadcast of a frame's parts for all ranks, from rank 0."""
+        if self.world is None:
+            raise BadMessage("a part for all ranks, and this process is none of those that began")
+        return [self.world.Ibcast([p.flat().numpy(), self._mpi.BYTE], 0) for p in frame.world]
+
+    def reductions(self, blocks: Sequence[tuple[Tensor, How]], root: bool) -> list[Any]:
+        """Start to combine all ranks' int64 blocks in those of rank 0."""
+        if self.world is None:
+            raise BadMessage("a reduction of all ranks, and this process is none of those that began")
+        requests = []
+        for block, how in blocks:
+            if block.numel():
+                buffer = [block.numpy(), self._mpi.INT64_T]
+                mine, result = (self._mpi.IN_PLACE, buffer) if root else (buffer, None)
+                requests.append(self.world.Ireduce(mine, result, {"sum": self._mpi.SUM, "max": self._mpi.MAX}[how], 0))
+        return requests
+
     def _receive(self, peer: Peer) -> bool:
         if peer.lost:
             self._put_aside(peer)
@@ -377,13 +442,17 @@ class Engine:
         moved = False
         while peer.waiting and not peer.lost:
             frame = peer.waiting[0]
-            if frame.bodies and peer.receiving is None:
+            from_all = self.expects_world and bool(frame.world)
+            if (frame.bodies or from_all) and peer.receiving is None:
                 if peer.window < 1:
                     break
                 with self._changed:
                     peer.window -= 1
                 frame.allocate()
                 peer.receiving = []
+                if from_all:
+                    frame.allocate_world()
+                    peer.receiving += self.broadcasts(frame)
                 for part in frame.bodies:
                     peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
             if peer.receiving is not None:
@@ -412,12 +481,14 @@ class MpiServer(ServerLink):
         self._joining = threading.Lock()
         self._joined: list[Peer] = []  # hosts that wait for a welcome
         self._spawning: set[int] = set()  # ranks whose replacement is awaited
-        channel = _channel(comm)
+        channel, everybody = _channel(comm), _channel(comm)
         ranks = range(1, comm.Get_size())
         self._incarnations = dict.fromkeys(ranks, 1)
+        self._padding = 0
         self._engine = Engine(
             {rank: (channel, rank) for rank in ranks},
             limits,
+            world=everybody,
             deliver=self._delivered,
             acknowledged=self._acknowledged,
             lost=self._peer_lost,
@@ -490,13 +561,57 @@ class MpiServer(ServerLink):
         self._say(peer, frame)
         return True
 
+    # ---- all ranks at once
+    def open_world(self) -> None:
+        """Nothing to do: the communicator was made when all ranks began."""
+
+    def broadcast(self, frames: Mapping[int, Frame]) -> list[int]:
+        """Post all frames; their parts for all ranks are broadcast once."""
+        gone = [rank for rank, frame in frames.items() if not self.post(rank, frame)]
+        frame = next(iter(frames.values()))
+        self._engine.together(lambda: self._engine.broadcasts(frame), _nothing)
+        return gone
+
+    def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
+        """Ask all hosts for their replies' parts, and fill these in."""
+        from mpi4py import MPI
+
+        parts = {rank: [p for frame in theirs for p in frame.world] for rank, theirs in frames.items()}
+        sizes = {rank: [p.bytes for p in theirs] for rank, theirs in parts.items()}
+        ranks = sorted(self._engine.peers)
+        counts = [0, *(room(sizes.get(rank, [])) for rank in ranks)]
+        buffer = torch.empty(sum(counts), dtype=torch.uint8)
+        self._padding += buffer.numel() - sum(map(sum, sizes.values()))
+        for rank in ranks:
+            self.post(rank, Frame(Head(FrameType.GATHER), note={"bytes": counts[rank]}))
+
+        def start() -> list[Any]:
+            received = [buffer.numpy(), counts, MPI.BYTE]
+            return [self._engine.world.Igatherv([bytearray(), MPI.BYTE], received, 0)]
+
+        def done() -> None:
+            for rank, raw in zip([0, *ranks], buffer.split(counts), strict=True):  # type: ignore[no-untyped-call]
+                for part, own in zip(parts.get(rank, []), unpacked(raw, sizes.get(rank, [])), strict=True):
+                    part.tensor = own.view(part.dtype).view(part.shape)
+            self.events.put(Combined())
+
+        self._engine.together(start, done)
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Ask all hosts for their blocks, and add them up."""
+        told = [[block.numel(), how] for block, how in blocks]
+        for rank in self._engine.peers:
+            self.post(rank, Frame(Head(FrameType.REDUCE), note={"blocks": told}))
+        start = functools.partial(self._engine.reductions, blocks, True)
+        self._engine.together(start, lambda: self.events.put(Combined()))
+
     def abort(self, rank: int, reason: str) -> None:
         """Have nothing to do with a host any more."""
         self._engine.lose(self._engine.peers[rank], reason)
 
     def transport_bytes(self) -> tuple[int, int]:
         """Heartbeats, joins, acknowledgements."""
-        return self._engine.transport_in, self._engine.transport_out
+        return self._engine.transport_in + self._padding, self._engine.transport_out
 
     def respawn(self, rank: int) -> None:
         """Start a process in place of a lost host: `Joined` with the next incarnation follows, or `Lost` again.
@@ -610,14 +725,17 @@ class MpiHost(HostLink):
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
         self.identity = _NOBODY
+        self._owed: list[Tensor] = []  # this call's replies, as bytes: what the server will ask all ranks for
         self._engine = Engine(
             {0: (_channel(comm), 0)},
             limits,
+            world=None if comm.Is_inter() else _channel(comm),
             deliver=lambda peer, frame: self._frames.put(frame),
             acknowledged=lambda peer, head, sent: None,
             lost=self._server_lost,
             saw=self._saw,
         )
+        self._engine.expects_world = True
         self._server = self._engine.peers[0]
         self._say(Frame(Head(FrameType.JOIN), note=own_info()))
         try:
@@ -660,8 +778,10 @@ class MpiHost(HostLink):
         if isinstance(item, str):
             self._frames.put(item)
             raise PeerLost(f"the server is gone: {item}")
-        if item.bodies:
+        if item.bodies or item.world:
             self._engine.release(self._server)
+        if item.head.type is FrameType.CALL:
+            self._owed.clear()
         return item
 
     def send(self, frame: Frame) -> None:
@@ -672,7 +792,30 @@ class MpiHost(HostLink):
         frame.head.run_id, frame.head.epoch, frame.head.incarnation = self.identity
         frame.head.sent_ns = time.monotonic_ns()
         frame.head.flags &= ~CHECKSUMMED
+        self._owed += [part.flat() for part in frame.world]
         self._say(frame)
+
+    def gather(self, capacity: int) -> None:
+        """Give the root this call's replies."""
+        from mpi4py import MPI
+
+        if room([part.numel() for part in self._owed]) != capacity or self._engine.world is None:
+            raise BadMessage(f"the server asks all ranks for {capacity} bytes of replies, which this one has not")
+        buffer = packed(self._owed, capacity)
+        self._owed.clear()
+        self._together(lambda: [self._engine.world.Igatherv([buffer.numpy(), MPI.BYTE], None, 0)])
+
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Add these blocks to the root's."""
+        self._together(functools.partial(self._engine.reductions, blocks, False))
+
+    def _together(self, start: Callable[[], list[Any]]) -> None:
+        """Take part in an operation of all ranks, and wait until it has ended or the server is lost."""
+        ended = threading.Event()
+        self._engine.together(start, ended.set)
+        while not ended.wait(0.05):
+            if self._server.lost is not None:
+                raise PeerLost(f"the server is gone: {self._server.lost}")
 
     def close(self) -> None:
         """Say goodbye, flush, stop the I/O thread."""

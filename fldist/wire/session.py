@@ -38,11 +38,12 @@ _MAX_STORE_KEYS = 64
 _MAX_STORE_BYTES = 1 << 16
 
 
-class _Store(dist.Store):  # type: ignore[name-defined, misc]
-    """The rendezvous store of one two-rank group, over the control connection of its two members."""
+class Store(dist.Store):  # type: ignore[name-defined, misc]
+    """The rendezvous store of a group, over the control connections of its members. publish: tells the others."""
 
-    def __init__(self, publish: Callable[[str, bytes], None], timeout_s: float) -> None:
+    def __init__(self, publish: Callable[[str, bytes], None], timeout_s: float, ranks: int = 2) -> None:
         super().__init__()
+        self._most = _MAX_STORE_KEYS * ranks
         self._publish = publish
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
@@ -52,8 +53,8 @@ class _Store(dist.Store):  # type: ignore[name-defined, misc]
     def receive(self, key: str, value: bytes) -> None:
         """Take over what the other member has set."""
         with self._changed:
-            if len(self._values) >= _MAX_STORE_KEYS or len(value) > _MAX_STORE_BYTES:
-                raise BadMessage("the rendezvous of two ranks needs no such store")
+            if len(self._values) >= self._most or len(value) > _MAX_STORE_BYTES:
+                raise BadMessage("the rendezvous of these ranks needs no such store")
             self._values[key] = value
             self._changed.notify_all()
 
@@ -64,18 +65,21 @@ class _Store(dist.Store):  # type: ignore[name-defined, misc]
             self._changed.notify_all()
 
     def set(self, key: str, value: str | bytes) -> None:
+        """Keep a value and tell the others."""
         raw = value if isinstance(value, bytes) else value.encode()
         self.receive(key, raw)
         self._publish(key, raw)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until all keys are set; RuntimeError when that takes too long or the session ends."""
         limit = min(self._timeout_s, timeout.total_seconds() if timeout else self._timeout_s)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or all(k in self._values for k in keys), limit)
             if self._closed or not all(k in self._values for k in keys):
-                raise RuntimeError("the peer did not take part in the rendezvous")
+                raise RuntimeError("a rank did not take part in the rendezvous")
 
     def get(self, key: str) -> bytes:
+        """The value of a key, once it is set."""
         self.wait([key])
         return self._values[key]
 
@@ -102,13 +106,17 @@ class Session:
         self.expected: Any = None
         self.sent_ns: dict[int, int] = {}
         self._me = me
-        self._limits = limits
+        self.limits = limits
         self._transfer = timedelta(seconds=limits.transfer_s)
         self._deliver = deliver
         self._acknowledged = acknowledged
         self._lost = lost
         self._checksum = checksum
-        self._store = _Store(self._publish, limits.join_s)
+        self._store = Store(self._publish, limits.join_s)
+        self.world_store: Callable[[Session, str, bytes], None] | None = None
+        """Takes what the peer has set in the world group's store."""
+        self.receive_world: Callable[[Frame], None] | None = None
+        """Receives a call's parts for all ranks."""
         self._group: Any = None
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[tuple[Frame, bytes | None] | None] = queue.Queue(queue_size)
@@ -133,6 +141,10 @@ class Session:
         """Whether the session is over."""
         return self._ended.is_set()
 
+    def wait_ended(self) -> None:
+        """Wait for the session's end, as long as a peer may be silent."""
+        self._ended.wait(self.limits.silence_s)
+
     def start(self, saw: Callable[[Head], None] | None = None) -> None:
         """Start both threads; the writer makes the group first."""
         if saw is not None:
@@ -152,7 +164,11 @@ class Session:
             frame = decode(data, None)
             check_session(frame.head, self.run_id, self.epoch, self.incarnation)
             if frame.head.type is FrameType.STORE:
-                self._store.receive(str(frame.note["k"]), bytes.fromhex(str(frame.note["v"])))
+                key, value = str(frame.note["k"]), bytes.fromhex(str(frame.note["v"]))
+                if not frame.note.get("world"):
+                    self._store.receive(key, value)
+                elif self.world_store is not None:
+                    self.world_store(self, key, value)
             else:
                 waiting = self._acks.pop(frame.head.seq, None)
                 if waiting is not None:
@@ -219,20 +235,25 @@ class Session:
     def _publish(self, key: str, value: bytes) -> None:
         self._control(FrameType.STORE, {"k": key, "v": value.hex()})
 
+    def publish_world(self, key: str, value: bytes) -> None:
+        """Tell the peer what has been set in the world group's store."""
+        self._control(FrameType.STORE, {"k": key, "v": value.hex(), "world": True})
+
     def _control(self, kind: FrameType, note: dict[str, Any] | None = None, seq: int = 0) -> None:
         head = Head(kind, self.run_id, self.epoch, self.incarnation, seq=seq)
         data = encode(Frame(head, note=note or {}))
-        self.connection.send(data, self._limits.silence_s * 2, transport=True)
+        self.connection.send(data, self.limits.silence_s * 2, transport=True)
 
-    def _make_group(self) -> Any:
+    def make_group(self, store: Store, rank: int, size: int) -> Any:
+        """Meet the others of a group; the addresses are those that the control connection has."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         address = self.connection.sock.getsockname()[0]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timedelta(seconds=self._limits.join_s)
-        return dist.ProcessGroupGloo(self._store, self._me, 2, options)
+        options._timeout = timedelta(seconds=self.limits.join_s)
+        return dist.ProcessGroupGloo(store, rank, size, options)
 
     def _write_all(self) -> None:
-        self._group = self._make_group()
+        self._group = self.make_group(self._store, self._me, 2)
         self._group_ready.set()
         while not self.ended:
             item = self._outbox.get()
@@ -252,7 +273,7 @@ class Session:
             if frame.head.type is FrameType.CALL:
                 self.sent_ns[frame.head.seq] = started
             transport = frame.head.type not in COUNTED_BY_MESSAGE
-            self.connection.send(encoded, self._limits.transfer_s, transport=transport)
+            self.connection.send(encoded, self.limits.transfer_s, transport=transport)
             if bodies:
                 self._send_bodies(frame)
         self._flushed.set()
@@ -268,7 +289,7 @@ class Session:
         works.append(self._group.send([trailer], peer, _TRAILER_TAG))
         self._in_flight["out"] = (frame, trailer, works)
         self.connection.transport_out += _TRAILER_BYTES
-        if not acknowledged.wait(self._limits.transfer_s):
+        if not acknowledged.wait(self.limits.transfer_s):
             raise DeadlineExceeded("a transfer did not end in time")
         if not self.ended:
             for work in works:
@@ -276,7 +297,7 @@ class Session:
             del self._in_flight["out"]
 
     def _read_all(self) -> None:
-        if not self._group_ready.wait(self._limits.join_s):
+        if not self._group_ready.wait(self.limits.join_s):
             raise DeadlineExceeded("the two-rank group was not made in time")
         while not self.ended:
             data = self._inbox.get()
@@ -285,11 +306,14 @@ class Session:
             frame = decode(data, self.expected)
             check_session(frame.head, self.run_id, self.epoch, self.incarnation)
             self._saw(frame.head)
-            if frame.bodies:
+            if frame.bodies or (frame.world and self.receive_world is not None):
                 self._window.acquire()
                 if self.ended:
                     break
-                self._receive_bodies(frame)
+                if self.receive_world is not None:
+                    self.receive_world(frame)
+                if frame.bodies:
+                    self._receive_bodies(frame)
             if frame.head.type is FrameType.CALL or frame.bodies:
                 self._control(FrameType.ACK, seq=frame.head.seq)
             self._deliver(self, frame)

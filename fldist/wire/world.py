@@ -71,13 +71,13 @@ class World:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Have the root's bytes in everybody's tensor: uint8 [N]."""
-        options = dist.BroadcastOptions()  # type: ignore[attr-defined]
+        options = dist.BroadcastOptions()
         options.rootRank = 0
         self._wait(self._group.broadcast([tensor], options))
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The buffers of all ranks, by rank, at the root, where `mine` is one of them; [] elsewhere."""
-        options = dist.GatherOptions()  # type: ignore[attr-defined]
+        options = dist.GatherOptions()
         options.rootRank = 0
         theirs = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else []
         self._wait(self._group.gather([theirs] if theirs else [], [mine], options))
@@ -85,9 +85,9 @@ class World:
 
     def reduce(self, block: Tensor, how: How) -> None:
         """Have the sum or the largest of all ranks' int64 blocks in the root's; the others' hold anything after it."""
-        options = dist.ReduceOptions()  # type: ignore[attr-defined]
+        options = dist.ReduceOptions()
         options.rootRank = 0
-        options.reduceOp = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how]
+        options.reduceOp = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX  # type: ignore[assignment]
         self._wait(self._group.reduce([block], options))
 
     def _wait(self, work: Any) -> None:

@@ -1,0 +1,210 @@
+"""Topologies `collective` and `reduce`: the same bits as `star`, what each saves on the wire, and what each refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fldist
+from fldist.config import ConfigError, load
+from fldist.runner import run_here
+from fldist.runtime.membership import RunStopped
+from fldist.wire.world import ALIGNMENT, packed, room, unpacked
+from tests.conftest import Hosts, Recorder, small
+from tests.test_launch import ALGORITHMS, ROOT, config, ledger, mpirun, outcome
+
+TOPOLOGIES = ("collective", "reduce")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    base = tmp_path_factory.mktemp("alone")
+    return {name: fldist.run(config(name), output=base / name) for name in ALGORITHMS}
+
+
+# ---- the same as star
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_gloo_gives_the_same_bits_and_ledger(
+    alone: dict[str, dict[str, Any]], tmp_path: Path, hosts: Hosts, algorithm: str, topology: str
+) -> None:
+    changed = load(config(algorithm, topology=topology))
+    result = run_here(changed, nproc=4, output=tmp_path / "run", spawn=hosts)
+    assert outcome(result) == outcome(alone[algorithm])
+    assert ledger(tmp_path / "run") == ledger(alone[algorithm]["directory"])
+
+
+def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    names = [(algorithm, topology) for algorithm in ("fedavg", "scaffold", "moon", "local") for topology in TOPOLOGIES]
+    jobs = [{"config": config(a, topology=t), "output": str(tmp_path / f"{a}-{t}")} for a, t in names]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = mpirun(3, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
+    assert done.returncode == 0, done.stderr
+    for algorithm, topology in names:
+        directory = tmp_path / f"{algorithm}-{topology}"
+        assert outcome(json.loads((directory / "result.json").read_text())) == outcome(alone[algorithm])
+        assert ledger(directory) == ledger(alone[algorithm]["directory"])
+
+
+@pytest.mark.parametrize("integers", ["mean", "max", "keep"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_integer_blocks_follow_their_rule(tmp_path: Path, hosts: Hosts, integers: str, topology: str) -> None:
+    changed = config("fedavg", aggregation={"integers": integers})
+    here = fldist.run(changed, output=tmp_path / "here")
+    there = run_here(load({**changed, "topology": topology}), nproc=3, output=tmp_path / "there", spawn=hosts)
+    assert outcome(there) == outcome(here)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_run_may_go_on_with_another_topology(tmp_path: Path, hosts: Hosts, topology: str) -> None:
+    straight = fldist.run(config("scaffold"), output=tmp_path / "straight")
+    run_here(load(config("scaffold", rounds=1)), nproc=2, output=tmp_path / "run", spawn=hosts)
+    from fldist.config import load_resumed
+
+    changed = load_resumed(tmp_path / "run", ["rounds=2", f"topology={topology}"])
+    result = run_here(changed, nproc=3, output=tmp_path / "run", spawn=hosts, resume=True)
+    assert outcome(result) == outcome(straight)
+
+
+def own(name: str, topology: str, **changes: Any) -> dict[str, Any]:
+    algorithm = {"name": f"tests.own:{name}", **changes}
+    return small(
+        algorithm=algorithm,
+        clients={"num_clients": 6},
+        task__model={"name": "mlp", "hidden": [64]},
+        topology=topology,
+        eval__every=0,
+    )
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", ["NanFrom", "Raises", "TwoCalls", "Masked", "DroppedScaffold"])
+def test_refused_and_failing_clients_cost_what_they_cost_in_a_star(
+    tmp_path: Path, hosts: Hosts, name: str, topology: str
+) -> None:
+    here, there = Recorder(), Recorder()
+    straight = run_here(load(own(name, "star")), output=tmp_path / "here", observer=here)
+    result = run_here(load(own(name, topology)), nproc=3, output=tmp_path / "there", spawn=hosts, observer=there)
+    assert outcome(result) == outcome(straight)
+    for mine, theirs in zip(there.lines, here.lines, strict=True):
+        assert mine["missing"].keys() == theirs["missing"].keys()
+        refused = [{c for c, r in line["missing"].items() if r.startswith("refused")} for line in (mine, theirs)]
+        assert refused[0] == refused[1]
+    assert result["bytes"]["wasted"] == straight["bytes"]["wasted"]
+    if name in ("NanFrom", "Raises"):
+        assert there.lines[0]["missing"]
+
+
+# ---- what is saved
+def messages(directory: Path, direction: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "messages.jsonl").read_text().splitlines()]
+    return [r for r in rows if r["row"] == "message" and r["direction"] == direction]
+
+
+def test_what_each_topology_hands_to_the_transport(tmp_path: Path, hosts: Hosts) -> None:
+    """Twelve clients on three hosts, one round: M bytes of model, 2 M bytes of integers."""
+    payload = {}
+    for topology in ("star", *TOPOLOGIES):
+        changed = own("Base", topology)
+        changed |= {"clients": {"num_clients": 12}, "rounds": 1}
+        directory = tmp_path / topology
+        result = run_here(load(changed), nproc=4, output=directory, spawn=hosts)
+        model = result["bytes"]["by_kind"]["weights"]["down"] // 12
+        assert result["bytes"]["logical"] == {"up": 12 * (model + 8), "down": 12 * model}
+        payload[topology] = {
+            way: sum(r["wire_bytes"] - r["framing_bytes"] for r in messages(directory, way)) for way in ("up", "down")
+        }
+        wire = result["bytes"]["wire"]
+        for way in ("up", "down"):
+            framing = sum(r["framing_bytes"] for r in messages(directory, way))
+            assert wire[way] == payload[topology][way] + framing + result["bytes"]["transport"][way]
+    assert payload == {
+        "star": {"down": 3 * model, "up": 12 * (model + 8)},
+        "collective": {"down": model, "up": 12 * (model + 8)},
+        "reduce": {"down": model, "up": 3 * 2 * model + 12 * 8},
+    }
+    for topology in TOPOLOGIES:
+        carriers = [r for r in messages(tmp_path / topology, "down") if r["wire_bytes"] >= model]
+        assert len(carriers) == 1
+        others = [r["shared_with"] for r in messages(tmp_path / topology, "down") if r != carriers[0]]
+        assert carriers[0]["client"] in others
+        assert None not in others
+
+
+def test_hosts_without_a_client_take_part(tmp_path: Path, hosts: Hosts) -> None:
+    for topology in TOPOLOGIES:
+        changed = own("Base", topology)
+        changed |= {"clients": {"num_clients": 6, "per_round": 1}}
+        result = run_here(load(changed), nproc=4, output=tmp_path / topology, spawn=hosts)
+        straight = fldist.run({**changed, "topology": "star"}, output=tmp_path / f"{topology}-star")
+        assert outcome(result) == outcome(straight)
+
+
+# ---- what is refused, and what ends a run
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"deadlines": {"round_deadline_s": 3}}, "deadlines.round_deadline_s: 3 does not go with topology"),
+        ({"network": {"share": False}}, "network.share: false does not go with topology"),
+        ({"network": {"checksum": "full"}}, "network.checksum: full does not go with topology"),
+    ],
+    ids=["deadline", "share", "checksum"],
+)
+def test_what_does_not_go_together_is_refused(topology: str, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load(small(topology=topology, **changes))
+
+
+def test_reduce_refuses_what_cannot_be_added_up(tmp_path: Path, hosts: Hosts) -> None:
+    with pytest.raises(ValueError, match=r"many\.y: topology: reduce needs Mean or Sum, and this field .* collected"):
+        run_here(load(own("Collects", "reduce")), nproc=3, output=tmp_path / "run", spawn=hosts)
+    run_here(load(own("Collects", "collective")), nproc=3, output=tmp_path / "collective", spawn=hosts)
+
+
+def test_in_one_process_nothing_is_exchanged_and_it_is_said(tmp_path: Path) -> None:
+    seen = Recorder()
+    run_here(load(own("Base", "reduce")), output=tmp_path / "run", observer=seen)
+    assert any("topology: reduce is for several ranks" in w for w in seen.warnings)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_lost_host_ends_the_run_which_says_so_before_and_can_go_on(
+    tmp_path: Path, hosts: Hosts, topology: str
+) -> None:
+    seen = Recorder(lambda number: hosts.send(2, signal.SIGKILL) if number == 2 else None)
+    changed = own("Slow", topology, seconds=0.05) | {"rounds": 5}
+    with pytest.raises(RunStopped, match=rf"host 2 lost \(.*\); topology {topology} needs every rank"):
+        run_here(load(changed), nproc=4, output=tmp_path / "run", spawn=hosts, observer=seen)
+    assert f"topology {topology} needs every rank" in seen.facts["survives"]
+    result = run_here(load(changed), nproc=3, output=tmp_path / "run", spawn=hosts)
+    assert result["state_hash"] == fldist.run({**changed, "topology": "star"}, output=tmp_path / "s")["state_hash"]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_host_killed_within_an_exchange_ends_the_run(tmp_path: Path, hosts: Hosts, topology: str) -> None:
+    """The others are in the middle of a gather or a reduction, and nobody hangs there."""
+    hosts.moments[2] = ("in the world", int(signal.SIGKILL), 2, str(tmp_path / "mark"))
+    with pytest.raises(RunStopped, match=r"host \d lost \(.*\); topology"):
+        run_here(load(own("Base", topology)), nproc=4, output=tmp_path / "run", spawn=hosts)
+    assert (tmp_path / "mark").exists()
+
+
+# ---- gathered buffers
+@settings(max_examples=50, deadline=None, database=None)
+@given(sizes=st.lists(st.integers(0, 300), max_size=6), spare=st.integers(0, 3))
+def test_parts_come_out_of_a_gathered_buffer_as_they_went_in(sizes: list[int], spare: int) -> None:
+    parts = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    buffer = packed(parts, room(sizes) + spare * ALIGNMENT)
+    assert room(sizes) % ALIGNMENT == 0
+    for part, out in zip(parts, unpacked(buffer, sizes), strict=True):
+        assert torch.equal(part, out)
+        assert (out.data_ptr() - buffer.data_ptr()) % ALIGNMENT == 0
+    assert int(buffer[room(sizes) :].sum()) == 0
