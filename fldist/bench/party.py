@@ -42,7 +42,14 @@ class Party:
     """
 
     def __init__(
-        self, directory: Path, name: str, do: str, options: dict[str, Any], *, launcher: Sequence[str] = (), members: int = 1
+        self,
+        directory: Path,
+        name: str,
+        do: str,
+        options: dict[str, Any],
+        *,
+        launcher: Sequence[str] = (),
+        members: int = 1,
     ) -> None:
         self.name = name
         self._log = directory / f"{name}.log"
@@ -106,8 +113,42 @@ class Party:
         words = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
         return PartyFailed(f"bench: {self.name}: {what}; its last words:\n{words or '(none)'}")
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop all its processes for the time of a `with`, which must be far shorter than a run's limits on silence."""
+        processes = self._processes()
+        try:
+            for pid in processes:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _processes(self) -> list[int]:
+        """Its processes: those of its session."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(entry.name)) == self._process.pid:
+                    found.append(int(entry.name))
+        return found
+
+    def _shared_memory(self) -> set[Path]:
+        """Files below /dev/shm that its processes have mapped: MPI leaves them there when a job does not end well."""
+        found = set()
+        for pid in self._processes():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+                    _, slash, name = line.partition(" /dev/shm/")
+                    if slash and not name.endswith(" (deleted)"):
+                        found.add(Path("/dev/shm", name))  # noqa: S108
+        return found
+
     def end(self) -> None:
         """Let it end, or make it; returns when no process of it is left."""
+        shared = self._shared_memory()
         for lines in self._members.values():
             lines.close()
         self._listener.close()
@@ -117,9 +158,16 @@ class Party:
             self._process.terminate()  # mpirun ends its ranks; a run is interrupted
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5.0)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # a session of its own: what is left of it
-            os.killpg(self._process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5.0
+        while (left := self._processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()  # one that has ended is there until it is waited for
+            time.sleep(0.01)
         self._process.wait()
+        for file in shared:
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
             seconds += own
             medians.append(quartiles(own)[1])
             lines += seen.lines[WARM_UP:]
-        report.notes.append(f"the runs were written to {place.directory.parent}, which the checkpoints' time depends on")
+        report.notes.append(
+            f"runs were written below {place.directory.parent}: the checkpoints' time depends on that disk"
+        )
     whole_s = report.add(Figure("round_s", "seconds a round", seconds, "s", TARGET))
     report.add(Figure("run_median_s", "medians of the runs", medians, "s"))
     inside_s = quartiles([line["seconds"]["total"] for line in lines])[1]
