@@ -17,6 +17,12 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Data sets: which there are, and making one ready.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure what this version does on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Pairs = Annotated[int | None, typer.Option(help="Pairs of rounds, the two things compared in turn (default: 15).")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures into this file, too.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes and few repeats: does it work here?")]
 
 
 @app.callback(invoke_without_command=True)
@@ -140,6 +146,45 @@ def data_prepare(
     given = {key: value for key, value in options.items() if value is not None}
     load({"task": {"data": {"name": name, **given}}})  # refuses what a run would refuse, in the same words
     typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**given)))
+
+
+@bench_app.command("exchange")
+def bench_exchange(
+    pairs: Pairs = None,
+    backend: Annotated[str, typer.Option(help="all, gloo or mpi.")] = "all",
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """A ResNet-18 to three hosts and back against a bare loop and plain TCP; the server's memory in FedAvg."""
+    from fldist.bench import exchange, measure
+
+    typer.echo(measure.told(lambda: exchange.measure(pairs, backend=backend, quick=quick, say=_aside), json_file))
+
+
+@bench_app.command("round")
+def bench_round(
+    repeats: Annotated[int | None, typer.Option(help="Runs of 50 rounds each (default: 3).")] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """What a round costs in which next to nothing travels: one number each way, 100 clients on two hosts."""
+    from fldist.bench import measure
+    from fldist.bench import round as of_round
+
+    typer.echo(measure.told(lambda: of_round.measure(repeats, quick=quick, say=_aside), json_file))
+
+
+@bench_app.command("workload")
+def bench_workload(pairs: Pairs = None, json_file: Json = None, quick: Quick = False) -> None:
+    """FedAvg on MNIST with LeNet-5: one process against two hosts, and against a bare training loop."""
+    from fldist.bench import measure, workload
+
+    typer.echo(measure.told(lambda: workload.measure(pairs, quick=quick, say=_aside), json_file))
+
+
+def _aside(text: str) -> None:
+    """Tell how far a measurement is, apart from what it finds."""
+    typer.echo(text, err=True)
 
 
 def main() -> None:

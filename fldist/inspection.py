@@ -392,8 +392,7 @@ def _check_mpi() -> Finding:
     library, _, threads = probe.stdout.strip().rpartition(" ")
     if threads != "True":
         return "warn", f"MPI: {library} gives no MPI_THREAD_MULTIPLE, which fldist needs; use another build, or gloo"
-    launcher = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
-    if launcher is None:
+    if find_mpirun() is None:
         return "warn", f"MPI: {library}, but no mpirun on PATH: activate the environment that has it, or use srun"
     text = f"MPI: {library}; try: {mpirun_line(library)}"
     if "Open MPI" in library:
@@ -405,16 +404,27 @@ ULFM_FLAGS = "--with-ft ulfm --prtemca state_base_recoverable 1"
 """What makes a job of Open MPI 5 survive the death of a rank; the second one has it end with 0 all the same."""
 
 
-def mpirun_line(library: str, ranks: int = 3) -> str:
-    """The mpirun command for this machine: Open MPI wants flags for root, few cores, and unbound ranks."""
-    flags = []
+def find_mpirun() -> str | None:
+    """Where mpirun is: on PATH, or next to this Python."""
+    return shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+
+
+def mpirun_flags(library: str, ranks: int) -> list[str]:
+    """What mpirun of this library wants on this machine: Open MPI flags for root, few cores, and unbound ranks."""
+    flags: list[str] = []
     if "Open MPI" in library:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             flags.append("--allow-run-as-root")
         if ranks > cores:
-            flags.append("--map-by :OVERSUBSCRIBE")
-        flags.append("--bind-to none")
+            flags += ["--map-by", ":OVERSUBSCRIBE"]
+        flags += ["--bind-to", "none"]
+    return flags
+
+
+def mpirun_line(library: str, ranks: int = 3) -> str:
+    """The mpirun command for this machine."""
+    flags = mpirun_flags(library, ranks)
     return " ".join(["mpirun", "-n", str(ranks), *flags, "python -m fldist run configs/quickstart.yaml"])
 
 

@@ -33,7 +33,8 @@ ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
-ALLOWED["cli"] = {"runner", "inspection", "console", *ALLOWED["config"]} | {"config"}
+ALLOWED["bench"] = {"runner", "inspection", *ALLOWED["config"], "config"}
+ALLOWED["cli"] = {"runner", "inspection", "console", "bench", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}
 

@@ -1,0 +1,285 @@
+"""Measurements: the arithmetic by hand, what is shown and written, and each of them end to end at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fldist
+from fldist import cli
+from fldist.bench import exchange, measure, workload
+from fldist.bench import round as of_round
+from fldist.bench.measure import Figure, Pair, Report, Target
+from fldist.bench.party import PartyFailed, stage
+from fldist.inspection import find_mpirun
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="parties are found through /proc")
+
+
+# ---- arithmetic
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 4.0, 5.0], (2.0, 3.0, 4.0)),
+        ([4.0, 1.0, 3.0, 2.0], (1.75, 2.5, 3.25)),
+        ([10.0, 0.0], (2.5, 5.0, 7.5)),
+        ([7.0], (7.0, 7.0, 7.0)),
+    ],
+)
+def test_quartiles_by_hand(values: list[float], expected: tuple[float, float, float]) -> None:
+    assert measure.quartiles(values) == expected
+
+
+def test_quartiles_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        measure.quartiles([])
+
+
+def test_pairs_take_turns_and_stay_together() -> None:
+    order: list[str] = []
+
+    def round_of(name: str) -> Callable[[], dict[str, float]]:
+        def do() -> dict[str, float]:
+            order.append(name)
+            return {"s": float(len(order))}
+
+        return do
+
+    done = measure.interleave(round_of("ours"), round_of("bare"), 3, after=lambda: order.append("-"))
+    assert order == ["ours", "bare", "-", "bare", "ours", "-", "ours", "bare", "-"]
+    assert [(p.ours["s"], p.other["s"]) for p in done] == [(1, 2), (5, 4), (7, 8)]
+    assert measure.ratios(done, "s", "s") == [1 / 2, 5 / 4, 7 / 8]
+
+
+def test_the_median_of_ratios_is_not_the_ratio_of_medians() -> None:
+    pairs = [Pair({"a": a}, {"b": b}) for a, b in [(1.0, 1.0), (10.0, 5.0), (6.0, 2.0)]]
+    assert measure.quartiles(measure.ratios(pairs, "a", "b"))[1] == 2.0
+    assert 6.0 / 2.0 == 3.0
+
+
+def test_rounds_lie_between_the_ends_of_rounds() -> None:
+    assert of_round.between([1.0, 2.0, 4.0, 7.0, 11.0], 2) == [2.0, 3.0, 4.0]
+
+
+def test_targets() -> None:
+    assert Target(1.25).met(1.25)
+    assert not Target(1.25).met(1.26)
+    assert Target(1.7, at_most=False).met(1.7)
+    assert not Target(1.7, at_most=False).met(1.69)
+    assert (str(Target(0.02)), str(Target(1.7, at_most=False))) == ("<= 0.02", ">= 1.7")
+
+
+def report(**options: Any) -> Report:
+    made = Report("a title", **options)
+    made.add(Figure("x_ratio", "x: ours / bare", [1.0, 2.0, 3.0], "", Target(1.5)))
+    made.add(Figure("y_s", "y", [0.5, 0.25, 0.75], "s", Target(0.5)))
+    made.add(Figure("models", "models held", [4.0], "models"))
+    made.absent.append("z: there is none here")
+    made.limits.append("the link")
+    return made
+
+
+def test_a_report_is_a_flat_object_of_medians_and_quartiles() -> None:
+    flat = report().as_json()
+    machine = {"date", "processor", "cores", "load", "python", "torch", "fldist"}
+    figures = {k: v for k, v in flat.items() if k not in machine}
+    assert machine <= set(flat)
+    assert figures == {
+        **{"x_ratio": 2.0, "x_q1_ratio": 1.5, "x_q3_ratio": 2.5},
+        **{"y_s": 0.5, "y_q1_s": 0.375, "y_q3_s": 0.625},
+        "models": 4.0,
+    }
+    assert report(quick=True).as_json()["quick"] is True
+
+
+def test_a_report_says_machine_targets_and_what_is_absent() -> None:
+    lines = report().text().splitlines()
+    assert lines[0] == "a title"
+    assert f"torch {torch.__version__}" in lines[1]
+    assert "load " in lines[1]
+    table = {line.split("  ")[0]: line for line in lines}
+    assert table["x: ours / bare"].split()[4:] == ["2", "1.5", "-", "2.5", "3", "<=", "1.5", "MISSED"]
+    assert table["y"].endswith("met")
+    assert "not measured: z: there is none here" in lines
+    assert "limit: the link" in lines
+    assert "MISSED" not in report(quick=True).text(), "tiny sizes are not judged"
+
+
+# ---- bad input
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["exchange", "--pairs", "0"], "--pairs: must be at least 1, got 0"),
+        (["workload", "--pairs", "-3"], "--pairs: must be at least 1, got -3"),
+        (["round", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
+        (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
+        (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    began = time.monotonic()
+    code, _, err = command(monkeypatch, capsys, arguments)
+    assert code == 2
+    assert err.startswith(f"fldist: {said}")
+    assert time.monotonic() - began < 10.0
+
+
+def test_a_workload_without_its_data_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLDIST_DATA", str(tmp_path))
+    monkeypatch.setenv("FLDIST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="no mnist found"):
+        workload.measure(1)
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `fldist bench ...` in this process."""
+    monkeypatch.setattr(sys, "argv", ["fldist", "bench", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out, err
+
+
+# ---- parties
+def test_a_party_that_fails_is_told_of_with_its_last_words() -> None:
+    with stage() as place, pytest.raises(PartyFailed, match=r"bench: odd: it ended.*\n[^$]*has no attribute 'nothing'"):
+        place.party("odd", "fldist.bench.bare:nothing").ready()
+    assert not place.directory.exists()
+
+
+@linux_only
+def test_a_run_whose_rounds_are_not_all_asked_for_ends_with_its_hosts() -> None:
+    with stage() as place:
+        run = place.run("run", exchange.exchange_config(True, rounds=5), nproc=3)
+        run.ready()
+        assert run.go()["round_s"] > 0.0
+        processes = run._processes()
+        assert len(processes) == 3
+        began = time.monotonic()
+    assert time.monotonic() - began < 15.0
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_round_that_lacks_replies_is_no_measurement() -> None:
+    with pytest.raises(RuntimeError, match="round 3 lacks replies"):
+        of_round.Watched().round({"round": 3, "missing": {"1": "deadline"}})
+
+
+def test_the_exchange_is_what_it_says(tmp_path: Path) -> None:
+    result = fldist.run(exchange.exchange_config(True, rounds=2), output=tmp_path / "run")
+    size = 4 * exchange.model_size(True)
+    # two rounds of two calls of three clients
+    assert result["bytes"]["logical"] == {"up": 12 * size, "down": 12 * size}
+    line = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[1])
+    assert 0.0 < line["log"]["folded_s"] < line["seconds"]["total"]
+    assert 0.0 < line["log"]["kept_s"] < line["seconds"]["total"]
+
+
+def test_the_size_of_the_model_that_is_exchanged() -> None:
+    assert exchange.model_size(False) == 11_173_962
+
+
+def test_the_bare_loop_averages_by_samples() -> None:
+    """One batch a client, so that one step of SGD can be calculated by hand."""
+    torch.manual_seed(3)
+    model = nn.Linear(4, 3)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clients = [(torch.randn(n, 4), torch.arange(n) % 3) for n in (6, 18)]
+    expected = {name: tensor.clone() for name, tensor in start.items()}
+    for x, y in clients:
+        loss = cross_entropy(nn.functional.linear(x, model.weight, model.bias), y)
+        for name, gradient in zip(("weight", "bias"), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            expected[name] -= workload.LR * len(y) / 24 * gradient
+    average = workload.bare_round(model, start, clients)
+    for name, tensor in expected.items():
+        assert torch.allclose(average[name], tensor, atol=1e-7)
+
+
+# ---- end to end
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    factory: pytest.TempPathFactory,
+    *arguments: str,
+) -> tuple[dict[str, Any], str]:
+    """The JSON and the text of a quick measurement, which must leave nothing behind."""
+    scratch = factory.mktemp("b")
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    file = scratch / "figures.json"
+    code, out, err = command(monkeypatch, capsys, [*arguments, "--quick", "--json", str(file)])
+    assert code == 0, err
+    assert [p.name for p in scratch.iterdir()] == ["figures.json"]
+    figures: dict[str, Any] = json.loads(file.read_text())
+    assert figures["quick"] is True
+    assert "quick: tiny sizes" in out
+    assert "MISSED" not in out
+    return figures, out
+
+
+@linux_only
+def test_exchange_on_gloo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "exchange", "--backend", "gloo")
+    kept = {"gloo_ratio", "gloo_gb_per_s", "gloo_bare_gb_per_s", "raw_tcp_gb_per_s", "gloo_s", "gloo_bare_s"}
+    kept |= {"gloo_fold_ratio", "gloo_checksum_ratio", "server_models", "server_models_1000"}
+    assert all(figures[name] > 0.0 for name in kept)
+    assert not [name for name in figures if name.startswith("mpi")]
+    assert "not measured: MPI: not asked for" in out
+    size = 6 * 4 * exchange.model_size(True) / 1e9
+    assert figures["gloo_gb_per_s"] == pytest.approx(size / figures["gloo_s"], rel=0.5)
+    assert figures["gloo_q1_ratio"] <= figures["gloo_ratio"] <= figures["gloo_q3_ratio"]
+
+
+@linux_only
+@pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or find_mpirun() is None, reason="needs mpi4py and mpirun"
+)
+def test_exchange_on_mpi(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "exchange", "--backend", "mpi", "--pairs", "3")
+    assert all(figures[name] > 0.0 for name in ("mpi_ratio", "mpi_gb_per_s", "mpi_bare_gb_per_s", "mpi_fold_ratio"))
+    assert not [name for name in figures if name.startswith(("gloo", "raw", "server"))]
+    assert "not measured: gloo: not asked for" in out
+
+
+def test_exchange_without_mpi_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "find_mpirun", lambda: None)
+    done = exchange.measure(1, backend="mpi", quick=True)
+    assert any(text.startswith("MPI: ") for text in done.absent)
+    assert not [key for key in done.as_json() if key.startswith("mpi")]
+
+
+@linux_only
+def test_round(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "round")
+    assert 0.0 < figures["round_q1_s"] <= figures["round_s"] <= figures["round_q3_s"] < 2.0
+    assert "100 clients on 2 hosts" in out
+
+
+@linux_only
+def test_workload(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    figures, _ = measured(monkeypatch, capsys, tmp_path_factory, "workload", "--pairs", "1")
+    assert all(figures[name] > 0.0 for name in ("loop_ratio", "speedup_ratio", "round_s", "hosts_round_s"))
