@@ -93,20 +93,20 @@ def watched_run(tmp_path: Path, hosts: Hosts, config: dict[str, Any]) -> tuple[S
 @pytest.mark.parametrize("hidden", [56, 1024])
 def test_gloo_with_messages_of_16_kB_and_more(tmp_path: Path, hosts: Hosts, hidden: int) -> None:
     assert model_bytes(hidden) >= 16_000
-    seen, result = watched_run(tmp_path, hosts, settings(hidden, rounds=10))
+    seen, result = watched_run(tmp_path, hosts, settings(hidden, rounds=30))
     wire = result["bytes"]["wire"]
-    assert (seen.messages_sent, seen.messages_received) == (40, 40), "a model and a trailer, two hosts, ten rounds"
+    assert (seen.messages_sent, seen.messages_received) == (120, 120), "a model and a trailer, two hosts, thirty rounds"
     assert len(seen.connections) == 4, "control and bodies, two hosts"
     assert_close(by_direction(seen), wire)
     assert_to_the_byte(seen, wire, 2)
 
 
 def test_gloo_with_small_messages_adds_144_bytes_to_each(tmp_path: Path, hosts: Hosts) -> None:
-    seen, result = watched_run(tmp_path, hosts, settings(16, rounds=10))
+    seen, result = watched_run(tmp_path, hosts, settings(16, rounds=30))
     wire = result["bytes"]["wire"]
     assert 4096 <= model_bytes(16) < 5000
     messages = seen.messages_sent + seen.messages_received
-    assert messages == 80
+    assert messages == 240
     both = seen.sent + seen.received
     assert both > (1 + TOLERANCE) * sum(wire.values()), "the messages are too large for this test"
     assert both == pytest.approx(sum(wire.values()) + 144 * messages, rel=TOLERANCE)
@@ -115,7 +115,7 @@ def test_gloo_with_small_messages_adds_144_bytes_to_each(tmp_path: Path, hosts: 
 
 
 def test_what_rides_in_control_frames_is_no_message_of_gloos(tmp_path: Path, hosts: Hosts) -> None:
-    seen, result = watched_run(tmp_path, hosts, settings(8, rounds=10))
+    seen, result = watched_run(tmp_path, hosts, settings(8, rounds=30))
     assert model_bytes(8) < 4096
     assert (seen.messages_sent, seen.messages_received) == (0, 0)
     assert_close(by_direction(seen), result["bytes"]["wire"])
