@@ -250,7 +250,7 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
         job = build(settings)
         result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
         with contextlib.suppress(RuntimeError):  # for a host that its agent has started again and that comes too late
-            link.rendezvous.set(_DONE_KEY, "")
+            link.publish(_DONE_KEY, "")
         return result
     finally:
         with undisturbed():
@@ -280,7 +280,7 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
         survives=survives,
     )
     link.rendezvous = store
-    store.set(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
+    link.publish(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
     return link
 
 

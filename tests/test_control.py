@@ -37,6 +37,7 @@ from fldist.wire.control import Connection, ControlPlane, new_token, proof
 from fldist.wire.errors import DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Lost, Welcome
+from fldist.wire.session import Session
 
 RUN_ID = bytes(range(16))
 WELCOME = Welcome(RUN_ID, 3, {"name": "test"})
@@ -536,6 +537,29 @@ def test_all_that_is_no_message_is_counted_as_transport(serve, monkeypatch):
     assert server.transport_bytes() == (written["up"], written["down"])
     server.close(2.0)
     host.join(2)
+
+
+def test_a_verdict_is_counted_when_it_is_posted_and_a_call_is_not():
+    """The result is written right after the last verdicts: it must not depend on when they are sent."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connection = Connection(socket.create_connection(listener.getsockname()))
+    session = Session(
+        connection,
+        me=0,
+        limits=CALM,
+        identity=(RUN_ID, 3, 1),
+        deliver=lambda session, frame: None,
+        acknowledged=lambda session, head: None,
+        lost=lambda session, reason: None,
+    )  # not started: nothing is sent
+    verdict = Frame(Head(FrameType.VERDICT, RUN_ID, 3, 1), note={"verdicts": []})
+    session.put(verdict, encode(verdict))
+    assert connection.transport_out == verdict.head_bytes > 0
+    call = Frame(Head(FrameType.CALL, RUN_ID, 3, 1))
+    session.put(call, encode(call))
+    assert connection.transport_out == verdict.head_bytes
+    connection.sock.close()
+    listener.close()
 
 
 def test_transport_bytes_of_lost_peers_stay_counted(serve, connect):

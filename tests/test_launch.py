@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,12 @@ def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tm
         assert (result["backend"], result["rounds"]) == ("mpi", 2)
 
 
-def mpirun(ranks: int, program: list[str], timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+def mpirun(
+    ranks: int, program: list[str], timeout_s: float = 90, flags: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     launcher = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
     assert launcher is not None, "the test extra brings mpirun"
-    flags = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    flags = [*flags, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     if os.geteuid() == 0:
         flags.append("--allow-run-as-root")
     command = [launcher, *flags, "-n", str(ranks), sys.executable, *program]

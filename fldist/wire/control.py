@@ -73,6 +73,13 @@ class Connection:
         self.end = "the connection is closed"
         """Why it is closed, for whoever still tries to use it."""
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+
+    def count(self, *, sent: int = 0, received: int = 0) -> None:
+        """Add transport bytes, from any thread."""
+        with self._counting:
+            self.transport_out += sent
+            self.transport_in += received
 
     def send(self, data: bytes, timeout_s: float, *, transport: bool = False) -> None:
         """Write all of `data`; PeerLost if the connection is closed, DeadlineExceeded after `timeout_s`."""
@@ -80,7 +87,7 @@ class Connection:
         with self._lock:
             self._write(data, deadline)
             if transport:
-                self.transport_out += len(data)
+                self.count(sent=len(data))
 
     def try_send(self, data: bytes) -> None:
         """Write a small frame if nobody else is writing and the socket has room; otherwise do nothing."""
@@ -88,7 +95,7 @@ class Connection:
             try:
                 if select.select([], [self.sock], [], 0)[1]:
                     self._write(data, time.monotonic() + 1.0)
-                    self.transport_out += len(data)
+                    self.count(sent=len(data))
             except (OSError, ValueError, PeerLost, DeadlineExceeded):
                 pass  # the reading side notices and reports
             finally:
@@ -261,7 +268,7 @@ class ControlPlane:
                 whole = bytes(connection.inbox[:length])
                 del connection.inbox[:length]
                 if whole[6] == FrameType.HEARTBEAT:
-                    connection.transport_in += length
+                    connection.count(received=length)
                 else:
                     self._on_frame(connection, whole)
                 if connection.closed:

@@ -84,7 +84,7 @@ class GlooServer(ServerLink):
         self._somebody_lost = threading.Event()
         self._padding = 0
         self.rendezvous: Any = None
-        """What must live as long as hosts may look for this server (torchrun's store)."""
+        """Torchrun's store, through which hosts find this server; it must live as long as they may look for it."""
 
     @property
     def survives(self) -> str:
@@ -95,6 +95,11 @@ class GlooServer(ServerLink):
         """Start to accept hosts."""
         self._welcome = welcome
         self._plane.listen(self._listener)
+
+    def publish(self, key: str, value: str) -> None:
+        """Set a key of `rendezvous`, and count it."""
+        self.rendezvous.set(key, value)
+        self._old_transport[1] += len(key.encode()) + len(value.encode())
 
     # ---- joining, in the control plane's thread
     def _frame(self, connection: Connection, data: bytes) -> None:
@@ -108,7 +113,7 @@ class GlooServer(ServerLink):
             raise BadMessage(f"a damaged handshake: {error!r}") from None
 
     def _handshake(self, connection: Connection, data: bytes) -> None:
-        connection.transport_in += len(data)
+        connection.count(received=len(data))
         if connection.owner is None:
             note = control_frame(data, FrameType.JOIN).note
             rank, nonce = int(note["rank"]), str(note["nonce"])

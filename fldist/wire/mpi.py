@@ -187,6 +187,9 @@ class Engine:
         """Queue an encoded frame; never blocks."""
         with self._changed:
             self._unsent += 1
+            if frame.head.type not in COUNTED_BY_MESSAGE and not peer.lost:
+                # here, so that the server's last verdicts are in its result, whenever they are sent
+                self.transport_out += len(encoded)
             self._out.put((peer, frame, encoded))
             self._changed.notify_all()
 
@@ -299,7 +302,8 @@ class Engine:
         self._sending.append(_Sending(peer, data, requests := [], False))
         try:
             requests.append(peer.comm.Isend([data, self._mpi.BYTE], peer.at, _HEAD_TAG))
-            self.transport_out += len(data)
+            with self._changed:
+                self.transport_out += len(data)
         except Exception as error:
             self._fail(peer, error)
 
@@ -319,8 +323,6 @@ class Engine:
                     requests.append(peer.comm.Isend([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
             except Exception as error:
                 self._fail(peer, error)
-            if frame.head.type not in COUNTED_BY_MESSAGE:
-                self.transport_out += len(encoded)
         return started
 
     def _finish_sends(self) -> bool:

@@ -157,7 +157,7 @@ class Session:
         """Sort a head by what it is; heads with messages go to the reader in order."""
         kind = data[6]
         if kind not in COUNTED_BY_MESSAGE:
-            self.connection.transport_in += len(data)
+            self.connection.count(received=len(data))
         if self._inbox.qsize() > _MAX_QUEUED:
             raise BadMessage(f"over {_MAX_QUEUED} frames wait to be read")
         if kind in (FrameType.STORE, FrameType.ACK):
@@ -178,10 +178,15 @@ class Session:
             self._inbox.put(data)
 
     def put(self, frame: Frame, encoded: bytes | None = None) -> None:
-        """Queue a frame for the writer (encoded now by the caller, or by the writer just before it is sent)."""
+        """Queue a frame for the writer (encoded now by the caller, or by the writer just before it is sent).
+
+        An encoded frame is counted here: the server's last verdicts are then in its result, whenever they are sent.
+        """
         while not self.ended:
             try:
                 self._outbox.put((frame, encoded), timeout=0.2)
+                if encoded is not None and frame.head.type not in COUNTED_BY_MESSAGE:
+                    self.connection.count(sent=len(encoded))
                 return
             except queue.Full:
                 continue
@@ -267,12 +272,12 @@ class Session:
                 if self._checksum and bodies:
                     frame.head.flags |= CHECKSUMMED
             started = time.monotonic_ns()
+            transport = encoded is None and frame.head.type not in COUNTED_BY_MESSAGE
             if encoded is None:
                 frame.head.sent_ns = started
                 encoded = encode(frame)
             if frame.head.type is FrameType.CALL:
                 self.sent_ns[frame.head.seq] = started
-            transport = frame.head.type not in COUNTED_BY_MESSAGE
             self.connection.send(encoded, self.limits.transfer_s, transport=transport)
             if bodies:
                 self._send_bodies(frame)
@@ -288,7 +293,7 @@ class Session:
         works = [self._group.send([part.flat()], peer, _BODY_TAG) for part in frame.bodies]
         works.append(self._group.send([trailer], peer, _TRAILER_TAG))
         self._in_flight["out"] = (frame, trailer, works)
-        self.connection.transport_out += _TRAILER_BYTES
+        self.connection.count(sent=_TRAILER_BYTES)
         if not acknowledged.wait(self.limits.transfer_s):
             raise DeadlineExceeded("a transfer did not end in time")
         if not self.ended:
@@ -329,7 +334,7 @@ class Session:
         for work in works:
             work.wait(self._transfer)
         del self._in_flight["in"]
-        self.connection.transport_in += _TRAILER_BYTES
+        self.connection.count(received=_TRAILER_BYTES)
         crc = frame.checksum() if frame.head.flags & CHECKSUMMED else 0
         if trailer.tolist() != [frame.head.seq, frame.body_bytes, crc]:
             raise BadMessage("the trailer does not fit its bodies: they were damaged on their way")
