@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import fldist
 from fldist.config import ConfigError, load
-from fldist.runner import choose_backend
+from fldist.runner import choose_backend, run_here
+from fldist.runtime import membership
 from fldist.runtime.launch import World, find_world, gpu_of
+from fldist.runtime.output import VARIABLES, Output
 from fldist.wire import network
 from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Welcome
-from tests.conftest import small
+from tests.conftest import Hosts, Recorder, small
 from tests.fake_slurm import JOB, install
 
 ROOT = Path(__file__).parents[1]
@@ -488,3 +491,80 @@ def test_a_host_without_the_chosen_interface_says_so_before_it_joins(monkeypatch
             GlooHost(server.address, 1, server.token, limits)
     finally:
         server.close(0.1)
+
+
+# ---- environment.json
+def test_environment_json_keeps_what_decides_about_bits_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone_in(monkeypatch, {})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("FLDIST_TOKEN", "0123-token")
+    monkeypatch.setenv("SLURM_JWT", "secret-of-slurm")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-cloud")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    fldist.run(small(rounds=1), output=tmp_path / "run")
+    facts = environment_of(tmp_path / "run")
+    assert facts["variables"] == {
+        k: os.environ[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+                                   "CUBLAS_WORKSPACE_CONFIG") if k in os.environ
+    }  # fmt: skip
+    assert facts["variables"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    text = (tmp_path / "run" / "environment.json").read_text()
+    assert "0123-token" not in text
+    assert "secret-of" not in text
+    assert not [n for n in VARIABLES if any(w in n for w in ("TOKEN", "KEY", "SECRET", "JWT", "PASS", "AUTH"))]
+    assert facts["tf32"]["matmul"] is torch.backends.cuda.matmul.allow_tf32
+    assert facts["tf32"]["cudnn"] is torch.backends.cudnn.allow_tf32
+    assert facts["tf32"]["float32_matmul_precision"] == torch.get_float32_matmul_precision()
+    assert facts["cudnn"]["benchmark"] is True
+    assert facts["cudnn"]["deterministic"] is torch.backends.cudnn.deterministic
+    assert facts["deterministic_algorithms"] is torch.are_deterministic_algorithms_enabled()
+    assert facts["cuda_version"] == torch.version.cuda
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert facts["torch_threads"] == 1
+    assert facts["mpi"] is None
+    assert facts["hosts"] == {"0": {"hostname": socket.gethostname()}}
+
+
+def test_settings_of_tf32_that_torch_does_not_tell_are_null() -> None:
+    """In a process of its own: torch's two interfaces for it exclude each other once both were used."""
+    program = (
+        "import torch, json; from fldist.runtime.output import machine_facts\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(json.dumps(machine_facts()['tf32']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=clean(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["matmul_fp32_precision"] == "tf32"
+    assert told["matmul"] in (None, True)
+
+
+def test_a_host_with_other_versions_is_warned_of_and_noted(
+    tmp_path: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's own version is changed here: its hosts have the true one."""
+    monkeypatch.setattr(membership, "versions", lambda: {"fldist": fldist.__version__, "torch": "1.0"})
+    seen = Recorder()
+    run_here(load(small(rounds=1)), nproc=3, output=tmp_path / "run", spawn=hosts, observer=seen)
+    about = {"hostname": socket.gethostname(), "torch": torch.__version__}
+    assert environment_of(tmp_path / "run")["hosts"] == {"1": about, "2": about}
+    for rank in (1, 2):
+        text = (
+            f"host {rank} on {socket.gethostname()} has torch {torch.__version__} (the server 1.0): results may differ"
+        )
+        assert [w.startswith(text) for w in seen.warnings].count(True) == 1
+
+
+def test_a_host_that_joins_again_from_elsewhere_is_noted(tmp_path: Path) -> None:
+    output = Output(tmp_path)
+    output.environment({"backend": "gloo"})
+    output.hosts({2: {"hostname": "b"}, 1: {"hostname": "a"}})
+    before = environment_of(tmp_path)
+    assert list(before["hosts"].items()) == [("1", {"hostname": "a"}), ("2", {"hostname": "b"})]
+    output.hosts({1: {"hostname": "c"}, 2: {"hostname": "b"}})
+    now = environment_of(tmp_path)
+    assert now == {**before, "hosts": {"1": {"hostname": "c"}, "2": {"hostname": "b"}}}
+    output.close()
