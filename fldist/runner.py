@@ -33,12 +33,13 @@ from fldist.runtime.launch import (
     own_host_environment,
     spawn_host,
 )
-from fldist.runtime.membership import RunStopped, Supervisor
+from fldist.runtime.membership import RunStopped, Supervisor, versions
 from fldist.runtime.output import Output, default_directory, discard, prepare, status_of
 from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
+from fldist.wire.network import family_of, listening_address, reachable, resolve
 
 if TYPE_CHECKING:
     from fldist.wire.gloo import GlooServer
@@ -68,9 +69,9 @@ class Silent:
 def choose_backend(settings: Settings, world: World, nproc: int) -> str:
     """The backend that `auto` means here; ConfigError for combinations that cannot be."""
     wanted = settings.backend
-    if world.launcher in ("torchrun", "mpi"):
-        name = {"torchrun": "torchrun", "mpi": "mpirun"}[world.launcher]
-        own = "gloo" if world.launcher == "torchrun" else "mpi"
+    if world.launcher in ("torchrun", "mpi", "srun"):
+        name = {"mpi": "mpirun"}.get(world.launcher, world.launcher)
+        own = "mpi" if world.launcher == "mpi" else "gloo"
         if nproc > 1:
             raise ConfigError(f"--nproc {nproc}: {name} has started the ranks already; leave --nproc out")
         if world.size < 2:
@@ -139,8 +140,8 @@ def run_here(
                 if backend == "in-process":
                     return _alone(settings, directory, observer)
                 if backend == "mpi":
-                    return _serve_mpi(settings, directory, observer)
-                if world.launcher == "torchrun":
+                    return _serve_mpi(settings, directory, observer, world)
+                if world.launcher in ("torchrun", "srun"):
                     return _serve_torchrun(settings, directory, observer, world)
                 return _serve_children(settings, directory, observer, nproc, spawn)
             except Exception as error:
@@ -186,7 +187,7 @@ def _server_loop(
     output = Output(directory)
     output.config(resolved)
     facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
-    output.environment(facts)
+    output.environment({**facts, "mpi": _mpi_library() if backend == "mpi" else None})
     return ServerLoop(
         job, link, output, observer, ranks=ranks, supervisor=supervisor, facts=facts, config=resolved, keeper=keeper
     )
@@ -246,9 +247,10 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
     try:
         ranks = list(range(1, world.size))
         again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "1")) > 0
-        hosts = Unsupervised(survives_loss=world.own_agents, returns=world.own_agents and again)
+        lives_on = world.own_agents or world.launcher == "srun"
+        hosts = Unsupervised(survives_loss=lives_on, returns=world.own_agents and again)
         job = build(settings)
-        result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", "torchrun", hosts).run()
+        result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", world.launcher, hosts).run()
         with contextlib.suppress(RuntimeError):  # for a host that its agent has started again and that comes too late
             link.publish(_DONE_KEY, "")
         return result
@@ -263,9 +265,10 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
     from fldist.wire.gloo import GlooServer
 
     deadlines = settings.deadlines
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world.size
     port = settings.network.control_port
     survives = "torchrun ends all ranks when one dies"
+    if world.launcher == "srun":
+        survives = "a host may die: its replies of the round are missing, the others go on unless Slurm ends the step"
     if world.own_agents:
         port = port or int(os.environ["MASTER_PORT"]) + 1
         survives = "a host or the server may die: its agent starts it again, and the others go on or wait for it"
@@ -274,7 +277,7 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
         ranks=list(range(1, world.size)),
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         token=kept_token(directory) if world.own_agents else None,
-        bind="127.0.0.1" if one_machine else socket.gethostbyname(os.environ["MASTER_ADDR"]),
+        bind=listening_address(os.environ["MASTER_ADDR"], one_machine=_one_machine(world)),
         port=port or 0,
         checksum=settings.network.checksum == "full",
         survives=survives,
@@ -282,6 +285,11 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
     link.rendezvous = store
     link.publish(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
     return link
+
+
+def _one_machine(world: World) -> bool:
+    """Whether all ranks are on this machine, as far as the launcher tells."""
+    return world.local_size == world.size
 
 
 def _torchrun_store(world: World, timeout_s: float) -> Any:
@@ -295,8 +303,9 @@ def _torchrun_store(world: World, timeout_s: float) -> Any:
     own: dict[str, Any] = {}
     if world.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # left to itself the store listens on every interface, and tells the token to whoever asks
+        at = resolve(address, "MASTER_ADDR") if _one_machine(world) else reachable(address, "MASTER_ADDR")
         try:
-            listener = socket.create_server((socket.gethostbyname(address), port))
+            listener = socket.create_server((at, port), family=family_of(at))
         except OSError as error:
             raise ConfigError(f"MASTER_PORT: {address} port {port} cannot be listened on ({error.strerror})") from None
         own = {"is_master": True, "master_listen_fd": listener.detach()}
@@ -322,8 +331,8 @@ def _torchrun_directory(settings: Settings, world: World) -> Path:
     return Path(store.get(_DIRECTORY_KEY).decode())
 
 
-def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
-    comm = _mpi_world()
+def _serve_mpi(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
+    comm = _mpi_world(world)
     from fldist.wire.mpi import MpiServer
     from fldist.wire.ulfm import finalizes
 
@@ -346,7 +355,8 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
                 link.close(1.0)
             if not finalizes():
                 raise
-        comm.Abort(1)  # MPI has no other way to end ranks that may be stuck
+        # MPI has no other way to end ranks that may be stuck
+        comm.Abort(128 + error.signal_number if isinstance(error, Interrupted) else 1)
         raise
     link.close(GOODBYE_S)
     if not link.all_left:
@@ -357,7 +367,7 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer) -> dict[
     return result
 
 
-def _mpi_world() -> Any:
+def _mpi_world(world: World) -> Any:
     from fldist.wire.ulfm import prepare
 
     try:
@@ -367,14 +377,28 @@ def _mpi_world() -> Any:
         raise ConfigError(
             f"backend: mpi needs mpi4py and an MPI library ({error}); pip install 'fldist[mpi]' brings both"
         ) from None
-    return MPI.COMM_WORLD
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != world.size:
+        raise ConfigError(
+            f"backend: mpi: {world.size} ranks were started, but the MPI library knows {comm.Get_size()} of them: it "
+            "does not understand who started them. Under Slurm: srun --mpi=pmix (srun --mpi=list shows what there is), "
+            "or MASTER_ADDR and MASTER_PORT for gloo; else the mpirun that belongs to this MPI library"
+        )
+    return comm
+
+
+def _mpi_library() -> str:
+    """Name and version of the MPI library, without the date and the options that it was built with."""
+    from mpi4py import MPI
+
+    return str(MPI.Get_library_version()).strip(" \0").splitlines()[0].partition(", package")[0][:200]
 
 
 # ---- hosts
 def _be_host(world: World, settings: Settings) -> dict[str, Any]:
     if world.launcher == "mpi":
         deadlines = settings.deadlines
-        _be_mpi_host(_mpi_world(), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
+        _be_mpi_host(_mpi_world(world), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
         return {}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it to all ranks: the server ends the run
     store = _torchrun_store(world, settings.deadlines.join_s)
@@ -489,7 +513,8 @@ def _serve_as_host(link: Any, rank: int, built: _Built) -> None:
     try:
         log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
         host = built.host(link.welcome, settings, rank)
-        link.about = {"files": host.states.files is not None or not host.job.algorithm.stateful}
+        files = host.states.files is not None or not host.job.algorithm.stateful
+        link.about = {"files": files, "versions": versions()}
         serve_link(host, link)
         log.info("rank %d: done", rank)
     except TransportError as error:

@@ -1,22 +1,28 @@
-"""What is shown without running: the partition's table and its drawing, the predicted bytes of evaluation."""
+"""What is shown without running: the partition and its drawing, predicted bytes of evaluation, doctor's findings."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fldist
+from fldist import inspection
 from fldist.config import load
 from fldist.inspection import partition, plot_partition, predict
 from fldist.runtime.job import Job
+from fldist.wire import network
 from tests.conftest import small
 
 ROOT = Path(__file__).parents[1]
+Put = Callable[[str, str], None]
 
 
 def job_of(**changes: object) -> Job:
@@ -158,3 +164,128 @@ def test_a_test_may_not_skip_for_want_of_data_that_are_there(tmp_path: Path) -> 
     assert said["1"][0] == 1
     assert "1 failed, 1 passed, 2 skipped" in said["1"][1]
     assert "skipped although the data are there: needs MNIST" in said["1"][1]
+
+
+# ---- doctor
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Put:
+    """Makes a program of a name, a shell script; no others are on PATH, and no launcher's variables are set."""
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "GLOO_", "CUDA_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def program(name: str, script: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return program
+
+
+def test_doctor_on_the_name_of_this_machine(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, level, says in (
+        ("127.0.1.1", "warn", "is 127.0.1.1 on this machine (see /etc/hosts), where no other machine reaches it; give"),
+        ("10.0.0.2", "ok", f"this one is {socket.gethostname()}, 10.0.0.2"),
+    ):
+        answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+        monkeypatch.setattr(network.socket, "getaddrinfo", lambda *_, answer=answer, **__: answer)
+        found = inspection._check_name()
+        assert found[0] == level
+        assert says in found[1]
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "value", "level", "says"),
+    [
+        ({"lo": ["127.0.0.1"]}, None, "ok", "network: loopback alone; a run over several machines needs one"),
+        ({"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "down": []}, None, "ok", "network: eth0 10.0.0.2"),
+        ({"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "ib0": ["10.1.0.2", "fd00::2"]}, None, "--",
+         "GLOO_SOCKET_IFNAME is not set: gloo takes the one on the way to MASTER_ADDR\n"
+         "to choose another, set GLOO_SOCKET_IFNAME on every machine to one of: eth0 10.0.0.2; ib0 10.1.0.2, fd00::2"),
+        ({"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "ib0": ["10.1.0.2"]}, "ib0", "ok",
+         "network: GLOO_SOCKET_IFNAME=ib0 is 10.1.0.2; the server listens there"),
+        ({"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"]}, "ib0", "warn",
+         "GLOO_SOCKET_IFNAME: ib0: there is no such interface here; name one of these"),
+    ],
+)  # fmt: skip
+def test_doctor_on_networks(
+    put: Put,
+    monkeypatch: pytest.MonkeyPatch,
+    interfaces: dict[str, list[str]],
+    value: str | None,
+    level: str,
+    says: str,
+) -> None:
+    for module in (inspection, network):
+        monkeypatch.setattr(module, "interfaces", lambda: interfaces)
+    if value is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", value)
+    found = inspection._check_network()
+    assert found[0] == level
+    assert says in found[1]
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("env", "srun", "level", "says"),
+    [
+        ({}, None, "--", "no srun here, and this is no job of one"),
+        (JOB, None, "warn", "in job 7 (2 nodes, 8 tasks), but no srun on PATH\nwithout it: mpirun, or torchrun"),
+        ({}, "echo 'MPI plugin types are...\n\tnone\n\tpmix_v4'", "ok", "not in a job: sbatch launch/slurm-mpi.sbatch"),
+        (JOB, "echo 'specific pmix plugin versions available: pmix_v4' >&2", "ok",
+         "in job 7 (2 nodes, 8 tasks); srun --mpi=pmix starts MPI ranks"),
+        (JOB, "echo 'none pmi2'", "warn", "srun --mpi=list has no pmix, so srun cannot start MPI ranks\nMPI: mpirun"),
+        (JOB, "echo pmix; exit 1", "warn", "srun --mpi=list has no pmix"),
+    ],
+)  # fmt: skip
+def test_doctor_on_slurm(
+    put: Put, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], srun: str | None, level: str, says: str
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if srun is not None:
+        put("srun", f'[ "$1" = --mpi=list ] || exit 1\n{srun}')
+    found = inspection._check_slurm()
+    assert found[0] == level
+    assert says in found[1]
+
+
+def test_doctor_on_gpus_that_torch_cannot_use(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert inspection._check_gpu() == ("--", "GPU: none that torch can use; everything runs on the CPU")
+    put("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert inspection._check_gpu()[0] == "--"
+    put("nvidia-smi", "echo 'NVIDIA A100'; echo 'NVIDIA A30'")
+    for cuda, hidden, says in (
+        (None, None, f"this torch {torch.__version__} was built without CUDA\ninstall torch with CUDA"),
+        ("12.8", None, "this torch cannot use them\ntorch was built for CUDA 12.8: update the driver"),
+        ("12.8", "", "this torch cannot use them\nCUDA_VISIBLE_DEVICES is '': unset it"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        if hidden is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        level, text = inspection._check_gpu()
+        assert level == "warn"
+        assert f"GPU: nvidia-smi shows 2 (NVIDIA A100, NVIDIA A30), but {says}" in text
+
+
+@pytest.mark.parametrize(("nccl", "says"), [("2.27.5", "NCCL 2.27.5"), (None, "NCCL is not in this torch")])
+def test_doctor_on_gpus(put: Put, monkeypatch: pytest.MonkeyPatch, nccl: str | None, says: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
+    monkeypatch.setattr(inspection, "nccl_version", lambda: nccl)
+    level, text = inspection._check_gpu()
+    assert level == "ok"
+    assert text.startswith(f"GPU: 2 (GPU number 0, GPU number 1); {says}")
+    assert "need gloo" in text
+
+
+def test_doctor_on_mpi() -> None:
+    level, text = inspection._check_mpi()
+    assert level == "ok"
+    assert "MPI: Open MPI v5" in text
+    assert "--with-ft ulfm" in text
+    assert "a line `NAME slots=N` for each" in text
+    assert ("you are root" in text) == (os.geteuid() == 0)

@@ -12,6 +12,7 @@ import h5py
 import fldist
 from fldist.config import load
 from fldist.runner import run_here
+from fldist.wire.network import VARIABLE
 from tests.conftest import Hosts, small
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,8 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     explained = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
     names = set(result) | set(result["bytes"]) | set(result["seconds"])
+    environment = json.loads((run / "environment.json").read_text())
+    names |= set(environment) | set(environment["tf32"]) | set(environment["cudnn"]) | set(environment["hosts"]["0"])
     for file in ("rounds.jsonl", "messages.jsonl"):
         for line in (run / file).read_text().splitlines():
             names |= set(json.loads(line))
@@ -92,3 +95,26 @@ def test_every_test_that_the_page_on_recovery_names_is_there() -> None:
     table = text[text.index("## What survives what") : text.index("1. `tests/")]
     numbers = {int(n) for cell in re.findall(r"\[([\d, ]+)\]", table) for n in cell.split(", ")}
     assert numbers == set(range(1, len(named) + 1)), "a test is named that no cell refers to, or the other way round"
+
+
+def test_the_page_on_clusters_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    assert "(docs/clusters.md)" in README
+    scripts = set(re.findall(r"launch/[\w-]+\.(?:sh|sbatch)", text))
+    cluster = {
+        f"launch/{path.name}"
+        for path in (ROOT / "launch").iterdir()
+        if path.name != "cluster.sh" and ". launch/cluster.sh" in path.read_text()
+    }
+    assert scripts == cluster, "a script is not explained, or one is that is not there"
+    heads = "".join((ROOT / name).read_text().partition("\nset -euo pipefail\n")[0] for name in scripts)
+    for variable in re.findall(r"^(?:# .*\n)?((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )+)bash launch", text, re.M):
+        for name in re.findall(r"([A-Z_]+)=", variable):
+            assert re.search(rf"\b{name}\b", heads), name
+    launch = (ROOT / "fldist" / "runtime" / "launch.py").read_text()
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "MASTER_ADDR"):
+        assert f"`{name}`" in text
+        assert f'"{name}"' in launch
+    assert VARIABLE in text
+    for link in re.findall(r"\]\(([\w.-]+)\)", text):
+        assert (ROOT / "docs" / link).is_file()

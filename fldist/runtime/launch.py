@@ -1,6 +1,7 @@
-"""Who are we and who are the others: one process, children of our own, torchrun, or mpirun.
+"""Who are we and who are the others: one process, children of our own, torchrun, mpirun, or srun.
 
-Finds rank and world size in the environment, starts and watches host processes, and says in words why one ended.
+Finds rank, world size and place on the machine in the environment, starts and watches host processes, and says in
+words why one ended. It opens no connection: `wire/network.py` knows addresses.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-Launcher = Literal["alone", "children", "torchrun", "mpi"]
+Launcher = Literal["alone", "children", "torchrun", "mpi", "srun"]
+"""`srun` is Slurm's without MPI: ranks that find each other at MASTER_ADDR and talk gloo."""
 
 log = logging.getLogger("fldist")
 
@@ -32,26 +35,97 @@ class World:
     """This process among the ranks of a run. Rank 0 is the server.
 
     own_agents: every rank has an agent or supervisor of its own, which starts it again alone; the others live on.
+    local_rank, local_size: which of how many ranks on this machine it is, as far as the launcher tells.
     """
 
     rank: int
     size: int
     launcher: Launcher
     own_agents: bool = False
+    local_rank: int = 0
+    local_size: int = 1
+
+
+_PMI_LAUNCHERS = (  # rank, size, local rank, local size: Open MPI's mpirun; MPICH's, and Slurm's --mpi=pmi2
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 
 
 def find_world() -> World:
-    """Read rank and world size from the environment that torchrun or mpirun (srun) made."""
+    """Read rank, world size and local rank from the environment that torchrun, mpirun or srun made.
+
+    ValueError where a variable that should be a number is none.
+    """
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+    task = _slurm_task(env)
+    place = _slurm_place(env)
+    by_address = {"MASTER_ADDR", "MASTER_PORT"} <= set(env)
+    if "TORCHELASTIC_RUN_ID" in env or (by_address and {"RANK", "WORLD_SIZE"} <= set(env)):
         own_agents = env.get("LOCAL_WORLD_SIZE", "1") == "1"
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun", own_agents)
-    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        # srun may have started several agents on this machine, each of which counts its own ranks from 0
+        mine, here = _number(env, "LOCAL_RANK", 0), _number(env, "LOCAL_WORLD_SIZE", 1)
+        local = (place[0] * here + mine, place[1] * here)
+        return World(_number(env, "RANK"), _number(env, "WORLD_SIZE"), "torchrun", own_agents, *local)
+    for rank, size, local_rank, local_size in _PMI_LAUNCHERS:
         if rank in env and size in env:
-            return World(int(env[rank]), int(env[size]), "mpi")
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), "mpi")
+            found = (_number(env, rank), _number(env, size))
+            if rank == "PMI_RANK" and "SLURM_STEP_ID" in env and (found[1] == 1 or (found == task and by_address)):
+                break  # only Slurm's default: one task is no MPI job, and who names an address wants to be found there
+            if local_rank in env:
+                place = (_number(env, local_rank), _number(env, local_size, 1))
+            return World(*found, "mpi", False, *place)
+    if task is not None:
+        # with --mpi=pmix the MPI library asks Slurm; what it answers is compared with this when the run begins
+        return World(*task, "srun" if by_address else "mpi", False, *place)
     return World(0, 1, "alone")
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise ValueError(f"{name}: {text!r} is no number; it is set by what starts the ranks (torchrun, mpirun, srun)")
+    return int(text)
+
+
+def _slurm_task(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Rank and size of a step of several tasks that srun started; None in a batch script or an interactive shell."""
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+        return None
+    # in an interactive shell SLURM_NTASKS is the allocation's, though the shell is alone in its step
+    size = _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1)
+    return (_number(env, "SLURM_PROCID"), size) if size > 1 else None
+
+
+def _slurm_place(env: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many tasks on its machine a task of a step is; (0, 1) where srun did not start it."""
+    if "SLURM_STEP_ID" not in env or "SLURM_LOCALID" not in env:
+        return 0, 1
+    local_rank = _number(env, "SLURM_LOCALID")
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # such as 2(x3),1
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if found is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE: {part!r} is no number of tasks; it is set by srun")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _number(env, "SLURM_NODEID", 0)
+    return local_rank, max(local_rank + 1, counts[node] if node < len(counts) else 1)
+
+
+def gpu_of(local_rank: int, local_size: int, num_gpus: int) -> int:
+    """Which of a machine's GPUs a rank takes: round robin by its local rank, so that no two GPUs differ by more than
+    one rank. ValueError for a rank that is not on this machine, or a machine without a GPU.
+
+    The server is local rank 0 of its machine and shares GPU 0 with the host that comes round to it: it computes
+    (folding, evaluation, its own training) while hosts wait, and a GPU to itself would stand idle while they train. So
+    a machine of G GPUs takes G hosts and the server with one host a GPU, and a machine without the server needs no
+    other rule. A host that is started again alone has the same local rank, hence the same GPU.
+    """
+    if num_gpus < 1:
+        raise ValueError(f"num_gpus: {num_gpus}; there is no GPU to take: use the CPU")
+    if not 0 <= local_rank < local_size:
+        raise ValueError(f"local_rank: {local_rank} is none of the {local_size} ranks of this machine")
+    return local_rank % num_gpus
 
 
 class HostProcess(Protocol):

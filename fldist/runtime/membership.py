@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+import torch
 from pydantic import BeforeValidator, Field
 
+import fldist
 from fldist.runtime.placement import Orphans, Placement
 from fldist.wire.link import Event, Joined, Limits, ServerLink
 
@@ -110,6 +112,8 @@ class Membership:
         self._starts: dict[int, int] = dict.fromkeys(ranks, 0)  # since it last joined
         self.files = True
         """Whether every host that has joined sees the clients' files in the run's directory."""
+        self.about: dict[int, dict[str, str]] = {}
+        """By rank: the hostname that a host gave when it last joined, and the versions that are not the server's."""
 
     @property
     def present(self) -> list[int]:
@@ -127,11 +131,25 @@ class Membership:
             self._link.abort(rank, "it does not see the run's directory")
             return
         self.files = self.files and files
+        self._introduce(rank, event.info)
         self._coming.discard(rank)
         self._starts[rank] = 0
         self._arrived.add(rank)
         if self._began:
             self._warn(f"host {rank} has joined again; it has work from the next round on")
+
+    def _introduce(self, rank: int, info: Mapping[str, Any]) -> None:
+        """Note where a host is and what it runs on; say so when its versions are not this process's."""
+        told, own = info.get("versions"), versions()
+        others = {n: str(told.get(n, "unknown"))[:80] for n in own} if isinstance(told, dict) else own
+        differing = {name: other for name, other in others.items() if other != own[name]}
+        about = {"hostname": str(info.get("hostname", "unknown"))[:255], **differing}
+        if differing and self.about.get(rank) != about:
+            what = ", ".join(f"{name} {other} (the server {own[name]})" for name, other in differing.items())
+            self._warn(
+                f"host {rank} on {about['hostname']} has {what}: results may differ, and not only in their last bits"
+            )
+        self.about[rank] = about
 
     def lost(self, rank: int, reason: str, fresh: Collection[int] = ()) -> str:
         """A host is gone; returns why, in full. RunStopped when the run cannot go on without it.
@@ -263,6 +281,11 @@ class Membership:
     def complete(self) -> bool:
         """Whether nobody is absent who is expected back."""
         return not self._coming
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide whether two ranks compute alike."""
+    return {"fldist": fldist.__version__, "torch": torch.__version__}
 
 
 def ids_text(ids: Collection[int]) -> str:

@@ -8,8 +8,9 @@ import math
 import os
 import platform
 import resource
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ class Output:
         self.directory = directory
         self._rounds = Lines(directory / "rounds.jsonl")
         self._clients: Lines | None = None
+        self._environment: dict[str, Any] = {}
 
     def clients(self, number: int, scores: Mapping[int, Scores]) -> None:
         """clients.jsonl: one line per scored client of a round; the file exists once there is one."""
@@ -165,8 +167,17 @@ class Output:
         self._write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
     def environment(self, facts: dict[str, Any]) -> None:
-        """environment.json: versions, machine, launch."""
-        self._write("environment.json", json.dumps({**machine_facts(), **facts}, indent=2) + "\n")
+        """environment.json: versions, settings of the libraries, machine, launch."""
+        self._environment = {**machine_facts(), **facts}
+        self._write("environment.json", json.dumps(self._environment, indent=2) + "\n")
+
+    def hosts(self, by_rank: Mapping[int, Mapping[str, str]]) -> None:
+        """What hosts have said of themselves, by rank, in environment.json; written when it is something new."""
+        hosts = {str(rank): dict(about) for rank, about in sorted(by_rank.items())}
+        if hosts != self._environment.get("hosts"):
+            found = {**self._environment, "hosts": hosts}
+            self._write("environment.json", json.dumps(found, indent=2) + "\n")
+            self._environment = found
 
     def round(self, line: dict[str, Any]) -> None:
         """One line of rounds.jsonl, written at once."""
@@ -246,8 +257,22 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl", "OMPI_MCA_pml"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"),
+    *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_MCA_mpi_ft_enable", "PMI_SIZE"),
+    *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT"),
+)
+"""The environment variables that environment.json keeps: those named here and no others, since a run's directory is
+passed around, and environments hold secrets."""
+
+
 def machine_facts() -> dict[str, Any]:
-    """Versions and machine, for environment.json."""
+    """Versions, machine and the library settings that decide about bits, for environment.json."""
     import numpy as np
     import torch
 
@@ -256,15 +281,59 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "torch_interop_threads": torch.get_num_interop_threads(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cuda": torch.cuda.is_available(),
+        "cuda_version": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "tf32": _tf32(),
+        "cudnn": {
+            "version": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "enabled": torch.backends.cudnn.enabled,
+            "benchmark": torch.backends.cudnn.benchmark,
+            "deterministic": torch.backends.cudnn.deterministic,
+        },
+        "nccl": nccl_version(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
     }
+
+
+def _tf32() -> dict[str, Any]:
+    """Whether single precision may be computed with fewer bits. Null where torch does not say: its older and its newer
+    interface (`fp32_precision`, since torch 2.9) refuse to be read once the other one has been used."""
+    import torch
+
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings: dict[str, Callable[[], Any]] = {
+        "matmul": lambda: cuda.allow_tf32,
+        "cudnn": lambda: cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision,
+        "matmul_fp32_precision": lambda: cuda.fp32_precision,
+        "cudnn_conv_fp32_precision": lambda: cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    }
+    found: dict[str, Any] = dict.fromkeys(settings)
+    for name, read in settings.items():
+        with contextlib.suppress(RuntimeError, AttributeError):
+            found[name] = read()
+    return found
+
+
+def nccl_version() -> str | None:
+    """The version of the NCCL that torch was built with; None without one."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _processor() -> str:

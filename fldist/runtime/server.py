@@ -172,6 +172,7 @@ class ServerLoop:
             epoch = self._keeper.epoch
         link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory))
         self._hosts.gather(self._caller.take_aside, partly=self._keeper is not None and bool(self._keeper.resumed))
+        self._save(lambda: self.output.hosts(self._hosts.about))
         self._share(self._keeper is not None and self._hosts.files)
         if job.topology == "star":
             return
@@ -277,6 +278,7 @@ class ServerLoop:
         attempt = 0
         while True:
             self._hosts.assemble(caller.take_aside, (lambda: True) if attempt == 0 else self._ready_again)
+            self._save(lambda: self.output.hosts(self._hosts.about))  # one may have joined again, from elsewhere
             view.replace(before.copy())
             view.enter(number, job.seed)
             self._clients.enter(number)

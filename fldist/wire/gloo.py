@@ -34,6 +34,7 @@ from fldist.wire.link import (
     Welcome,
     own_info,
 )
+from fldist.wire.network import pair_address
 from fldist.wire.session import Session, Store
 from fldist.wire.world import How, World, WorldThread, packed, room, unpacked
 
@@ -343,7 +344,13 @@ class GlooHost(HostLink):
         self._hand_over = threading.Lock()
         self._join_s = limits.join_s
         deadline = time.monotonic() + limits.join_s
-        self._connection = Connection(_connect(address, deadline))
+        connected = _connect(address, deadline)
+        try:
+            pair_address(connected)  # where it cannot be had, this host says so before it joins
+        except ValueError:
+            connected.close()
+            raise
+        self._connection = Connection(connected)
         self._plane = ControlPlane(limits.silence_s, self._frame, self._gone, patience=PATIENCE)
         self._plane.add(self._connection)
         try:

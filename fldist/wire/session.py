@@ -26,6 +26,7 @@ from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, decode, encod
 from fldist.wire.control import Connection
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.link import COUNTED_BY_MESSAGE, Limits, check_session
+from fldist.wire.network import pair_address
 
 _BODY_TAG = 0
 _UNBLOCK_TAG = 1
@@ -252,7 +253,7 @@ class Session:
     def make_group(self, store: Store, rank: int, size: int) -> Any:
         """Meet the others of a group; the addresses are those that the control connection has."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        address = self.connection.sock.getsockname()[0]
+        address = pair_address(self.connection.sock)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timedelta(seconds=self.limits.join_s)
         return dist.ProcessGroupGloo(store, rank, size, options)
