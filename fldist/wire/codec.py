@@ -178,10 +178,10 @@ class Frame:
         """Bytes of all bodies."""
         return sum(p.bytes for p in self.parts if not p.inline)
 
-    def allocate(self) -> None:
-        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries."""
+    def allocate(self, empty: Callable[..., Tensor] = torch.empty) -> None:
+        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries. empty: makes them."""
         for part in self.bodies:
-            part.tensor = torch.empty(part.shape, dtype=part.dtype)
+            part.tensor = empty(part.shape, dtype=part.dtype)
 
     def checksum(self) -> int:
         """crc32 over the bodies in order."""
