@@ -187,7 +187,7 @@ class Frame:
         """crc32 over the bodies in order."""
         crc = 0
         for part in self.bodies:
-            crc = zlib.crc32(part.flat().numpy().data, crc)
+            crc = zlib.crc32(part.flat().cpu().numpy().data, crc)
         return crc
 
 
