@@ -31,6 +31,7 @@ from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
 from fldist.runtime.cohort import Replies, argument_for, plain
+from fldist.runtime.device import has_nccl
 from fldist.runtime.job import REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of
@@ -422,7 +423,8 @@ def _check_gpu() -> Finding:
     if not torch.cuda.is_available():
         return "--", "GPU: none that torch can use; everything runs on the CPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return "--", f"GPU: {', '.join(names)}; this version computes on the CPU all the same"
+    nccl = "backend nccl joins ranks that have one each" if has_nccl() else "this torch has no NCCL: backend gloo"
+    return "ok", f"GPU: {', '.join(names)}; device: auto calculates there, {nccl}"
 
 
 def _check_data() -> Finding:

@@ -40,7 +40,7 @@ def reseed(seed: int, stream: str, *key: int) -> None:
     """
     value = derive(seed, stream, *key)
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
@@ -60,7 +60,7 @@ def preserved() -> Iterator[None]:
     torch_state = torch.random.get_rng_state()
     numpy_state = np.random.get_state()
     python_state = random.getstate()
-    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
+from fldist.runtime.device import Seats
 from fldist.runtime.placement import Orphans, Placement
 from fldist.wire.link import Event, Joined, Limits, ServerLink
 
@@ -87,6 +88,7 @@ class Membership:
         warn: Callable[[str], None],
         kept: Callable[[], str],
         who: str,
+        seats: Seats | None = None,
     ) -> None:
         self.ranks = list(ranks)
         self._placement = placement
@@ -96,6 +98,7 @@ class Membership:
         self._warn = warn
         self._kept = kept
         self._who = who  # the algorithm, for what is said of clients' states
+        self._seats = seats  # who has which GPU, where each is one rank's only
         self._began = False
         self._partly = False
         self._coming: set[int] = set()  # absent, and expected back
@@ -104,6 +107,8 @@ class Membership:
         self._starts: dict[int, int] = dict.fromkeys(ranks, 0)  # since it last joined
         self.files = True
         """Whether every host that has joined sees the clients' files in the run's directory."""
+        self.devices: dict[str, str] = {}
+        """By rank: what each host calculates on."""
 
     @property
     def present(self) -> list[int]:
@@ -114,6 +119,12 @@ class Membership:
     def joined(self, event: Joined) -> None:
         """A host is ready for calls."""
         rank = event.rank
+        unfit = event.info.get("refuses") or (self._seats.take(rank, event.info) if self._seats is not None else None)
+        if unfit:
+            self._send_away(rank, str(unfit))
+            return
+        self.devices[str(rank)] = " ".join(str(event.info[k]) for k in ("device", "gpu_name") if k in event.info)
+        log.info("host %d on %s calculates on %s", rank, event.info.get("hostname"), self.devices[str(rank)])
         files = self.ranks == [0] or bool(event.info.get("files"))
         if self._began and self.files and not files:
             self._warn(f"host {rank} has joined again, but does not see the run's directory: it is sent away")
@@ -127,6 +138,14 @@ class Membership:
         if self._began:
             self._warn(f"host {rank} has joined again; it has work from the next round on")
 
+    def _send_away(self, rank: int, reason: str) -> None:
+        """Have nothing to do with a host that cannot take part; RunStopped at the start of a run."""
+        if not self._began and not self._partly:
+            raise RunStopped(f"host {rank} cannot take part: {reason}")
+        self._warn(f"host {rank} cannot take part: {reason}: it is sent away")
+        self._starts[rank] = MAX_FAILED_STARTS
+        self._link.abort(rank, reason)
+
     def lost(self, rank: int, reason: str, fresh: Collection[int] = ()) -> str:
         """A host is gone; returns why, in full. RunStopped when the run cannot go on without it.
 
@@ -134,6 +153,8 @@ class Membership:
         """
         text = self._supervisor.explain(rank, reason)
         log.warning("host %d lost: %s", rank, text)
+        if self._seats is not None:
+            self._seats.leave(rank)
         self._arrived.discard(rank)
         if not self._began:
             self._lost_at_start(rank, text)

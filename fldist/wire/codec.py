@@ -192,10 +192,20 @@ class Frame:
 
 
 class FrameBuilder:
-    """Collects the messages of one frame; a tensor that several clients are sent is one part."""
+    """Collects the messages of one frame; a tensor that several clients are sent is one part.
 
-    def __init__(self, head: Head, share: bool = True, layout: Callable[[int], Layout] | None = None) -> None:
+    place: brings a body to where the link takes it from; small parts ride in the head, from the CPU's memory.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        share: bool = True,
+        layout: Callable[[int], Layout] | None = None,
+        place: Callable[[Tensor], Tensor] = Tensor.cpu,
+    ) -> None:
         self.frame = Frame(head)
+        self._place = place
         self._share = share
         self._layout = layout  # None: Params of any layout are taken
         self._known: dict[tuple[int, Kind], int] = {}
@@ -261,6 +271,7 @@ class FrameBuilder:
         self._keep.append(tensor)
         flat = tensor.detach().contiguous()
         size = flat.numel() * flat.element_size()
+        flat = flat.cpu() if size < INLINE_BYTES else self._place(flat)
         self.frame.parts.append(Part(kind, flat.dtype, tuple(flat.shape), size, size, size < INLINE_BYTES, tensor=flat))
         self._known[key] = len(self.frame.parts) - 1
         return len(self.frame.parts) - 1

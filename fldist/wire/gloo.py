@@ -10,7 +10,11 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, encode
 from fldist.wire.control import Connection, ControlPlane, control_frame, new_token, proof, trust
@@ -28,11 +32,15 @@ from fldist.wire.link import (
     Welcome,
     own_info,
 )
+from fldist.wire.pair import GlooPair, MakePair
 from fldist.wire.session import Session
 
 
 class GlooServer(ServerLink):
-    """The server's end: listens, admits hosts that know the token, keeps a session for each."""
+    """The server's end: listens, admits hosts that know the token, keeps a session for each.
+
+    pair: what carries bodies; empty: makes the tensors that they are received into.
+    """
 
     def __init__(
         self,
@@ -44,8 +52,12 @@ class GlooServer(ServerLink):
         port: int = 0,
         checksum: bool = False,
         survives: str = "",
+        pair: MakePair = GlooPair,
+        empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
         super().__init__()
+        self._pair = pair
+        self._empty = empty
         self.limits = limits
         self.token = token or new_token()
         self._token = bytes.fromhex(self.token)
@@ -130,9 +142,11 @@ class GlooServer(ServerLink):
             acknowledged=self._acknowledged,
             lost=self._session_lost,
             checksum=self._checksum,
+            pair=self._pair,
         )
         session.rank = rank
         session.expected = self.expected
+        session.empty = self._empty
         connection.owner = session
         trust(connection)
         self._sessions[rank] = session
@@ -222,9 +236,16 @@ def _nothing() -> None:
 
 
 class GlooHost(HostLink):
-    """A host's end."""
+    """A host's end. pair_for: chooses what carries bodies, by the server's welcome."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        rank: int,
+        token: str,
+        limits: Limits,
+        pair_for: Callable[[dict[str, Any]], MakePair] = lambda welcome: GlooPair,
+    ) -> None:
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
         self._raw: queue.Queue[bytes | str] = queue.Queue()
@@ -240,6 +261,7 @@ class GlooHost(HostLink):
             self.identity = (bytes.fromhex(note["run_id"]), int(note["epoch"]), int(note["incarnation"]))
             limits = Limits(limits.join_s, float(note["silence_s"]), float(note["transfer_s"]))
             checksum = bool(note["checksum"])
+            pair = pair_for(note)
         except BaseException as error:
             self._plane.close()
             if isinstance(error, LookupError | TypeError | ValueError | OverflowError):
@@ -256,6 +278,7 @@ class GlooHost(HostLink):
             lost=self._session_lost,
             queue_size=HOST_QUEUE,
             checksum=checksum,
+            pair=pair,
         )
         with self._hand_over:
             self._connection.owner = self._session
@@ -314,6 +337,7 @@ class GlooHost(HostLink):
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
         assert self._session is not None and self.expected is not None
+        self._session.empty = self.empty
         self._session.expected = self.expected
         self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 

@@ -25,6 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fldist.wire.codec import (
     CHECKSUMMED,
     MAX_HEAD_BYTES,
@@ -137,6 +140,7 @@ class Engine:
         self.peers = {rank: self._new(rank, *channel) for rank, channel in channels.items()}
         self.beat_s = limits.silence_s / 5
         self.expected: Expected | None = None
+        self.empty: Callable[..., Tensor] = torch.empty
         self.transport_in = 0
         self.transport_out = 0
         self._deliver = deliver
@@ -382,7 +386,7 @@ class Engine:
                     break
                 with self._changed:
                     peer.window -= 1
-                frame.allocate()
+                frame.allocate(self.empty)
                 peer.receiving = []
                 for part in frame.bodies:
                     peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
@@ -651,6 +655,7 @@ class MpiHost(HostLink):
     # ---- in the main thread
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
+        self._engine.empty = self.empty
         self._engine.expected = self.expected
         self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 
