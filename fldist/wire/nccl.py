@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fldist.wire.errors import DeadlineExceeded, PeerLost
+from fldist.wire.errors import DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.pair import Ends, MakePair, Pair
 from fldist.wire.staging import settle
 
@@ -122,6 +122,8 @@ class NcclPair(Pair):
         """Errors of NCCL's and torch's as ours. After an abort that is the reason for whatever fails."""
         try:
             yield
+        except TransportError:
+            raise
         except RuntimeError as error:
             self._usable()
             raise PeerLost(f"nccl: {str(error).partition(chr(10))[0]}") from None
