@@ -30,6 +30,7 @@ from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
+from fldist.runtime.device import CPU, Wanted
 from fldist.runtime.job import Job, Topology
 from fldist.runtime.membership import Faults
 from fldist.runtime.output import differing, status_of
@@ -171,8 +172,9 @@ class Settings(Section):
     selection: Named = Component(name="random")
     aggregation: AggregationSection = AggregationSection()
     eval: Evaluation = Evaluation()
-    backend: Literal["auto", "in-process", "gloo", "mpi"] = "auto"
+    backend: Literal["auto", "in-process", "gloo", "nccl", "mpi"] = "auto"
     topology: Topology = "star"
+    device: Wanted = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     network: NetworkSection = NetworkSection()
     deadlines: DeadlinesSection = DeadlinesSection()
@@ -200,7 +202,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return settings
 
 
-RESUMABLE = ("rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "network")
+RESUMABLE = (
+    "rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "device", "network",
+)  # fmt: skip
 """What may change when a run goes on: none of it changes what was computed so far."""
 
 
@@ -484,8 +488,8 @@ def _builder(given: Component, key: str) -> Build:
     return make
 
 
-def build(settings: Settings) -> Job:
-    """The job that settings describe; every rank builds the same."""
+def build(settings: Settings, device: torch.device = CPU) -> Job:
+    """The job that settings describe; every rank builds the same. device: what this rank calculates on."""
     chosen = components(settings)
     section = settings.task
     task = Task(
@@ -507,6 +511,7 @@ def build(settings: Settings) -> Job:
         client_models=chosen.client_models,
         own_init=settings.clients.init == "own",
         model_name=_model_name(section.model),
+        device=device,
     )
     deadlines = settings.deadlines
     return Job(

@@ -22,6 +22,8 @@ Integers = Literal["mean", "max", "keep"]
 
 CHUNK = 1 << 16
 """Elements worked on at a time: 512 kB of int64, inside a core's second-level cache."""
+CHUNK_OF_GPU = 1 << 24
+"""The same on a GPU, which has its caches filled by many cores at a time."""
 
 _HEADROOM = 64.0
 _INT_LIMIT = 2**62
@@ -163,7 +165,8 @@ def fold_limit(reference: Tensor) -> float:
 class FixedPoint(Accumulator):
     """Order-free sum of float blocks in int64 fixed point, and of integer blocks exactly.
 
-    A contribution is rint(float64(x) (w / w_bound) 2^k) with one k for the whole block; |x| <= L.
+    A contribution is rint(float64(x) (w / w_bound) 2^k) with one k for the whole block; |x| <= L. The sum lies where
+    the reference lies, CPU or GPU, and contributions are brought there.
     """
 
     def __init__(self, context: FoldContext, *, divide: bool) -> None:
@@ -182,20 +185,23 @@ class FixedPoint(Accumulator):
         if not math.isfinite(self.limit):
             raise ValueError("the model that was sent holds NaN or infinity; nothing can be folded on its scale")
         self.exponent = scale_exponent(self.limit)
-        self.floats = torch.zeros(self.reference.floats.numel(), dtype=torch.int64)
-        self.ints = torch.zeros(self.reference.ints.numel(), dtype=torch.int64)
+        device = self.reference.device
+        self.floats = torch.zeros(self.reference.floats.numel(), dtype=torch.int64, device=device)
+        self.ints = torch.zeros(self.reference.ints.numel(), dtype=torch.int64, device=device)
         self.weights: dict[int, float] = {}
         self._total = Fraction(0)  # exact, so that no order of arrival decides whether the bound is kept
         self._largest_ints: dict[int, Tensor] = {}
         self._absorbed = False  # whether `ints` holds the largest of contributions that were added elsewhere
-        size = min(CHUNK, max(1, self.floats.numel()))
-        self._work = torch.empty(size, dtype=torch.float64)
-        self._whole = torch.empty(size, dtype=torch.int64)
+        self._chunk = CHUNK if device.type == "cpu" else CHUNK_OF_GPU
+        size = min(self._chunk, max(1, self.floats.numel()))
+        self._work = torch.empty(size, dtype=torch.float64, device=device)
+        self._whole = torch.empty(size, dtype=torch.int64, device=device)
 
     def add(self, client: int, value: Params, weight: float) -> None:
         """Add one contribution; refuse NaN, elements beyond the limit and impossible weights."""
         if value.layout != self.reference.layout:
             raise Refused("shape", f"{value} does not fit the reference {self.reference}")
+        value = value.to(self.reference.device)
         if math.isnan(weight):
             raise Refused("nan", "the weight is NaN")
         if not (0.0 <= weight < math.inf and self._total + Fraction(weight) <= self.bound):
@@ -214,6 +220,7 @@ class FixedPoint(Accumulator):
 
     def remove(self, client: int, value: Params, weight: float) -> None:
         """Subtract what `add` added; exact, since both are integers."""
+        value = value.to(self.reference.device)
         self._accumulate(value.floats, weight, -1, value.floats.numel())
         self._add_ints(client, value.ints, weight, -1)
         self._total -= Fraction(self.weights.pop(client))
@@ -244,8 +251,8 @@ class FixedPoint(Accumulator):
     def _accumulate(self, block: Tensor, weight: float, sign: int, end: int) -> tuple[int, str] | None:
         """Add sign * contribution for elements [0, end); return where and why a chunk cannot be taken."""
         factor = math.ldexp(weight / self.bound, self.exponent)
-        for start in range(0, end, CHUNK):
-            stop = min(start + CHUNK, end)
+        for start in range(0, end, self._chunk):
+            stop = min(start + self._chunk, end)
             work = self._work[: stop - start]
             work.copy_(block[start:stop])
             if sign > 0:
@@ -290,9 +297,9 @@ class FixedPoint(Accumulator):
         if self.divide and total <= 0.0:
             raise NoWeight("the weights of all replies sum to 0; a mean needs at least one positive weight")
         back = self.bound / total if self.divide else self.bound
-        floats = torch.empty(self.floats.numel(), dtype=torch.float32)
-        for start in range(0, floats.numel(), CHUNK):
-            stop = min(start + CHUNK, floats.numel())
+        floats = torch.empty(self.floats.numel(), dtype=torch.float32, device=self.floats.device)
+        for start in range(0, floats.numel(), self._chunk):
+            stop = min(start + self._chunk, floats.numel())
             work = self._work[: stop - start]
             work.copy_(self.floats[start:stop])
             # the power of two first: exact, so the only roundings are int64 -> float64 and the last product

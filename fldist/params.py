@@ -118,7 +118,7 @@ class Params:
 
     def __init__(self, layout: Layout, floats: Tensor, ints: Tensor | None = None) -> None:
         if ints is None:
-            ints = torch.empty(0, dtype=torch.int64)
+            ints = torch.empty(0, dtype=torch.int64, device=floats.device)
         if floats.shape != (layout.num_floats,) or ints.shape != (layout.num_ints,):
             raise ValueError(
                 f"blocks of {tuple(floats.shape)} floats and {tuple(ints.shape)} integers do not fit a layout "
@@ -139,9 +139,10 @@ class Params:
         return params
 
     @classmethod
-    def zeros(cls, layout: Layout) -> Params:
-        """All zeros in the given layout."""
-        return cls(layout, torch.zeros(layout.num_floats), torch.zeros(layout.num_ints, dtype=torch.int64))
+    def zeros(cls, layout: Layout, device: torch.device | None = None) -> Params:
+        """All zeros in the given layout, on the CPU unless a device is named."""
+        floats = torch.zeros(layout.num_floats, device=device)
+        return cls(layout, floats, torch.zeros(layout.num_ints, dtype=torch.int64, device=device))
 
     @property
     def trainable(self) -> Params:
@@ -180,9 +181,20 @@ class Params:
         """A copy in blocks of its own."""
         return Params(self.layout, self.floats.clone(), self.ints.clone())
 
+    @property
+    def device(self) -> torch.device:
+        """Where both blocks lie."""
+        return self.floats.device
+
+    def to(self, device: torch.device | str) -> Params:
+        """The values on a device: these blocks themselves where they lie there already, else copies."""
+        if self.floats.device == torch.device(device):
+            return self
+        return Params(self.layout, self.floats.to(device), self.ints.to(device))
+
     def zeros_like(self) -> Params:
-        """Zeros in the same layout."""
-        return Params.zeros(self.layout)
+        """Zeros in the same layout, on the same device."""
+        return Params.zeros(self.layout, self.device)
 
     def norm(self) -> float:
         """Euclidean norm over the floats, accumulated in float64."""
@@ -199,6 +211,8 @@ class Params:
                 f"{self.layout.num_ints} and {other.layout.num_ints} integers); "
                 "take `.trainable` of both to calculate with the trainable part"
             )
+        if self.device != other.device:
+            raise ValueError(f"these Params lie on {self.device} and {other.device}; bring one over with `.to(device)`")
         return Params(self.layout, op(self.floats, other.floats), op(self.ints, other.ints))
 
     def __add__(self, other: Params) -> Params:

@@ -14,14 +14,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fldist.config import ConfigError, Settings, build
 from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
-from fldist.runtime.host import Host, serve_link
+from fldist.runtime.device import CPU, Place, describe, nccl_problem, resolve, set_up
+from fldist.runtime.host import Host, refuse_link, serve_link
 from fldist.runtime.keeper import Keeper, files_seen, kept_token, owned
 from fldist.runtime.launch import (
     Children,
@@ -39,7 +43,9 @@ from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
-from fldist.wire.network import family_of, listening_address, reachable, resolve
+from fldist.wire.network import address_of, family_of, listening_address, reachable
+from fldist.wire.pair import GlooPair, MakePair
+from fldist.wire.staging import as_it_is, pinned_empty, to_host
 
 if TYPE_CHECKING:
     from fldist.wire.gloo import GlooServer
@@ -69,29 +75,58 @@ class Silent:
 def choose_backend(settings: Settings, world: World, nproc: int) -> str:
     """The backend that `auto` means here; ConfigError for combinations that cannot be."""
     wanted = settings.backend
+    place = _place(world, nproc)
     if world.launcher in ("torchrun", "mpi", "srun"):
         name = {"mpi": "mpirun"}.get(world.launcher, world.launcher)
-        own = "mpi" if world.launcher == "mpi" else "gloo"
+        own = ("mpi",) if world.launcher == "mpi" else ("gloo", "nccl")
         if nproc > 1:
             raise ConfigError(f"--nproc {nproc}: {name} has started the ranks already; leave --nproc out")
         if world.size < 2:
             raise ConfigError(f"{name} started one rank; a run needs at least two, a server and a host: start more")
-        if wanted not in ("auto", own):
-            raise ConfigError(f"backend: {wanted} does not go with {name}; use backend={own} or auto")
-        _check_checksum(settings, own)
-        return own
+        if wanted not in ("auto", *own):
+            raise ConfigError(f"backend: {wanted} does not go with {name}; use backend={own[0]} or auto")
+        if own == ("mpi",):
+            _check_checksum(settings, "mpi")
+            return "mpi"
+        return _gloo_or_nccl(settings, place)
     if nproc > 1:
         if wanted in ("mpi", "in-process"):
             remedy = "start it with mpirun -n N python -m fldist run ..." if wanted == "mpi" else "leave --nproc out"
             raise ConfigError(f"backend: {wanted} does not go with --nproc {nproc}; {remedy}, or use backend=gloo")
-        return "gloo"
-    if wanted in ("gloo", "mpi"):
+        return _gloo_or_nccl(settings, place)
+    if wanted in ("gloo", "nccl", "mpi"):
         raise ConfigError(
             f"backend: {wanted} needs at least two ranks, a server and a host, and this process is alone; "
-            + ("use --nproc 2 or more, or torchrun" if wanted == "gloo" else "use mpirun -n 2 or more")
+            + ("use mpirun -n 2 or more" if wanted == "mpi" else "use --nproc 2 or more, or torchrun")
             + ", or backend=in-process"
         )
     return "in-process"
+
+
+def _gloo_or_nccl(settings: Settings, place: Place) -> str:
+    """NCCL where it is asked for, and under `auto` where every rank of this machine has a GPU of its own."""
+    problem = nccl_problem(settings.device, place.size) if settings.backend != "gloo" else "gloo is asked for"
+    if problem is None:
+        return "nccl"
+    if settings.backend == "nccl":
+        raise ConfigError(f"backend: {problem}")
+    return "gloo"
+
+
+def _place(world: World, nproc: int = 1) -> Place:
+    """This rank among the ranks of its machine."""
+    if world.launcher == "alone":
+        return Place(0, nproc)
+    if world.launcher == "torchrun" and os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1"):
+        return Place(world.rank, world.size)  # all are on this machine, however many agents started them
+    return Place(world.local_rank, world.local_size)
+
+
+def _device(settings: Settings, place: Place) -> torch.device:
+    try:
+        return resolve(settings.device, place)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_checksum(settings: Settings, backend: str) -> None:
@@ -122,6 +157,7 @@ def run_here(
             log.info("rank %d: the run in %s has ended before this host was started again", world.rank, output)
             return {}
         return _be_host(world, settings)
+    device = _device(settings, _place(world, nproc))
     if output is None:
         output = _torchrun_directory(settings, world) if world.launcher == "torchrun" else _directory(settings)
     directory = prepare(Path(output), settings.resolved(), resume=resume)
@@ -133,17 +169,17 @@ def run_here(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if settings.threads > cores:
         observer.warning(f"threads: {settings.threads} threads a rank on {cores} usable cores is slow; lower it")
-    restore = fix_threads(settings.threads)
+    restore = _fix(settings, device)
     try:
         with owned(directory), _file_log(directory / "rank-0.log"), interruptible():
             try:
                 if backend == "in-process":
-                    return _alone(settings, directory, observer)
+                    return _alone(settings, directory, observer, device)
                 if backend == "mpi":
-                    return _serve_mpi(settings, directory, observer, world)
+                    return _serve_mpi(settings, directory, observer, world, device)
                 if world.launcher in ("torchrun", "srun"):
-                    return _serve_torchrun(settings, directory, observer, world)
-                return _serve_children(settings, directory, observer, nproc, spawn)
+                    return _serve_torchrun(settings, directory, observer, world, backend, device)
+                return _serve_children(settings, directory, observer, nproc, spawn, backend, device)
             except Exception as error:
                 if not (directory / "config.yaml").exists():
                     discard(directory)
@@ -155,6 +191,17 @@ def run_here(
                 raise
     finally:
         restore()
+
+
+def _fix(settings: Settings, device: torch.device) -> Callable[[], None]:
+    """What makes this rank's results repeat themselves; returns what takes it back."""
+    threads, gpu = fix_threads(settings.threads), set_up(device)
+
+    def restore() -> None:
+        threads()
+        gpu()
+
+    return restore
 
 
 def _directory(settings: Settings) -> Path:
@@ -186,17 +233,23 @@ def _server_loop(
         raise ConfigError("checkpoint.every: 0, but a run is to go on, which needs checkpoints; set it to 1 or more")
     output = Output(directory)
     output.config(resolved)
-    facts = {"backend": backend, "world_size": len(ranks) + (backend != "in-process"), "launcher": launcher}
+    facts = {
+        "backend": backend,
+        "world_size": len(ranks) + (backend != "in-process"),
+        "launcher": launcher,
+        **describe(job.task.device),
+    }
+    log.info("rank 0: calculates on %s", facts["device"])
     output.environment({**facts, "mpi": _mpi_library() if backend == "mpi" else None})
     return ServerLoop(
         job, link, output, observer, ranks=ranks, supervisor=supervisor, facts=facts, config=resolved, keeper=keeper
     )
 
 
-def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str, Any]:
+def _alone(settings: Settings, directory: Path, observer: Observer, device: torch.device) -> dict[str, Any]:
     from fldist.wire.local import LocalServer
 
-    job = build(settings)
+    job = build(settings, device)
     keeps = bool(settings.checkpoint.every) and job.algorithm.stateful
     host = Host(job)
     host.states.files = ClientFiles(directory / "clients") if keeps else None
@@ -206,7 +259,13 @@ def _alone(settings: Settings, directory: Path, observer: Observer) -> dict[str,
 
 
 def _serve_children(
-    settings: Settings, directory: Path, observer: Observer, nproc: int, spawn: Spawn
+    settings: Settings,
+    directory: Path,
+    observer: Observer,
+    nproc: int,
+    spawn: Spawn,
+    backend: str,
+    device: torch.device,
 ) -> dict[str, Any]:
     from fldist.wire.gloo import GlooServer
 
@@ -219,14 +278,16 @@ def _serve_children(
         port=settings.network.control_port or 0,
         checksum=settings.network.checksum == "full",
         survives=_survives_children(settings),
+        pair=_pair(backend, device),
+        empty=_landing(backend),
     )
     restart = settings.faults.restart == "on-failure"
     children = Children(link.address, link.token, directory, limits.join_s, spawn, restart=restart)
     try:
         # started before this process has built anything: the hosts import while it does
         children.start(ranks)
-        job = build(settings)
-        return _server_loop(settings, directory, observer, link, job, ranks, "gloo", "children", children).run()
+        job = build(settings, device)
+        return _server_loop(settings, directory, observer, link, job, ranks, backend, "children", children).run()
     finally:
         until = time.monotonic() + (GOODBYE_S if sys.exc_info()[0] is None else 1.0)
         joined = set(link.connected)
@@ -242,15 +303,31 @@ def _survives_children(settings: Settings) -> str:
     return f"a host may die: its replies of the round are missing, and {clients}{again}; if this process dies, go on"
 
 
-def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
-    link = _listen_torchrun(settings, world, directory)
+def _pair(backend: str, device: torch.device) -> MakePair:
+    """What carries bodies between the server and a host, at either end."""
+    if backend != "nccl":
+        return GlooPair
+    from fldist.wire.nccl import nccl_pair
+
+    return nccl_pair(device)
+
+
+def _landing(backend: str) -> Callable[..., torch.Tensor]:
+    """Where the server wants replies' bodies: in the CPU's memory, pinned where they come out of a GPU's."""
+    return pinned_empty if backend == "nccl" else torch.empty
+
+
+def _serve_torchrun(
+    settings: Settings, directory: Path, observer: Observer, world: World, backend: str, device: torch.device
+) -> dict[str, Any]:
+    link = _listen_torchrun(settings, world, directory, backend, device)
     try:
         ranks = list(range(1, world.size))
         again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "1")) > 0
         lives_on = world.own_agents or world.launcher == "srun"
         hosts = Unsupervised(survives_loss=lives_on, returns=world.own_agents and again)
-        job = build(settings)
-        result = _server_loop(settings, directory, observer, link, job, ranks, "gloo", world.launcher, hosts).run()
+        job = build(settings, device)
+        result = _server_loop(settings, directory, observer, link, job, ranks, backend, world.launcher, hosts).run()
         with contextlib.suppress(RuntimeError):  # for a host that its agent has started again and that comes too late
             link.publish(_DONE_KEY, "")
         return result
@@ -259,7 +336,9 @@ def _serve_torchrun(settings: Settings, directory: Path, observer: Observer, wor
             link.close(GOODBYE_S if sys.exc_info()[0] is None else 1.0)
 
 
-def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooServer:
+def _listen_torchrun(
+    settings: Settings, world: World, directory: Path, backend: str, device: torch.device
+) -> GlooServer:
     """Listen, and tell the hosts where. With own agents a server that has died is started again while the hosts wait:
     it must be found at the same port and know the same token."""
     from fldist.wire.gloo import GlooServer
@@ -281,6 +360,8 @@ def _listen_torchrun(settings: Settings, world: World, directory: Path) -> GlooS
         port=port or 0,
         checksum=settings.network.checksum == "full",
         survives=survives,
+        pair=_pair(backend, device),
+        empty=_landing(backend),
     )
     link.rendezvous = store
     link.publish(_STORE_KEY, f"{link.address[0]} {link.address[1]} {link.token}")
@@ -303,7 +384,7 @@ def _torchrun_store(world: World, timeout_s: float) -> Any:
     own: dict[str, Any] = {}
     if world.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # left to itself the store listens on every interface, and tells the token to whoever asks
-        at = resolve(address, "MASTER_ADDR") if _one_machine(world) else reachable(address, "MASTER_ADDR")
+        at = address_of(address, "MASTER_ADDR") if _one_machine(world) else reachable(address, "MASTER_ADDR")
         try:
             listener = socket.create_server((at, port), family=family_of(at))
         except OSError as error:
@@ -331,7 +412,9 @@ def _torchrun_directory(settings: Settings, world: World) -> Path:
     return Path(store.get(_DIRECTORY_KEY).decode())
 
 
-def _serve_mpi(settings: Settings, directory: Path, observer: Observer, world: World) -> dict[str, Any]:
+def _serve_mpi(
+    settings: Settings, directory: Path, observer: Observer, world: World, device: torch.device
+) -> dict[str, Any]:
     comm = _mpi_world(world)
     from fldist.wire.mpi import MpiServer
     from fldist.wire.ulfm import finalizes
@@ -342,7 +425,8 @@ def _serve_mpi(settings: Settings, directory: Path, observer: Observer, world: W
         ranks = list(range(1, comm.Get_size()))
         again = settings.faults.restart == "on-failure"
         hosts = Spawned(link.respawn, again) if link.fault_tolerant else Unsupervised(survives_loss=False)
-        result = _server_loop(settings, directory, observer, link, build(settings), ranks, "mpi", "mpirun", hosts).run()
+        job = build(settings, device)
+        result = _server_loop(settings, directory, observer, link, job, ranks, "mpi", "mpirun", hosts).run()
     except BaseException as error:
         if isinstance(error, ValueError):
             print(f"fldist: {error}", file=sys.stderr, flush=True)
@@ -398,7 +482,8 @@ def _mpi_library() -> str:
 def _be_host(world: World, settings: Settings) -> dict[str, Any]:
     if world.launcher == "mpi":
         deadlines = settings.deadlines
-        _be_mpi_host(_mpi_world(world), world.rank, Limits(deadlines.join_s, deadlines.client_timeout_s))
+        limits = Limits(deadlines.join_s, deadlines.client_timeout_s)
+        _be_mpi_host(_mpi_world(world), world.rank, limits, Place(world.local_rank, world.local_size))
         return {}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # schedulers send it to all ranks: the server ends the run
     store = _torchrun_store(world, settings.deadlines.join_s)
@@ -415,13 +500,13 @@ def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: f
     none comes within `wait_s`."""
     from fldist.wire.gloo import GlooHost
 
-    built = _Built()
+    built = _Built(_place(world))
     gone_since: float | None = None
     pause_s = 0.2
     while True:
         link: GlooHost | None = None
         try:
-            link = GlooHost(address, world.rank, token, Limits(wait_s))
+            link = GlooHost(address, world.rank, token, Limits(wait_s), built.pair_for)
             with _log_of(link, world.rank):
                 _serve_as_host(link, world.rank, built)
             return
@@ -437,7 +522,7 @@ def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: f
             pause_s = min(5.0, 2 * pause_s)
 
 
-def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
+def _be_mpi_host(comm: Any, rank: int, limits: Limits, place: Place) -> None:
     from fldist.wire.mpi import Dismissed, MpiHost
     from fldist.wire.ulfm import ulfm
 
@@ -445,7 +530,7 @@ def _be_mpi_host(comm: Any, rank: int, limits: Limits) -> None:
         link = MpiHost(comm, limits)
         with _log_of(link, rank):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server ends the run
-            _serve_as_host(link, rank, _Built())
+            _serve_as_host(link, rank, _Built(place))
     except Dismissed:
         log.info("rank %d: the run ended before this host had joined it", rank)
     except BaseException as error:
@@ -464,7 +549,8 @@ def spawned_host(comm: Any, rank: int, join_s: float) -> None:
     """What a process does that the server spawned in place of a lost host. comm: the one to its parent."""
     from mpi4py import MPI
 
-    _be_mpi_host(comm, rank, Limits(join_s))
+    # alone in a world of its own, it is told no place by its launcher: its rank stands for it
+    _be_mpi_host(comm, rank, Limits(join_s), Place(rank, rank + 1))
     # mpirun wants this of a spawned process. It is a world of its own, so that nobody is waited for; if it were, then
     # better a limit than a hanging job
     limit = threading.Timer(GOODBYE_S, os._exit, (0,))
@@ -484,20 +570,33 @@ def gloo_host(address: tuple[str, int], rank: int, token: str, join_s: float) ->
     """Join the server at `address`, serve until it says goodbye; TransportError when it is gone."""
     from fldist.wire.gloo import GlooHost
 
-    _serve_as_host(GlooHost(address, rank, token, Limits(join_s)), rank, _Built())
+    built = _Built(Place(rank, rank + 1))  # a child is on its parent's machine, as are all the others
+    _serve_as_host(GlooHost(address, rank, token, Limits(join_s), built.pair_for), rank, built)
 
 
 class _Built:
-    """What a host has built for a server; taken again for a later one that runs the same."""
+    """What a host has built for a server; taken again for a later one that runs the same. place: on its machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
+        self._place = place
         self._config: dict[str, Any] = {}
         self._host: Host | None = None
 
-    def host(self, welcome: dict[str, Any], settings: Settings, rank: int) -> Host:
+    def pair_for(self, welcome: dict[str, Any]) -> MakePair:
+        """What carries this host's bodies. Where it has no GPU and needs one, that is said when it is ready."""
+        try:
+            return _pair(str(welcome["backend"]), self.device(Settings.model_validate(welcome["config"])))
+        except ConfigError:
+            return _pair(str(welcome["backend"]), CPU)
+
+    def device(self, settings: Settings) -> torch.device:
+        """What this host calculates on; ConfigError where it has not what is asked for."""
+        return _device(settings, self._place)
+
+    def host(self, welcome: dict[str, Any], settings: Settings, device: torch.device, rank: int) -> Host:
         """The host that the server's welcome asks for."""
         if self._host is None or self._config != welcome["config"]:
-            job = build(settings)
+            job = build(settings, device)
             for note in job.task.notes:
                 log.info("rank %d: %s", rank, note)
             self._config, self._host = welcome["config"], Host(job)
@@ -509,20 +608,36 @@ class _Built:
 
 def _serve_as_host(link: Any, rank: int, built: _Built) -> None:
     settings = Settings.model_validate(link.welcome["config"])
-    restore = fix_threads(settings.threads)
+    with contextlib.ExitStack() as last:
+        last.callback(link.close)
+        try:
+            log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
+            device = _accepted(link, settings, built)
+            last.callback(_fix(settings, device))
+            host = built.host(link.welcome, settings, device, rank)
+            by_gpu = link.welcome["backend"] == "nccl"
+            host.place = as_it_is if by_gpu else to_host
+            if device.type == "cuda":
+                link.empty = partial(torch.empty, device=device) if by_gpu else pinned_empty
+            facts = describe(device)
+            log.info("rank %d: calculates on %s", rank, " ".join(facts.values()))
+            files = host.states.files is not None or not host.job.algorithm.stateful
+            link.about = {"files": files, "versions": versions(), **facts}
+            serve_link(host, link)
+            log.info("rank %d: done", rank)
+        except TransportError as error:
+            log.error("rank %d: %s", rank, error)
+            raise
+
+
+def _accepted(link: Any, settings: Settings, built: _Built) -> torch.device:
+    """What this host calculates on; where it has not what the server asks for, the server is told why."""
     try:
-        log.info("rank %d: joined from %s, process %d", rank, socket.gethostname(), os.getpid())
-        host = built.host(link.welcome, settings, rank)
-        files = host.states.files is not None or not host.job.algorithm.stateful
-        link.about = {"files": files, "versions": versions()}
-        serve_link(host, link)
-        log.info("rank %d: done", rank)
-    except TransportError as error:
-        log.error("rank %d: %s", rank, error)
-        raise
-    finally:
-        link.close()
-        restore()
+        return built.device(settings)
+    except ConfigError as error:
+        link.about = {"refuses": str(error)}
+        refuse_link(link)
+        raise PeerLost(f"this host cannot take part: {error}") from None
 
 
 def _log_of(link: Any, rank: int) -> contextlib.AbstractContextManager[None]:

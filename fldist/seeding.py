@@ -34,12 +34,14 @@ def numpy_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
 
 
 def reseed(seed: int, stream: str, *key: int) -> None:
-    """Seed the global generators (torch CPU, numpy, random) with a stream.
+    """Seed the global generators (torch, numpy, random) with a stream; torch's on a GPU where one is in use.
 
     For code that draws from them whatever one passes it: dropout, initialisers, user code.
     """
     value = derive(seed, stream, *key)
     torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
 
@@ -58,9 +60,12 @@ def preserved() -> Iterator[None]:
     torch_state = torch.random.get_rng_state()
     numpy_state = np.random.get_state()
     python_state = random.getstate()
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state)
         torch.random.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

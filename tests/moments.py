@@ -55,7 +55,7 @@ def halving(receive: Any, wanted: Callable[[Session, Frame], bool], act: Callabl
 
     def receive_bodies(self: Session, frame: Frame) -> None:
         if wanted(self, frame):
-            frame.allocate = lambda: when_half_is_there(frame, lambda: act(self))  # type: ignore[method-assign]
+            frame.allocate = lambda *how: when_half_is_there(frame, lambda: act(self))  # type: ignore[method-assign]
         receive(self, frame)
 
     return receive_bodies

@@ -30,3 +30,12 @@ def skipped_all_the_same(reason: str) -> bool:
         return False
     names = tuple(n.strip() for n in reason.removeprefix("needs ").partition(":")[0].split(","))
     return not missing_data(names)
+
+
+def needs_gpus(count: int = 1) -> None:
+    """So many GPUs that torch can use, or the test is skipped."""
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < count:
+        pytest.skip(f"needs {'a GPU' if count == 1 else f'{count} GPUs'}: torch finds {there or 'none'} here")

@@ -22,7 +22,8 @@ import fldist
 from fldist.config import ConfigError, load
 from fldist.runner import choose_backend, run_here
 from fldist.runtime import membership
-from fldist.runtime.launch import World, find_world, gpu_of
+from fldist.runtime.device import gpu_of
+from fldist.runtime.launch import World, find_world
 from fldist.runtime.output import VARIABLES, Output
 from fldist.wire import network
 from fldist.wire.gloo import GlooHost, GlooServer
@@ -445,7 +446,7 @@ def test_a_name_that_is_loopback_on_its_own_machine_is_refused(two_networks: pyt
 
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(ValueError, match=r"MASTER_ADDR: nowhere.invalid is no address and no name that this machine"):
-        network.resolve("nowhere.invalid", "MASTER_ADDR")
+        network.address_of("nowhere.invalid", "MASTER_ADDR")
 
 
 @pytest.mark.parametrize("family", [V4, V6])

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fldist.runner import run_here
 from fldist.wire import gloo
 from fldist.wire.codec import Frame, FrameType
 from fldist.wire.control import ControlPlane
+from fldist.wire.pair import GlooPair
 from fldist.wire.session import Session
 from tests import moments
 from tests.conftest import Hosts, Recorder, small
@@ -337,12 +339,12 @@ def test_without_its_trailer_a_body_is_not_noticed_to_be_half(
             receive(self, frame)
             return
         moments.when_half_is_there(frame, lambda: (mark.write_text(""), hosts.send(1, signal.SIGKILL)))
-        body = self._group.recv([frame.bodies[0].flat()], 0 if self._me else 1, 0)
-        body.wait(self._transfer)
+        group = self._pair._group
+        group.recv([frame.bodies[0].flat()], 1, 0).wait(timedelta(seconds=3))
 
     mark = tmp_path / "mark"
     monkeypatch.setattr(Session, "_receive_bodies", without_trailer)
-    monkeypatch.setattr(Session, "_unblock", lambda self: None)
+    monkeypatch.setattr(GlooPair, "unblock", lambda self: None)
     settings = config("mid upload")
     settings["deadlines"]["transfer_s"] = 3.0
     run_here(load(settings), nproc=3, output=tmp_path / "run", observer=Recorder(), spawn=hosts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fldist.data.augment import add_noise, to_unit
 from fldist.data.partition import Noise
-from fldist.data.task import Split, Task
+from fldist.data.task import CPU, Split, Task
 from fldist.models.evaluate import Scores
 from fldist.models.train import Network, Order, Progress, train
 from fldist.params import Params
@@ -74,6 +74,11 @@ class ClientData:
         self._normal: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where samples, networks, the arguments of a client method and the values of `me` lie."""
+        return self.task.device
+
+    @property
     def n(self) -> int:
         """How many training samples there are."""
         return self.task.sizes[self.client]
@@ -124,15 +129,22 @@ class ClientData:
         return self.task.public()
 
     def reader(self, rng: torch.Generator | None = None) -> Callable[[Tensor], Batch]:
-        """Row numbers [b] -> Batch, in fresh tensors; rng draws augmentation and noise (default: a new stream)."""
+        """Row numbers [b], on any device -> Batch, in fresh tensors on the client's; rng draws augmentation and noise
+        (default: a new stream)."""
         if not self.varies:
             x, y = self.x, self.y
-            return lambda rows: Batch(rows, x[rows], y[rows])
+
+            def pick(rows: Tensor) -> Batch:
+                rows = rows.to(y.device)
+                return Batch(rows, x[rows], y[rows])
+
+            return pick
         unit, y = self._load()
         rng = rng or self.streams.generator("augment")
         augment, noise = self.task.preparation.augment, self._noise
 
         def read(rows: Tensor) -> Batch:
+            rows = rows.to(y.device)
             x = to_unit(unit[rows])
             if augment.active:
                 x = augment(x, rng)
@@ -186,7 +198,9 @@ class ClientData:
         """
         task, local = self.task, self.task.local
         epochs = local.epochs if epochs is None else epochs
-        keep = None if mask is None else mask.to(torch.float32)
+        start = start.to(self.device)
+        drift = None if drift is None else drift.to(self.device)
+        keep = None if mask is None else mask.to(self.device, torch.float32)
         from_here = start if resume_from is None else resume_from.whole
         with task.network(from_here, self._model_of, frozen, batch_norm) as network:
             if keep is not None:
@@ -318,7 +332,10 @@ class _Squares:
 
 
 class PooledData(ClientData):
-    """All clients' training samples together, at the server: what centralised training uses."""
+    """All clients' training samples together, at the server: what centralised training uses.
+
+    Training calculates on the task's device; `params` come back on the CPU, where the server's state is.
+    """
 
     def __init__(self, task: Task, streams: Streams) -> None:
         super().__init__(task, -1, streams)
@@ -326,6 +343,12 @@ class PooledData(ClientData):
     def enter(self, streams: Streams) -> None:
         """Begin a round: its random streams; the samples stay as they were read."""
         self.streams = streams
+
+    def train(self, start: Params, **options: Any) -> Trained:
+        """As a client's."""
+        trained = super().train(start, **options)
+        trained.params = trained.params.to(CPU)
+        return trained
 
     def evaluate(self, model: Params, split: Split | Literal["global"]) -> Scores:
         """Score a model on the global test set; ValueError for the splits, which only clients have."""

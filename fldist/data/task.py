@@ -22,6 +22,7 @@ from fldist.models.train import LocalTraining, Network, has_batch_norm
 from fldist.params import Layout, Params, Travel
 from fldist.seeding import forked, generator, numpy_generator
 
+CPU = torch.device("cpu")
 Build = Callable[[tuple[int, ...], int], nn.Module]
 Split = Literal["train", "val", "test"]
 
@@ -37,6 +38,7 @@ class Partition(Protocol):
 class Architecture:
     """A model's structure: a module that stands for it, its layout, its initial values, whether it has BatchNorm.
 
+    device: where its modules calculate; template and initial values lie on the CPU whatever it is.
     Nobody calculates with `template`; who needs a module borrows one, so that a training, an evaluation in the
     midst of it and another network of the same architecture never meet on one.
     """
@@ -46,12 +48,17 @@ class Architecture:
     layout: Layout
     initial: Params
     batch_norm: bool
+    device: torch.device = CPU
     _free: list[nn.Module] = field(default_factory=list)
+
+    def copy(self) -> nn.Module:
+        """A module of its own, on the device."""
+        return copy.deepcopy(self.template).to(self.device)
 
     @contextlib.contextmanager
     def module(self) -> Iterator[nn.Module]:
         """A module of this architecture for the time of a `with`; its values are whatever they are."""
-        module = self._free.pop() if self._free else copy.deepcopy(self.template)
+        module = self._free.pop() if self._free else self.copy()
         try:
             yield module
         finally:
@@ -66,7 +73,8 @@ class Task:
     travel: which part of a model's state is exchanged (`all`, `floats`, `params`; what does not travel keeps its
     initial value); merged: training and test samples are divided among the clients together, and there is no
     global test set; client_models: name and builder of the clients' models, client i has number i mod their count
-    (none: everyone has the task's); own_init: every client's initial model is drawn on its own.
+    (none: everyone has the task's); own_init: every client's initial model is drawn on its own; device: where samples
+    are given out and networks calculate. All that is drawn at random is drawn on the CPU, initial models lie there.
     """
 
     def __init__(
@@ -90,8 +98,10 @@ class Task:
         client_models: Sequence[tuple[str, Build]] = (),
         own_init: bool = False,
         model_name: str = "model",
+        device: torch.device = CPU,
     ) -> None:
         self.dataset = dataset
+        self.device = device
         self.num_clients = num_clients
         self.local = local
         self.evaluation = evaluation or Evaluation()
@@ -101,7 +111,8 @@ class Task:
         self.travel: Travel = travel
         self.shape = self.preparation.shape(dataset.shape)
         self.notes: list[str] = list(dataset.notes)
-        self._scale = self.preparation.scale(dataset)
+        scale = self.preparation.scale(dataset)
+        self._scale = (scale[0].to(device), scale[1].to(device)) if scale is not None else None
         self._divide(partition, partition_seed, subset or Subset(), merged, public or Public(), public_dataset)
         self.architectures: list[Architecture] = []
         self._builds = [(model_name, build)]
@@ -220,8 +231,12 @@ class Task:
 
     def unit_rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """A client's samples x [n, ...] in 0..1 and labels y [n], before augmentation and normalisation."""
-        rows = self._splits[client][split]
-        return self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+        return self._given_out(self._splits[client][split])
+
+    def _given_out(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Samples in 0..1 and labels of rows, on the task's device."""
+        x, y = self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+        return x.to(self.device), y.to(self.device)
 
     def rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """A client's samples x [n, ...] and labels y [n] as its model sees them, in fresh tensors.
@@ -240,8 +255,7 @@ class Task:
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """All clients' training samples in 0..1 and their labels, in the order of the data set, without noise."""
-        rows = np.sort(np.concatenate(self.parts))
-        return self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+        return self._given_out(np.sort(np.concatenate(self.parts)))
 
     def noise_of(self, client: int) -> Noise | None:
         """The noise on a client's features, if the partition has any."""
@@ -264,10 +278,11 @@ class Task:
         """The public samples x [n, ...] and labels y [n], equal at server and clients; they never travel."""
         rows = self._public_rows
         if self._public_from is None:
-            return self.normal(self.preparation.unit(self._raw(rows))), torch.from_numpy(self._labels[rows])
+            x, y = self._given_out(rows)
+            return self.normal(x), y
         other = self._public_from
-        x = self.preparation.unit(np.asarray(other.train_x[rows]))
-        return self.normal(x), torch.from_numpy(np.asarray(other.train_y[rows]))
+        x = self.preparation.unit(np.asarray(other.train_x[rows])).to(self.device)
+        return self.normal(x), torch.from_numpy(np.asarray(other.train_y[rows])).to(self.device)
 
     @property
     def num_test(self) -> int:
@@ -287,10 +302,10 @@ class Task:
             rng = generator(self.seed, "noise-global", number)
             for start, stop in spans(self.num_test, size):
                 rows = self._test_rows[start:stop]
-                x = self.preparation.unit(self._raw(rows))
+                x, y = self._given_out(rows)
                 if noise is not None:
                     x = add_noise(x, noise.std, noise.cell, rng)
-                yield self.normal(x), torch.from_numpy(self._labels[rows])
+                yield self.normal(x), y
 
     @property
     def num_classes(self) -> int:
@@ -303,7 +318,7 @@ class Task:
         with forked(self.seed, "init", *([index] if index else [])):
             module = build(self.shape, self.num_classes)
         layout = Layout.of(module)
-        return Architecture(name, module, layout, Params.of(module, layout), has_batch_norm(module))
+        return Architecture(name, module, layout, Params.of(module, layout), has_batch_norm(module), self.device)
 
     def architecture(self, client: int | None = None) -> Architecture:
         """A client's architecture, or the server's."""
@@ -319,7 +334,7 @@ class Task:
         return self.architecture(client).layout
 
     def init_params(self, client: int | None = None, *, whole: bool = False) -> Params:
-        """The initial model, the same wherever it is asked for: the part that travels, or the whole.
+        """The initial model, the same wherever it is asked for, on the CPU: the part that travels, or the whole.
 
         client: of this client's architecture; with `own_init`, drawn for it alone.
         """
@@ -332,11 +347,11 @@ class Task:
             return Params.of(build(self.shape, self.num_classes), made.layout).restricted(travel)
 
     def full(self, part: Params, client: int | None = None) -> Params:
-        """Fresh blocks of the whole model: `part`, and initial values where it has none."""
+        """Fresh blocks of the whole model, on the task's device: `part`, and initial values where it has none."""
         made = self.architecture(client)
         if part.layout == made.layout:
-            return part.clone()
-        full = made.initial.clone()
+            return part.clone() if part.device == self.device else part.to(self.device)
+        full = made.initial.clone() if self.device == CPU else made.initial.to(self.device)
         full.write(part)
         return full
 
@@ -361,7 +376,7 @@ class Task:
 
     def frozen_copy(self, model: Params, client: int | None = None) -> nn.Module:
         """A module of its own with these values, in eval mode, that takes no gradients."""
-        module = copy.deepcopy(self.architecture(client).template)
+        module = self.architecture(client).copy()
         self.full(model, client).bind(module)
         return module.eval().requires_grad_(False)
 

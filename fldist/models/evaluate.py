@@ -110,7 +110,7 @@ def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: E
         return Scores(0, dict.fromkeys(how.names, float("nan")))
     values = {"accuracy": correct / n, "loss": loss / n, "top5": top5 / n}
     if keeps:
-        values |= class_metrics(torch.cat(kept_outputs), torch.cat(kept_labels), how.average)
+        values |= class_metrics(torch.cat(kept_outputs).cpu(), torch.cat(kept_labels).cpu(), how.average)
     return Scores(n, {name: values[name] for name in how.names})
 
 

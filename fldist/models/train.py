@@ -87,7 +87,7 @@ class Network:
         params.bind(module)
         self.module = module
         self.params = params
-        self.gradient = torch.zeros(params.layout.num_params)  # [P]
+        self.gradient = torch.zeros(params.layout.num_params, device=params.device)  # [P]
         self._frozen = tuple(frozen)
         self._batch_norm = batch_norm
         self._thawed = [t for t in closed.values() if t.requires_grad]
@@ -227,7 +227,7 @@ def train(
     while progress.epochs < epochs:
         if before_epoch is not None:
             before_epoch(progress.epochs)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=networks[0].params.device)
         seen = 0
         loss = None
         for batch in progress.order.epoch():
@@ -253,8 +253,11 @@ def train(
     return progress
 
 
-def warm_up() -> None:
-    """Take the first optimizer step of the process: torch imports over a second's worth of modules in it."""
-    weight = nn.Parameter(torch.zeros(1))
-    weight.grad = torch.zeros(1)
+def warm_up(device: torch.device | None = None) -> None:
+    """Take the first optimizer step of the process: torch imports over a second's worth of modules in it.
+
+    On a GPU it also makes the process's context there.
+    """
+    weight = nn.Parameter(torch.zeros(1, device=device))
+    weight.grad = torch.zeros(1, device=device)
     torch.optim.SGD([weight], lr=0.1).step()

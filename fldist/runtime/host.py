@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
@@ -16,16 +17,28 @@ from fldist.data.client_data import ClientData
 from fldist.kinds import HELD, Form, Kind
 from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
-from fldist.params import Params
+from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.folding import Folds, folds_told
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceValues
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
-from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Message, Place, Status, value_of, values_of
-from fldist.wire.errors import BadMessage
+from fldist.wire.codec import (
+    Expected,
+    Frame,
+    FrameBuilder,
+    FrameType,
+    Head,
+    Message,
+    Place,
+    Status,
+    value_of,
+    values_of,
+)
+from fldist.wire.errors import BadMessage, PeerLost
 from fldist.wire.link import HostLink
+from fldist.wire.staging import to_device, to_host
 from fldist.wire.world import How
 
 log = logging.getLogger("fldist.host")
@@ -38,15 +51,18 @@ FLUSH_S = 0.05
 class Host:
     """Runs calls. It knows methods and states by the job; how frames come and go is the link's business.
 
-    The global generators are seeded anew before every client method.
+    The global generators are seeded anew before every client method. Clients calculate on the task's device; what a
+    frame brings is moved there once, whoever of its clients shares it. place: brings a reply's bodies to where the link
+    takes them from.
     """
 
-    def __init__(self, job: Job) -> None:
-        warm_up()  # before the first call, so that no round's seconds hold it
+    def __init__(self, job: Job, place: Callable[[torch.Tensor], torch.Tensor] = to_host) -> None:
+        warm_up(job.task.device)  # before the first call, so that no round's seconds hold it
+        self.place = place
         if job.evaluation.where != "server":
             warm_up_metrics(job.evaluation)
         self.job = job
-        self.states = ClientStates(self._first_state, job.algorithm.stateful)
+        self.states = ClientStates(self._first_state, job.algorithm.stateful, job.task.device)
         self._streams: dict[int, Streams] = {}
         self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
@@ -111,6 +127,7 @@ class Host:
             self._streams.clear()
             self._sent.clear()
             self._copied = None
+        to_device(frame, self.job.task.device)
         self._keep_once(method, frame)
         self._keep(method, frame)
         received_ns = time.monotonic_ns()
@@ -169,7 +186,7 @@ class Host:
             method=head.method,
         )
         large: Literal[Place.BODY, Place.WORLD] = Place.WORLD if self.job.topology == "collective" else Place.BODY
-        return FrameBuilder(reply, share=False, layout=self.job.layout, large=large)
+        return FrameBuilder(reply, share=False, layout=self.job.layout, large=large, place=self.place)
 
     def _run(
         self, method: ClientMethod, frame: Frame, message: Message, reply: Message, version: str
@@ -308,6 +325,15 @@ def _fail(reply: Message, text: str) -> None:
     reply.status = Status.ERROR
     reply.error = text[:4000]
     reply.fields = []
+
+
+def refuse_link(link: HostLink) -> None:
+    """Tell the server why this host cannot take part (`link.about`), and wait until it hangs up."""
+    link.expected = Expected(lambda number: None, lambda client: Layout((), (), ()))
+    link.ready()
+    with contextlib.suppress(PeerLost):
+        while link.recv().head.type is not FrameType.BYE:
+            pass
 
 
 def serve_link(host: Host, link: HostLink) -> None:

@@ -112,22 +112,6 @@ def _slurm_place(env: Mapping[str, str]) -> tuple[int, int]:
     return local_rank, max(local_rank + 1, counts[node] if node < len(counts) else 1)
 
 
-def gpu_of(local_rank: int, local_size: int, num_gpus: int) -> int:
-    """Which of a machine's GPUs a rank takes: round robin by its local rank, so that no two GPUs differ by more than
-    one rank. ValueError for a rank that is not on this machine, or a machine without a GPU.
-
-    The server is local rank 0 of its machine and shares GPU 0 with the host that comes round to it: it computes
-    (folding, evaluation, its own training) while hosts wait, and a GPU to itself would stand idle while they train. So
-    a machine of G GPUs takes G hosts and the server with one host a GPU, and a machine without the server needs no
-    other rule. A host that is started again alone has the same local rank, hence the same GPU.
-    """
-    if num_gpus < 1:
-        raise ValueError(f"num_gpus: {num_gpus}; there is no GPU to take: use the CPU")
-    if not 0 <= local_rank < local_size:
-        raise ValueError(f"local_rank: {local_rank} is none of the {local_size} ranks of this machine")
-    return local_rank % num_gpus
-
-
 class HostProcess(Protocol):
     """A host's process, as `subprocess.Popen` has it."""
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 import fldist
+from fldist.runtime.device import Seats
 from fldist.runtime.placement import Orphans, Placement
 from fldist.wire.link import Event, Joined, Limits, ServerLink
 
@@ -94,6 +95,7 @@ class Membership:
         warn: Callable[[str], None],
         kept: Callable[[], str],
         who: str,
+        seats: Seats | None = None,
     ) -> None:
         self.ranks = list(ranks)
         self._placement = placement
@@ -104,6 +106,7 @@ class Membership:
         self._warn = warn
         self._kept = kept
         self._who = who  # the algorithm, for what is said of clients' states
+        self._seats = seats  # who has which GPU, where each is one rank's only
         self._began = False
         self._partly = False
         self._coming: set[int] = set()  # absent, and expected back
@@ -113,7 +116,8 @@ class Membership:
         self.files = True
         """Whether every host that has joined sees the clients' files in the run's directory."""
         self.about: dict[int, dict[str, str]] = {}
-        """By rank: the hostname that a host gave when it last joined, and the versions that are not the server's."""
+        """By rank: the hostname that a host gave when it last joined, what it calculates on, and the versions that are
+        not the server's."""
 
     @property
     def present(self) -> list[int]:
@@ -124,6 +128,10 @@ class Membership:
     def joined(self, event: Joined) -> None:
         """A host is ready for calls."""
         rank = event.rank
+        unfit = event.info.get("refuses") or (self._seats.take(rank, event.info) if self._seats is not None else None)
+        if unfit:
+            self._send_away(rank, str(unfit))
+            return
         files = self.ranks == [0] or bool(event.info.get("files"))
         if self._began and self.files and not files:
             self._warn(f"host {rank} has joined again, but does not see the run's directory: it is sent away")
@@ -143,13 +151,22 @@ class Membership:
         told, own = info.get("versions"), versions()
         others = {n: str(told.get(n, "unknown"))[:80] for n in own} if isinstance(told, dict) else own
         differing = {name: other for name, other in others.items() if other != own[name]}
-        about = {"hostname": str(info.get("hostname", "unknown"))[:255], **differing}
+        device = " ".join(str(info[k])[:80] for k in ("device", "gpu_name") if k in info)
+        about = {"hostname": str(info.get("hostname", "unknown"))[:255], "device": device, **differing}
         if differing and self.about.get(rank) != about:
             what = ", ".join(f"{name} {other} (the server {own[name]})" for name, other in differing.items())
             self._warn(
                 f"host {rank} on {about['hostname']} has {what}: results may differ, and not only in their last bits"
             )
         self.about[rank] = about
+
+    def _send_away(self, rank: int, reason: str) -> None:
+        """Have nothing to do with a host that cannot take part; RunStopped at the start of a run."""
+        if not self._began and not self._partly:
+            raise RunStopped(f"host {rank} cannot take part: {reason}")
+        self._warn(f"host {rank} cannot take part: {reason}: it is sent away")
+        self._starts[rank] = MAX_FAILED_STARTS
+        self._link.abort(rank, reason)
 
     def lost(self, rank: int, reason: str, fresh: Collection[int] = ()) -> str:
         """A host is gone; returns why, in full. RunStopped when the run cannot go on without it.
@@ -158,6 +175,8 @@ class Membership:
         """
         text = self._supervisor.explain(rank, reason)
         log.warning("host %d lost: %s", rank, text)
+        if self._seats is not None:
+            self._seats.leave(rank)
         self._arrived.discard(rank)
         if not self._began:
             self._lost_at_start(rank, text)

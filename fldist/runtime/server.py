@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,13 +15,14 @@ import fldist
 from fldist.algorithm import Stage, State, TooFewReplies
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
+from fldist.runtime.device import CPU, Seats
 from fldist.runtime.job import Job
 from fldist.runtime.keeper import Keeper
 from fldist.runtime.membership import Membership, RunStopped, Supervisor, ids_text
 from fldist.runtime.output import Output, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
-from fldist.runtime.state import Watch, hash_state
+from fldist.runtime.state import Watch, hash_state, moved
 from fldist.runtime.summary import over_clients
 from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import forked
@@ -105,6 +107,7 @@ class ServerLoop:
             warn=observer.warning,
             kept=self._kept,
             who=type(job.algorithm).__name__,
+            seats=Seats({"hostname": socket.gethostname(), **facts}) if facts["backend"] == "nccl" else None,
         )
         self._caller = Caller(job, link, self._ledger, self._placement, self._hosts)
         if resumed is not None:
@@ -170,7 +173,8 @@ class ServerLoop:
             if self.job.algorithm.stateful:
                 self._keeper.mark(run_id)
             epoch = self._keeper.epoch
-        link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory))
+        backend = self.facts["backend"]
+        link.admit(Welcome(run_id, epoch, self.config, job.checksum, directory, backend))
         self._hosts.gather(self._caller.take_aside, partly=self._keeper is not None and bool(self._keeper.resumed))
         self._save(lambda: self.output.hosts(self._hosts.about))
         self._share(self._keeper is not None and self._hosts.files)
@@ -225,7 +229,7 @@ class ServerLoop:
             state, done = State(**keeper.resumed.values), keeper.resumed.round
         else:
             with forked(job.seed, "init_server"):
-                state = job.algorithm.init_server(job.task)
+                state = moved(job.algorithm.init_server(job.task), CPU)
         view = ServerView(job, state)
         stages = job.algorithm.stages(job.rounds)
         if keeper is not None and keeper.resumed is not None:

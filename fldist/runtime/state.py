@@ -5,6 +5,10 @@ how many of its calls were accepted: their writes are committed in order, the re
 `round.attempt.call.epoch` of the call that wrote it last ("" before any), where the epoch counts the server's starts:
 what a host wrote for a server that has died since has another name than what its successor asks for. Each call says
 which version it starts from, and a host that does not have it in memory reads it from the client's files.
+
+States lie on the CPU, at the server as at clients: there may be more of them than a GPU has memory, and files and
+hashes are made from there. What a client reads of its `me` is brought to the device it calculates on, and what it
+writes comes back when it is staged; `me.scratch` lives within a round and stays where it is.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 from fldist.algorithm import State
 from fldist.params import Params
 from fldist.runtime.checkpoint import ClientFiles, Damaged
+from fldist.runtime.device import CPU
 from fldist.wire.codec import Head
 
 RoundKey = tuple[int, int]
@@ -36,10 +41,22 @@ def version_of(head: Head) -> str:
 
 
 class ClientView:
-    """A client's `me` during one call: reads see its own staged writes, writes go into the call's own set."""
+    """A client's `me` during one call: reads see its own staged writes, writes go into the call's own set.
 
-    def __init__(self, client: int, layers: list[dict[str, Any]], scratch: State, may_write: bool) -> None:
+    device: where what is read is brought to, each value once.
+    """
+
+    def __init__(
+        self,
+        client: int,
+        layers: list[dict[str, Any]],
+        scratch: State,
+        may_write: bool,
+        device: torch.device = CPU,
+    ) -> None:
         set_ = object.__setattr__
+        set_(self, "_device", device)
+        set_(self, "_read", {})
         set_(self, "client", client)
         set_(self, "scratch", scratch)
         set_(self, "_layers", layers)  # newest first
@@ -52,11 +69,14 @@ class ClientView:
             raise AttributeError(name)
         if name in self.writes:
             return self.writes[name]
+        if name in self._read:
+            return self._read[name]
         layers: list[dict[str, Any]] = object.__getattribute__(self, "_layers")
         for layer in layers:
             if name in layer:
-                self.watched.add(f"me.{name}", layer[name])
-                return layer[name]
+                value = self._read[name] = moved(layer[name], self._device)
+                self.watched.add(f"me.{name}", value)
+                return value
         known = ", ".join(sorted({n for layer in [self.writes, *layers] for n in layer})) or "nothing"
         raise AttributeError(f"client {self.client} has no state {name!r}; it holds {known}")
 
@@ -70,6 +90,24 @@ class ClientView:
             raise AttributeError(f"me.{name} is taken; choose another name")
         check_value(f"me.{name}", value)
         self.writes[name] = value
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A state's value on a device: the value itself where all of it lies there, else a copy, containers included."""
+    if isinstance(value, Params | Tensor):
+        return value.to(device)
+    if isinstance(value, State):
+        values = moved(value.values, device)
+        return value if values is value.values else State(**values)
+    if isinstance(value, dict):
+        items = {k: moved(v, device) for k, v in value.items()}
+        return value if all(items[k] is v for k, v in value.items()) else items
+    if isinstance(value, list | tuple):
+        parts = [moved(v, device) for v in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
 
 
 class Watch:
@@ -122,8 +160,9 @@ class ClientStates:
     files: ClientFiles | None = None
     """Where versions are kept past this process, if anywhere."""
 
-    def __init__(self, init: Callable[[int], State], stateful: bool) -> None:
+    def __init__(self, init: Callable[[int], State], stateful: bool, device: torch.device = CPU) -> None:
         self._init = init
+        self._device = device
         self._stateful = stateful
         self._committed: dict[int, dict[str, Any]] = {}
         self._versions: dict[int, str] = {}  # of what is committed here
@@ -151,7 +190,7 @@ class ClientStates:
     def committed(self, client: int) -> dict[str, Any]:
         """A client's committed values."""
         if client not in self._committed:
-            self._committed[client] = dict(self._init(client).values) if self._stateful else {}
+            self._committed[client] = moved(dict(self._init(client).values), CPU) if self._stateful else {}
         return self._committed[client]
 
     def take(self, client: int, version: str) -> None:
@@ -172,7 +211,7 @@ class ClientStates:
         """`me` for one call."""
         layers = [*(w for _, w in reversed(self._staged.get(client, []))), self.committed(client)]
         scratch = self._scratch.setdefault(client, State())
-        return ClientView(client, layers, scratch, self._stateful)
+        return ClientView(client, layers, scratch, self._stateful, self._device)
 
     def stage(self, client: int, writes: dict[str, Any], version: str = "") -> bool:
         """Keep a call's writes until the verdict, also in the client's files; True if the version is there now.
@@ -180,6 +219,7 @@ class ClientStates:
         Nothing is staged when the files cannot be written: OSError, which costs the client its reply.
         """
         staged = self._staged.setdefault(client, [])
+        writes = moved(writes, CPU)
         kept = bool(writes) and self.files is not None
         if kept:
             assert self.files is not None

@@ -9,14 +9,15 @@ from typing import Any
 from fldist.algorithm import State
 from fldist.data.client_data import PooledData
 from fldist.runtime.cohort import CallsClients, Cohort
+from fldist.runtime.device import CPU
 from fldist.runtime.job import Job
-from fldist.runtime.state import check_value
+from fldist.runtime.state import check_value, moved
 from fldist.seeding import Streams, generator
 from fldist.selection import Candidates
 
 
 class ServerView:
-    """The server half's view of a run; see `fldist.algorithm.Server`."""
+    """The server half's view of a run; see `fldist.algorithm.Server`. Its state is on the CPU, whatever is set."""
 
     _RESERVED = frozenset({"task", "data", "round", "rng", "log", "state"})
 
@@ -51,7 +52,7 @@ class ServerView:
         if name in self._RESERVED:
             raise AttributeError(f"server.{name} is taken; choose another name for your state")
         check_value(f"server.{name}", value)
-        setattr(self.state, name, value)
+        setattr(self.state, name, moved(value, CPU))
 
 
 class ClientsView:

@@ -195,10 +195,10 @@ class Frame:
         """Bytes of all bodies."""
         return sum(p.bytes for p in self.parts if p.place is Place.BODY)
 
-    def allocate(self) -> None:
-        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries."""
+    def allocate(self, empty: Callable[..., Tensor] = torch.empty) -> None:
+        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries. empty: makes them."""
         for part in self.bodies:
-            part.tensor = torch.empty(part.shape, dtype=part.dtype)
+            part.tensor = empty(part.shape, dtype=part.dtype)
 
     def allocate_world(self) -> None:
         """Make room for what is broadcast."""
@@ -209,14 +209,15 @@ class Frame:
         """crc32 over the bodies in order."""
         crc = 0
         for part in self.bodies:
-            crc = zlib.crc32(part.flat().numpy().data, crc)
+            crc = zlib.crc32(part.flat().cpu().numpy().data, crc)
         return crc
 
 
 class FrameBuilder:
     """Collects the messages of one frame; a tensor that several clients are sent is one part.
 
-    large: where parts travel that are too large for the head.
+    large: where parts travel that are too large for the head; place: brings those to where the link takes them from;
+    small parts ride in the head, from the CPU's memory.
     """
 
     def __init__(
@@ -225,9 +226,11 @@ class FrameBuilder:
         share: bool = True,
         layout: Callable[[int], Layout] | None = None,
         large: Literal[Place.BODY, Place.WORLD] = Place.BODY,
+        place: Callable[[Tensor], Tensor] = Tensor.cpu,
     ) -> None:
         self.frame = Frame(head)
         self._large: Place = large
+        self._place = place
         self._share = share
         self._layout = layout  # None: Params of any layout are taken
         self._known: dict[tuple[int, Kind], int] = {}
@@ -304,6 +307,7 @@ class FrameBuilder:
         flat = tensor.detach().contiguous()
         size = flat.numel() * flat.element_size()
         place = Place.INLINE if size < INLINE_BYTES else self._large
+        flat = flat.cpu() if place is Place.INLINE else self._place(flat)
         self.frame.parts.append(Part(kind, flat.dtype, tuple(flat.shape), size, size, place, tensor=flat))
         self._known[key] = len(self.frame.parts) - 1
         return len(self.frame.parts) - 1

@@ -35,6 +35,7 @@ from fldist.wire.link import (
     own_info,
 )
 from fldist.wire.network import pair_address
+from fldist.wire.pair import GlooPair, MakePair, gloo_group
 from fldist.wire.session import Session, Store
 from fldist.wire.world import How, World, WorldThread, packed, room, unpacked
 
@@ -43,7 +44,10 @@ MAX_RANKS = 4096
 
 
 class GlooServer(ServerLink):
-    """The server's end: listens, admits hosts that know the token, keeps a session for each."""
+    """The server's end: listens, admits hosts that know the token, keeps a session for each.
+
+    pair: what carries bodies; empty: makes the tensors that they are received into.
+    """
 
     def __init__(
         self,
@@ -55,8 +59,12 @@ class GlooServer(ServerLink):
         port: int = 0,
         checksum: bool = False,
         survives: str = "",
+        pair: MakePair = GlooPair,
+        empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
         super().__init__()
+        self._pair = pair
+        self._empty = empty
         self.limits = limits
         self.token = token or new_token()
         self._token = bytes.fromhex(self.token)
@@ -151,10 +159,12 @@ class GlooServer(ServerLink):
             acknowledged=self._acknowledged,
             lost=self._session_lost,
             checksum=self._checksum,
+            pair=self._pair,
         )
         session.rank = rank
         session.expected = self.expected
         session.world_store = self._relay
+        session.empty = self._empty
         connection.owner = session
         trust(connection)
         self._sessions[rank] = session
@@ -226,7 +236,7 @@ class GlooServer(ServerLink):
         """Meet all hosts in a group."""
         size = len(self._ranks) + 1
         first = self._sessions[min(self._ranks)]
-        make = functools.partial(first.make_group, self._world_store, 0, size)
+        make = functools.partial(gloo_group, self._world_store, 0, size, first.address, self.limits)
         world = self._world = World(make, 0, size, self.limits.transfer_s)
         self._world_thread = WorldThread(world, self._world_failed)
         for rank in self._ranks:
@@ -330,9 +340,16 @@ def _nothing() -> None:
 
 
 class GlooHost(HostLink):
-    """A host's end."""
+    """A host's end. pair_for: chooses what carries bodies, by the server's welcome."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        rank: int,
+        token: str,
+        limits: Limits,
+        pair_for: Callable[[dict[str, Any]], MakePair] = lambda welcome: GlooPair,
+    ) -> None:
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
         self._raw: queue.Queue[bytes | str] = queue.Queue()
@@ -358,6 +375,7 @@ class GlooHost(HostLink):
             self.identity = (bytes.fromhex(note["run_id"]), int(note["epoch"]), int(note["incarnation"]))
             limits = Limits(limits.join_s, float(note["silence_s"]), float(note["transfer_s"]))
             checksum = bool(note["checksum"])
+            pair = pair_for(note)
         except BaseException as error:
             self._plane.close()
             if isinstance(error, LookupError | TypeError | ValueError | OverflowError):
@@ -374,6 +392,7 @@ class GlooHost(HostLink):
             lost=self._session_lost,
             queue_size=HOST_QUEUE,
             checksum=checksum,
+            pair=pair,
         )
         self._world_store = Store(self._session.publish_world, limits.join_s, MAX_RANKS)
         self._session.world_store = self._set_elsewhere
@@ -428,8 +447,11 @@ class GlooHost(HostLink):
     def _delivered(self, session: Session, frame: Frame) -> None:
         if frame.head.type is FrameType.WORLD:
             assert self._world_store is not None
-            make = functools.partial(session.make_group, self._world_store, self._rank, int(frame.note["size"]))
-            world = World(make, self._rank, int(frame.note["size"]), session.limits.transfer_s)
+            size = int(frame.note["size"])
+            make = functools.partial(
+                gloo_group, self._world_store, self._rank, size, session.address, session.limits
+            )
+            world = World(make, self._rank, size, session.limits.transfer_s)
             world.open()
             self._world = world
             return
@@ -455,6 +477,7 @@ class GlooHost(HostLink):
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
         assert self._session is not None and self.expected is not None
+        self._session.empty = self.empty
         self._session.expected = self.expected
         self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fldist.wire.codec import Expected, Frame, FrameType, Head
@@ -97,6 +98,8 @@ class Welcome:
     checksum: bool = False
     directory: str = ""
     """The run's directory, for the hosts' logs where they can see it."""
+    backend: str = "gloo"
+    """What carries bodies: `auto` in the configuration is decided by the server."""
 
     def note(self, incarnation: int, limits: Limits) -> dict[str, Any]:
         """As the note of a WELCOME frame."""
@@ -109,6 +112,7 @@ class Welcome:
             "transfer_s": limits.transfer_s,
             "checksum": self.checksum,
             "directory": self.directory,
+            "backend": self.backend,
         }
 
 
@@ -204,6 +208,8 @@ class HostLink(ABC):
 
     expected: Expected | None = None
     """What calls may look like; set before `ready`."""
+    empty: Callable[..., Tensor] = staticmethod(torch.empty)
+    """Makes the tensors that bodies are received into; set before `ready`."""
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {}

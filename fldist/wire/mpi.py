@@ -155,6 +155,7 @@ class Engine:
         self.expected: Expected | None = None
         self.expects_world = False
         """Whether a frame's parts for all ranks are broadcast to this one."""
+        self.empty: Callable[..., Tensor] = torch.empty
         self.transport_in = 0
         self.transport_out = 0
         self._deliver = deliver
@@ -450,7 +451,7 @@ class Engine:
                     break
                 with self._changed:
                     peer.window -= 1
-                frame.allocate()
+                frame.allocate(self.empty)
                 peer.receiving = []
                 if from_all:
                     frame.allocate_world()
@@ -771,6 +772,7 @@ class MpiHost(HostLink):
     # ---- in the main thread
     def ready(self) -> None:
         """Tell the server that calls may come; `expected` must be set."""
+        self._engine.empty = self.empty
         self._engine.expected = self.expected
         self.send(Frame(Head(FrameType.READY), note=own_info(self.about)))
 

@@ -104,7 +104,7 @@ def chosen_address(preferred: socket.AddressFamily = socket.AF_INET, *, only: bo
     raise ValueError(f"{VARIABLE}: {wanted}: {what}; name one of these, or unset it: {known}")
 
 
-def resolve(name: str, variable: str) -> str:
+def address_of(name: str, variable: str) -> str:
     """The address of a host name, IPv4 where it has both; ValueError naming the variable it stands in."""
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
@@ -121,7 +121,7 @@ def reachable(name: str, variable: str) -> str:
 
     A name that means this machine by itself (localhost, 127.0.0.1, ::1) is taken as it is: all ranks are here.
     """
-    address = resolve(name, variable)
+    address = address_of(name, variable)
     if is_loopback(address) and not means_loopback(name):
         others = ", ".join(a for listed in interfaces().values() for a in listed if not is_loopback(a)) or "none"
         raise ValueError(
@@ -147,7 +147,7 @@ def listening_address(master: str, *, one_machine: bool) -> str:
     """Where a server listens for hosts: at the interface that GLOO_SOCKET_IFNAME chooses; else at loopback when all
     ranks are on one machine; else at what MASTER_ADDR (`master`) stands for."""
     if os.environ.get(VARIABLE, "").strip(", "):
-        preferred = socket.AF_INET if one_machine else family_of(resolve(master, "MASTER_ADDR"))
+        preferred = socket.AF_INET if one_machine else family_of(address_of(master, "MASTER_ADDR"))
         chosen = chosen_address(preferred)
         assert chosen is not None
         return chosen

@@ -1,12 +1,8 @@
-"""A session: one end of the connection between the server and one host, and its two-rank gloo group.
+"""A session: one end of the connection between the server and one host, and the pair that carries its bodies.
 
-A group of two contains the damage: a wait that fails closes all pairs of its group, and there is only this one.
-The group's rendezvous goes over the control connection (`_Store`), so no further port is opened.
-
-Nobody waits on a body. gloo does not report a peer's death on the message in flight, and nothing frees a thread
-that waits on it. So the receiver waits for a small trailer behind the bodies, which fails with the peer, and the
-sender for the acknowledgement on the control connection; only then are the bodies' own waits called, which return
-at once. A wait on a trailer whose peer has merely stopped is freed by failing a dummy receive of the same group.
+The pair's rendezvous goes over the control connection (`_Store`), so no further port is opened. Nobody who sends waits
+on a body: the receiver waits for all of them and a small trailer, and the sender for the acknowledgement on the control
+connection. A session that ends has its pair free whoever is blocked in it.
 """
 
 from __future__ import annotations
@@ -21,16 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, decode, encode
 from fldist.wire.control import Connection
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.link import COUNTED_BY_MESSAGE, Limits, check_session
 from fldist.wire.network import pair_address
+from fldist.wire.pair import Ends, GlooPair, MakePair
 
-_BODY_TAG = 0
-_UNBLOCK_TAG = 1
-_TRAILER_TAG = 2
 _TRAILER_BYTES = 24
 """int64: sequence number, bytes of all bodies, crc32 of all bodies (0 with checksum: header)."""
 _MAX_QUEUED = 10_000
@@ -86,7 +81,10 @@ class Store(dist.Store):  # type: ignore[name-defined, misc]
 
 
 class Session:
-    """One end of the connection between server and host: a reader and a writer thread around a two-rank group."""
+    """One end of the connection between server and host: a reader and a writer thread around a pair.
+
+    empty: makes the tensors that bodies are received into, as `torch.empty` does.
+    """
 
     def __init__(
         self,
@@ -100,15 +98,15 @@ class Session:
         lost: Callable[[Session, str], None],
         queue_size: int = 0,
         checksum: bool = False,
+        pair: MakePair = GlooPair,
     ) -> None:
         self.connection = plane_connection
         self.run_id, self.epoch, self.incarnation = identity
         self.rank = 0
         self.expected: Any = None
+        self.empty: Callable[..., Tensor] = torch.empty
         self.sent_ns: dict[int, int] = {}
-        self._me = me
         self.limits = limits
-        self._transfer = timedelta(seconds=limits.transfer_s)
         self._deliver = deliver
         self._acknowledged = acknowledged
         self._lost = lost
@@ -118,18 +116,20 @@ class Session:
         """Takes what the peer has set in the world group's store."""
         self.receive_world: Callable[[Frame], None] | None = None
         """Receives a call's parts for all ranks."""
-        self._group: Any = None
+        self.address = pair_address(plane_connection.sock)
+        """Where groups of this session meet: this machine's address towards the peer."""
+        self._pair = pair(Ends(me, self._store, self.address, limits))
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[tuple[Frame, bytes | None] | None] = queue.Queue(queue_size)
         self._acks: dict[int, threading.Event] = {}  # frames with bodies that the peer has not acknowledged
         self._seq = 0
-        # what gloo may still touch when a session ends in the middle of a transfer lives as long as the group
+        # what the pair may still touch when a session ends in the middle of a transfer lives as long as the pair
         self._in_flight: dict[str, Any] = {}
         self._window = threading.Semaphore(1)
         self._ended = threading.Event()
         self._end_lock = threading.Lock()
         self._flushed = threading.Event()
-        self._group_ready = threading.Event()
+        self._pair_ready = threading.Event()
         self._saw: Callable[[Head], None] = lambda head: None
         self._unblocker: threading.Thread | None = None
         self._threads = [
@@ -147,7 +147,7 @@ class Session:
         self._ended.wait(self.limits.silence_s)
 
     def start(self, saw: Callable[[Head], None] | None = None) -> None:
-        """Start both threads; the writer makes the group first."""
+        """Start both threads; the writer opens the pair first."""
         if saw is not None:
             self._saw = saw
         for thread in self._threads:
@@ -205,7 +205,7 @@ class Session:
             self._ended.set()
         self.connection.close()
         self._store.shut()
-        self._group_ready.set()
+        self._pair_ready.set()
         self._flushed.set()
         self._inbox.put(None)
         with contextlib.suppress(queue.Full):
@@ -213,7 +213,7 @@ class Session:
         self._window.release()
         for waiting in list(self._acks.values()):
             waiting.set()
-        self._unblocker = threading.Thread(target=self._unblock, name="fldist-unblock", daemon=True)
+        self._unblocker = threading.Thread(target=self._pair.unblock, name="fldist-unblock", daemon=True)
         self._unblocker.start()
         self._lost(self, reason)
 
@@ -250,17 +250,9 @@ class Session:
         data = encode(Frame(head, note=note or {}))
         self.connection.send(data, self.limits.silence_s * 2, transport=True)
 
-    def make_group(self, store: Store, rank: int, size: int) -> Any:
-        """Meet the others of a group; the addresses are those that the control connection has."""
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        address = pair_address(self.connection.sock)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timedelta(seconds=self.limits.join_s)
-        return dist.ProcessGroupGloo(store, rank, size, options)
-
     def _write_all(self) -> None:
-        self._group = self.make_group(self._store, self._me, 2)
-        self._group_ready.set()
+        self._pair.open()
+        self._pair_ready.set()
         while not self.ended:
             item = self._outbox.get()
             if item is None:
@@ -290,20 +282,17 @@ class Session:
             return
         crc = frame.checksum() if frame.head.flags & CHECKSUMMED else 0
         trailer = torch.tensor([frame.head.seq, frame.body_bytes, crc], dtype=torch.int64)
-        peer = 1 - self._me
-        works = [self._group.send([part.flat()], peer, _BODY_TAG) for part in frame.bodies]
-        works.append(self._group.send([trailer], peer, _TRAILER_TAG))
-        self._in_flight["out"] = (frame, trailer, works)
+        transfer = self._pair.send([part.flat() for part in frame.bodies], trailer)
+        self._in_flight["out"] = (frame, trailer, transfer)
         self.connection.count(sent=_TRAILER_BYTES)
         if not acknowledged.wait(self.limits.transfer_s):
             raise DeadlineExceeded("a transfer did not end in time")
         if not self.ended:
-            for work in works:
-                work.wait(self._transfer)
+            self._pair.sent(transfer)
             del self._in_flight["out"]
 
     def _read_all(self) -> None:
-        if not self._group_ready.wait(self.limits.join_s):
+        if not self._pair_ready.wait(self.limits.join_s):
             raise DeadlineExceeded("the two-rank group was not made in time")
         while not self.ended:
             data = self._inbox.get()
@@ -325,27 +314,16 @@ class Session:
             self._deliver(self, frame)
 
     def _receive_bodies(self, frame: Frame) -> None:
-        frame.allocate()
+        frame.allocate(self.empty)
         trailer = torch.empty(3, dtype=torch.int64)
-        peer = 1 - self._me
-        works = [self._group.recv([part.flat()], peer, _BODY_TAG) for part in frame.bodies]
-        last = self._group.recv([trailer], peer, _TRAILER_TAG)
-        self._in_flight["in"] = (frame, trailer, works, last)
-        last.wait(self._transfer)
-        for work in works:
-            work.wait(self._transfer)
+        transfer = self._pair.receive([part.flat() for part in frame.bodies], trailer)
+        self._in_flight["in"] = (frame, trailer, transfer)
+        self._pair.received(transfer)
         del self._in_flight["in"]
         self.connection.count(received=_TRAILER_BYTES)
         crc = frame.checksum() if frame.head.flags & CHECKSUMMED else 0
         if trailer.tolist() != [frame.head.seq, frame.body_bytes, crc]:
             raise BadMessage("the trailer does not fit its bodies: they were damaged on their way")
-
-    def _unblock(self) -> None:
-        """Free threads that are blocked in the group: a wait that times out closes all its pairs."""
-        if self._group is not None:
-            with contextlib.suppress(RuntimeError):
-                dummy = torch.empty(1, dtype=torch.uint8)
-                self._group.recv([dummy], 1 - self._me, _UNBLOCK_TAG).wait(timedelta(milliseconds=1))
 
 
 def _classify(error: Exception) -> str:
