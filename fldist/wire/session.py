@@ -107,7 +107,8 @@ class Session:
         self._lost = lost
         self._checksum = checksum
         self._store = _Store(self._publish, limits.join_s)
-        self._pair = pair(Ends(me, self._store, plane_connection.sock.getsockname()[0], limits))
+        # asked for by the writer: a connection that is closed by now ends the session there
+        self._pair = pair(Ends(me, self._store, lambda: str(plane_connection.sock.getsockname()[0]), limits))
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[tuple[Frame, bytes | None] | None] = queue.Queue(queue_size)
         self._acks: dict[int, threading.Event] = {}  # frames with bodies that the peer has not acknowledged
