@@ -56,7 +56,7 @@ def pairs(nccl: None) -> Iterator[Callable[..., list[NcclPair]]]:
 
     def make(limits: Limits = CALM) -> list[NcclPair]:
         store = dist.HashStore()
-        made.extend(NcclPair(Ends(me, store, "127.0.0.1", limits), CPU) for me in (0, 1))
+        made.extend(NcclPair(Ends(me, store, lambda: "127.0.0.1", limits), CPU) for me in (0, 1))
         for pair in made:
             pair.open()
         return made

@@ -236,7 +236,7 @@ class GlooServer(ServerLink):
         """Meet all hosts in a group."""
         size = len(self._ranks) + 1
         first = self._sessions[min(self._ranks)]
-        make = functools.partial(gloo_group, self._world_store, 0, size, first.address, self.limits)
+        make = functools.partial(gloo_group, self._world_store, 0, size, first.address(), self.limits)
         world = self._world = World(make, 0, size, self.limits.transfer_s)
         self._world_thread = WorldThread(world, self._world_failed)
         for rank in self._ranks:
@@ -449,7 +449,7 @@ class GlooHost(HostLink):
             assert self._world_store is not None
             size = int(frame.note["size"])
             make = functools.partial(
-                gloo_group, self._world_store, self._rank, size, session.address, session.limits
+                gloo_group, self._world_store, self._rank, size, session.address(), session.limits
             )
             world = World(make, self._rank, size, session.limits.transfer_s)
             world.open()

@@ -28,11 +28,11 @@ _TRAILER_TAG = 2
 @dataclass(frozen=True)
 class Ends:
     """What a pair is made of: this member's number (0: the server, 1: the host), the rendezvous store of the two,
-    this machine's address towards the other, and the limits on waiting."""
+    what tells this machine's address towards the other, and the limits on waiting."""
 
     me: int
     store: Any
-    address: str
+    address: Callable[[], str]
     limits: Limits
 
     @property
@@ -99,7 +99,7 @@ class GlooPair(Pair):
 
     def open(self) -> None:
         """Connect to the peer; waits for it as long as `join_s`."""
-        self._group = gloo_group(self._ends.store, self._ends.me, 2, self._ends.address, self._ends.limits)
+        self._group = gloo_group(self._ends.store, self._ends.me, 2, self._ends.address(), self._ends.limits)
 
     def send(self, bodies: Sequence[Tensor], trailer: Tensor) -> Any:
         """Begin to send."""

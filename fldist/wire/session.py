@@ -116,8 +116,7 @@ class Session:
         """Takes what the peer has set in the world group's store."""
         self.receive_world: Callable[[Frame], None] | None = None
         """Receives a call's parts for all ranks."""
-        self.address = pair_address(plane_connection.sock)
-        """Where groups of this session meet: this machine's address towards the peer."""
+        # the address is asked for by the writer: a connection that is closed by now ends the session there
         self._pair = pair(Ends(me, self._store, self.address, limits))
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[tuple[Frame, bytes | None] | None] = queue.Queue(queue_size)
@@ -141,6 +140,10 @@ class Session:
     def ended(self) -> bool:
         """Whether the session is over."""
         return self._ended.is_set()
+
+    def address(self) -> str:
+        """Where groups of this session meet: this machine's address towards the peer."""
+        return pair_address(self.connection.sock)
 
     def wait_ended(self) -> None:
         """Wait for the session's end, as long as a peer may be silent."""
