@@ -233,6 +233,7 @@ def measured(
     return figures, out
 
 
+@pytest.mark.timeout(300)
 @linux_only
 def test_exchange_on_gloo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
@@ -248,6 +249,7 @@ def test_exchange_on_gloo(
     assert figures["gloo_q1_ratio"] <= figures["gloo_ratio"] <= figures["gloo_q3_ratio"]
 
 
+@pytest.mark.timeout(300)
 @linux_only
 @pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None or find_mpirun() is None, reason="needs mpi4py and mpirun"
@@ -277,6 +279,7 @@ def test_round(
     assert "100 clients on 2 hosts" in out
 
 
+@pytest.mark.timeout(300)
 @linux_only
 def test_workload(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
