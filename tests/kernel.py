@@ -183,16 +183,15 @@ class _Counted:
 @contextlib.contextmanager
 def messages_counted(seen: Seen) -> Iterator[None]:
     """Count the messages of the links that this process makes meanwhile."""
-    from fldist.wire import mpi
-    from fldist.wire.session import Session
+    from fldist.wire import mpi, pair
 
-    make_group, channel = Session._make_group, mpi._channel
-    Session._make_group = lambda session: _Counted(make_group(session), seen)  # type: ignore[method-assign]
+    gloo_group, channel = pair.gloo_group, mpi._channel
+    pair.gloo_group = lambda *arguments: _Counted(gloo_group(*arguments), seen)
     mpi._channel = lambda comm: _Counted(channel(comm), seen)
     try:
         yield
     finally:
-        Session._make_group = make_group  # type: ignore[method-assign]
+        pair.gloo_group = gloo_group
         mpi._channel = channel
 
 

@@ -143,7 +143,7 @@ def test_torchrun_on_two_nodes(tmp_path: Path, alone: dict[str, Any]) -> None:
     assert result["state_hash"] == alone["state_hash"]
     facts = environment_of(tmp_path / "run")
     assert facts["variables"]["MASTER_ADDR"] == "127.0.0.1"
-    assert facts["hosts"] == {"1": {"hostname": socket.gethostname()}}
+    assert facts["hosts"] == {"1": {"hostname": socket.gethostname(), "device": "cpu"}}
 
 
 def test_torchrun_on_two_nodes_over_ssh(tmp_path: Path, alone: dict[str, Any]) -> None:
@@ -550,7 +550,7 @@ def test_a_host_with_other_versions_is_warned_of_and_noted(
     monkeypatch.setattr(membership, "versions", lambda: {"fldist": fldist.__version__, "torch": "1.0"})
     seen = Recorder()
     run_here(load(small(rounds=1)), nproc=3, output=tmp_path / "run", spawn=hosts, observer=seen)
-    about = {"hostname": socket.gethostname(), "torch": torch.__version__}
+    about = {"hostname": socket.gethostname(), "torch": torch.__version__, "device": "cpu"}
     assert environment_of(tmp_path / "run")["hosts"] == {"1": about, "2": about}
     for rank in (1, 2):
         text = (

@@ -136,9 +136,8 @@ def test_under_torchrun_it_depends_on_the_ranks_of_the_machine(
 ) -> None:
     """Agents of their own on one machine each say that they have one rank; the address tells that all are here."""
     gpus(4)
-    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", local), ("MASTER_ADDR", address)):
-        monkeypatch.setenv(name, value)
-    assert choose_backend(load(small()), World(0, 8, "torchrun"), 1) == backend
+    monkeypatch.setenv("MASTER_ADDR", address)
+    assert choose_backend(load(small()), World(0, 8, "torchrun", False, 0, int(local)), 1) == backend
 
 
 def test_mpi_carries_bodies_itself(gpus: Any) -> None:

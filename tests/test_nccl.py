@@ -21,7 +21,7 @@ from fldist.kinds import Field, Form, Kind, Schema
 from fldist.runner import run_here
 from fldist.runtime import device as device_module
 from fldist.runtime.membership import RunStopped
-from fldist.wire.codec import Expected, FieldValue, Frame, FrameType, Head, Message, Part
+from fldist.wire.codec import Expected, FieldValue, Frame, FrameType, Head, Message, Part, Place
 from fldist.wire.errors import DeadlineExceeded, PeerLost
 from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Lost, Received, Sent, Welcome
@@ -242,7 +242,7 @@ def test_bodies_that_belong_on_the_cpu_are_received_beside_them(
 # ---- a session
 def frame(kind: FrameType, value: int) -> Frame:
     tensor = torch.full((BODY,), value, dtype=torch.uint8)
-    parts = [Part(Kind.LOGITS, torch.uint8, (BODY,), BODY, BODY, False, tensor=tensor)]
+    parts = [Part(Kind.LOGITS, torch.uint8, (BODY,), BODY, BODY, Place.BODY, tensor=tensor)]
     return Frame(Head(kind, method=1), [Message(0, [FieldValue(Form.TENSOR, (0,))])], parts)
 
 

@@ -151,8 +151,9 @@ class Membership:
         told, own = info.get("versions"), versions()
         others = {n: str(told.get(n, "unknown"))[:80] for n in own} if isinstance(told, dict) else own
         differing = {name: other for name, other in others.items() if other != own[name]}
-        device = " ".join(str(info[k])[:80] for k in ("device", "gpu_name") if k in info)
-        about = {"hostname": str(info.get("hostname", "unknown"))[:255], "device": device, **differing}
+        about = {"hostname": str(info.get("hostname", "unknown"))[:255], **differing}
+        if "device" in info:
+            about["device"] = " ".join(str(info[k])[:80] for k in ("device", "gpu_name") if k in info)
         if differing and self.about.get(rank) != about:
             what = ", ".join(f"{name} {other} (the server {own[name]})" for name, other in differing.items())
             self._warn(
