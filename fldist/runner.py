@@ -41,10 +41,10 @@ from fldist.runtime.membership import RunStopped, Supervisor, versions
 from fldist.runtime.output import Output, default_directory, discard, prepare, status_of
 from fldist.runtime.server import Observer, ServerLoop, fix_threads
 from fldist.runtime.signals import Interrupted, interruptible, undisturbed
+from fldist.wire.carrier import GLOO, Carrier
 from fldist.wire.errors import PeerLost, TransportError
 from fldist.wire.link import Limits, ServerLink
 from fldist.wire.network import address_of, family_of, listening_address, reachable
-from fldist.wire.pair import GlooPair, MakePair
 from fldist.wire.staging import as_it_is, pinned_empty, to_host
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def _serve_children(
         port=settings.network.control_port or 0,
         checksum=settings.network.checksum == "full",
         survives=_survives_children(settings),
-        pair=_pair(backend, device),
+        carrier=_carrier(backend, device),
         empty=_landing(backend),
     )
     restart = settings.faults.restart == "on-failure"
@@ -303,13 +303,13 @@ def _survives_children(settings: Settings) -> str:
     return f"a host may die: its replies of the round are missing, and {clients}{again}; if this process dies, go on"
 
 
-def _pair(backend: str, device: torch.device) -> MakePair:
-    """What carries bodies between the server and a host, at either end."""
+def _carrier(backend: str, device: torch.device) -> Carrier:
+    """What carries bodies between the server and a host and between all ranks, at either end."""
     if backend != "nccl":
-        return GlooPair
-    from fldist.wire.nccl import nccl_pair
+        return GLOO
+    from fldist.wire.nccl import nccl_carrier
 
-    return nccl_pair(device)
+    return nccl_carrier(device)
 
 
 def _landing(backend: str) -> Callable[..., torch.Tensor]:
@@ -360,7 +360,7 @@ def _listen_torchrun(
         port=port or 0,
         checksum=settings.network.checksum == "full",
         survives=survives,
-        pair=_pair(backend, device),
+        carrier=_carrier(backend, device),
         empty=_landing(backend),
     )
     link.rendezvous = store
@@ -506,7 +506,7 @@ def _serve_in_turn(address: tuple[str, int], token: str, world: World, wait_s: f
     while True:
         link: GlooHost | None = None
         try:
-            link = GlooHost(address, world.rank, token, Limits(wait_s), built.pair_for)
+            link = GlooHost(address, world.rank, token, Limits(wait_s), built.carrier_for)
             with _log_of(link, world.rank):
                 _serve_as_host(link, world.rank, built)
             return
@@ -571,7 +571,7 @@ def gloo_host(address: tuple[str, int], rank: int, token: str, join_s: float) ->
     from fldist.wire.gloo import GlooHost
 
     built = _Built(Place(rank, rank + 1))  # a child is on its parent's machine, as are all the others
-    _serve_as_host(GlooHost(address, rank, token, Limits(join_s), built.pair_for), rank, built)
+    _serve_as_host(GlooHost(address, rank, token, Limits(join_s), built.carrier_for), rank, built)
 
 
 class _Built:
@@ -582,12 +582,12 @@ class _Built:
         self._config: dict[str, Any] = {}
         self._host: Host | None = None
 
-    def pair_for(self, welcome: dict[str, Any]) -> MakePair:
+    def carrier_for(self, welcome: dict[str, Any]) -> Carrier:
         """What carries this host's bodies. Where it has no GPU and needs one, that is said when it is ready."""
         try:
-            return _pair(str(welcome["backend"]), self.device(Settings.model_validate(welcome["config"])))
+            return _carrier(str(welcome["backend"]), self.device(Settings.model_validate(welcome["config"])))
         except ConfigError:
-            return _pair(str(welcome["backend"]), CPU)
+            return _carrier(str(welcome["backend"]), CPU)
 
     def device(self, settings: Settings) -> torch.device:
         """What this host calculates on; ConfigError where it has not what is asked for."""

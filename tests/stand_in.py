@@ -1,6 +1,6 @@
 """Stands where `ProcessGroupNCCL` stands, with its interface and its manners, on gloo and the CPU's memory.
 
-As NCCL does it: connects at the first transfer; a work is complete or not and says so without waiting; `wait` is for
+Sends and receives between two, and the operations of all ranks. As NCCL does it: connects at the first transfer; a work is complete or not and says so without waiting; `wait` is for
 works that are complete; of a dead peer nothing is said; after `abort` every work says that it is complete, and what was
 being received into is spoilt. `arm` makes a process take it for NCCL, and its CPU for a GPU.
 """
@@ -26,7 +26,7 @@ LONG = timedelta(seconds=60)
 
 
 class Work:
-    def __init__(self, group: ProcessGroupNCCL, begin: Any, received: torch.Tensor | None) -> None:
+    def __init__(self, group: ProcessGroupNCCL, begin: Any, received: list[torch.Tensor]) -> None:
         self._group = group
         self._received = received
         self._done = False
@@ -56,8 +56,8 @@ class Work:
         return True
 
     def spoil(self) -> None:
-        if self._received is not None and not self._done:
-            self._received.view(torch.uint8).fill_(0xEE)
+        for tensor in self._received if not self._done else []:
+            tensor.view(torch.uint8).fill_(0xEE)
 
 
 class ProcessGroupNCCL:
@@ -70,11 +70,13 @@ class ProcessGroupNCCL:
             self.global_ranks_in_group: list[int] = []
 
     def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
-        assert size == 2
+        assert options.global_ranks_in_group == list(range(size))
+        self.size = size
         self.options = options
         self.environment = {k: v for k, v in os.environ.items() if k.startswith("TORCH_NCCL")}
         self.aborted = False
         self.works: list[Work] = []
+        self.begun: list[tuple[str, int]] = []  # what was asked for, and bytes that it may write
         self.threads: set[str] = set()
         self._arguments = (store, rank)
         self._gloo: Any = None
@@ -88,22 +90,32 @@ class ProcessGroupNCCL:
                 options = dist.ProcessGroupGloo._Options()
                 options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
                 options._timeout = LONG
-                self._gloo = dist.ProcessGroupGloo(store, rank, 2, options)
+                self._gloo = dist.ProcessGroupGloo(store, rank, self.size, options)
             return self._gloo
 
-    def _begin(self, way: str, tensor: torch.Tensor, peer: int) -> Work:
+    def _begin(self, way: str, *arguments: Any, received: list[torch.Tensor]) -> Work:
         self.threads.add(threading.current_thread().name)
         gloo = self._connected()
-        begun = getattr(gloo, way)([tensor], peer, 0)  # in order, whatever the threads do
-        work = Work(self, lambda: begun, tensor if way == "recv" else None)
+        begun = getattr(gloo, way)(*arguments)  # in order, whatever the threads do
+        work = Work(self, lambda: begun, received)
         self.works.append(work)
+        self.begun.append((way, sum(t.numel() * t.element_size() for t in received)))
         return work
 
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work:
-        return self._begin("send", tensors[0], peer)
+        return self._begin("send", tensors, peer, 0, received=[])
 
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work:
-        return self._begin("recv", tensors[0], peer)
+        return self._begin("recv", tensors, peer, 0, received=tensors)
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Work:
+        return self._begin("broadcast", tensors, options, received=tensors)
+
+    def gather(self, theirs: list[list[torch.Tensor]], mine: list[torch.Tensor], options: Any) -> Work:
+        return self._begin("gather", theirs, mine, options, received=[t for each in theirs for t in each])
+
+    def reduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
+        return self._begin("reduce", tensors, options, received=tensors)
 
     def abort(self) -> None:
         for work in self.works:
@@ -111,7 +123,7 @@ class ProcessGroupNCCL:
         self.aborted = True
         if self._gloo is not None:
             with contextlib.suppress(RuntimeError):
-                self._gloo.recv([torch.empty(1)], 1 - self._arguments[1], 1).wait(timedelta(milliseconds=1))
+                self._gloo.recv([torch.empty(1)], 1 if self._arguments[1] == 0 else 0, 1).wait(timedelta(milliseconds=1))
 
 
 def described(gpu: str) -> Any:
@@ -127,7 +139,15 @@ def arm(gpu: str) -> None:
     fldist.runner.pinned_empty = torch.empty
 
 
-def host(gpu: str, address: tuple[str, int], rank: int, token: str, log: str, join_s: float) -> None:
-    """A host's process with the stand-in."""
+def host(
+    gpu: str,
+    address: tuple[str, int],
+    rank: int,
+    token: str,
+    log: str,
+    join_s: float,
+    moment: tuple[Any, ...] | None = None,
+) -> None:
+    """A host's process with the stand-in; moment: see `moments.arm_host`."""
     arm(gpu.format(rank=rank))
-    tests.warm.host(address, rank, token, str(Path(log)), join_s)
+    tests.warm.host(address, rank, token, str(Path(log)), join_s, moment)

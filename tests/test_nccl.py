@@ -25,7 +25,7 @@ from fldist.wire.codec import Expected, FieldValue, Frame, FrameType, Head, Mess
 from fldist.wire.errors import DeadlineExceeded, PeerLost
 from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Lost, Received, Sent, Welcome
-from fldist.wire.nccl import ENVIRONMENT, NcclPair, nccl_pair
+from fldist.wire.nccl import ENVIRONMENT, NcclPair, nccl_carrier
 from fldist.wire.pair import Ends
 from tests import stand_in
 from tests.conftest import CONTEXT, Recorder, WarmProcess, small
@@ -177,7 +177,7 @@ def test_an_abort_at_the_last_moment_spoils_a_complete_transfer(
     wait = stand_in.Work.wait
 
     def abort_first(self: stand_in.Work, timeout: Any = None) -> bool:
-        if self._received is not None:
+        if self._received:
             host.unblock()
         return wait(self, timeout)
 
@@ -257,16 +257,16 @@ def expected() -> Expected:
 @pytest.fixture
 def session(nccl: None) -> Iterator[tuple[GlooServer, GlooHost]]:
     """A server and a host that has joined, in this process."""
-    server = GlooServer(ranks=[1], limits=CALM, pair=nccl_pair(CPU))
+    server = GlooServer(ranks=[1], limits=CALM, carrier=nccl_carrier(CPU))
     server.expected = expected()
     server.admit(Welcome(bytes(16), 1, {}, backend="nccl"))
     seen: list[str] = []
 
-    def pair_for(welcome: dict[str, Any]) -> Any:
+    def carrier_for(welcome: dict[str, Any]) -> Any:
         seen.append(welcome["backend"])
-        return nccl_pair(CPU)
+        return nccl_carrier(CPU)
 
-    host = GlooHost(server.address, 1, server.token, CALM, pair_for)
+    host = GlooHost(server.address, 1, server.token, CALM, carrier_for)
     assert seen == ["nccl"]
     host.expected = expected()
     host.ready()

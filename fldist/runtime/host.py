@@ -37,9 +37,8 @@ from fldist.wire.codec import (
     values_of,
 )
 from fldist.wire.errors import BadMessage, PeerLost
-from fldist.wire.link import HostLink
+from fldist.wire.link import HostLink, How
 from fldist.wire.staging import to_device, to_host
-from fldist.wire.world import How
 
 log = logging.getLogger("fldist.host")
 
@@ -52,8 +51,8 @@ class Host:
     """Runs calls. It knows methods and states by the job; how frames come and go is the link's business.
 
     The global generators are seeded anew before every client method. Clients calculate on the task's device; what a
-    frame brings is moved there once, whoever of its clients shares it. place: brings a reply's bodies to where the link
-    takes them from.
+    frame brings is moved there once, whoever of its clients shares it. place: brings a reply's bodies, and the blocks
+    of folds, to where the link takes them from.
     """
 
     def __init__(self, job: Job, place: Callable[[torch.Tensor], torch.Tensor] = to_host) -> None:
@@ -276,14 +275,15 @@ class Host:
     def blocks(self, told: Sequence[tuple[int, How]]) -> list[tuple[Tensor, How]]:
         """The int64 blocks of the call's folds, or what changes nothing where no client of this host was called.
 
-        told: elements of every block, and how it is combined with others' (`sum`, `max`).
+        told: elements of every block, and how it is combined with others' (`sum`, `max`). The folds' blocks lie where
+        the link takes replies from (`place`), what changes nothing on the CPU.
         """
         folds, self._folds = self._folds, None
         if folds is not None:
             blocks = [block for accumulator in folds.fixed() for block in accumulator.blocks()]
             if [(b.tensor.numel(), b.how) for b in blocks] != [(n, how) for n, how in told]:
                 raise BadMessage(f"the server asks for blocks {told}, which are not those of the call")
-            return [(b.tensor, b.how) for b in blocks]
+            return [(self.place(b.tensor), b.how) for b in blocks]
         most = max((a.layout.num_floats + a.layout.num_ints for a in self.job.task.architectures), default=0)
         if any(not 0 <= n <= most for n, _ in told):
             raise BadMessage(f"the server asks for blocks {told}; no model has more than {most} elements")

@@ -200,10 +200,10 @@ class Frame:
         for part in self.bodies:
             part.tensor = empty(part.shape, dtype=part.dtype)
 
-    def allocate_world(self) -> None:
-        """Make room for what is broadcast."""
+    def allocate_world(self, empty: Callable[..., Tensor]) -> None:
+        """Make room for what is broadcast. empty: makes the tensors."""
         for part in self.world:
-            part.tensor = torch.empty(part.shape, dtype=part.dtype)
+            part.tensor = empty(part.shape, dtype=part.dtype)
 
     def checksum(self) -> int:
         """crc32 over the bodies in order."""

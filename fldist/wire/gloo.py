@@ -1,5 +1,6 @@
-"""gloo: the server's and a host's end. Bodies go over a two-rank group per host (`session.py`), everything else over
-the TCP control plane (`control.py`); here hosts are admitted, and sessions are turned into a link's events.
+"""gloo: the server's and a host's end. Bodies go over a two-rank group per host (`session.py`) or the group of all
+ranks (`world.py`), everything else over the TCP control plane (`control.py`); here hosts are admitted, and sessions are
+turned into a link's events. With NCCL as the carrier the groups are NCCL's, and all else is the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fldist.wire.carrier import GLOO, Carrier
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, encode
 from fldist.wire.control import Connection, ControlPlane, control_frame, new_token, proof, trust
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
@@ -25,6 +27,7 @@ from fldist.wire.link import (
     PATIENCE,
     Combined,
     HostLink,
+    How,
     Joined,
     Limits,
     Lost,
@@ -35,9 +38,8 @@ from fldist.wire.link import (
     own_info,
 )
 from fldist.wire.network import pair_address
-from fldist.wire.pair import GlooPair, MakePair, gloo_group
 from fldist.wire.session import Session, Store
-from fldist.wire.world import How, World, WorldThread, packed, room, unpacked
+from fldist.wire.world import Members, World, WorldThread, room, unpacked
 
 MAX_RANKS = 4096
 """Ranks whose rendezvous a host makes room for."""
@@ -46,7 +48,7 @@ MAX_RANKS = 4096
 class GlooServer(ServerLink):
     """The server's end: listens, admits hosts that know the token, keeps a session for each.
 
-    pair: what carries bodies; empty: makes the tensors that they are received into.
+    carrier: what carries bodies; empty: makes the tensors that a host's are received into.
     """
 
     def __init__(
@@ -59,11 +61,11 @@ class GlooServer(ServerLink):
         port: int = 0,
         checksum: bool = False,
         survives: str = "",
-        pair: MakePair = GlooPair,
+        carrier: Carrier = GLOO,
         empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
         super().__init__()
-        self._pair = pair
+        self._carrier = carrier
         self._empty = empty
         self.limits = limits
         self.token = token or new_token()
@@ -159,7 +161,7 @@ class GlooServer(ServerLink):
             acknowledged=self._acknowledged,
             lost=self._session_lost,
             checksum=self._checksum,
-            pair=self._pair,
+            pair=self._carrier.pair,
         )
         session.rank = rank
         session.expected = self.expected
@@ -196,7 +198,7 @@ class GlooServer(ServerLink):
         self._old_transport[1] += session.connection.transport_out
         self.connected.discard(session.rank)
         if self._world is not None:
-            threading.Thread(target=self._world.release, name="fldist-unblock", daemon=True).start()
+            self._world.release_aside()
         if not self._closing:
             self.events.put(Lost(session.rank, reason))
         self._somebody_lost.set()
@@ -236,8 +238,7 @@ class GlooServer(ServerLink):
         """Meet all hosts in a group."""
         size = len(self._ranks) + 1
         first = self._sessions[min(self._ranks)]
-        make = functools.partial(gloo_group, self._world_store, 0, size, first.address(), self.limits)
-        world = self._world = World(make, 0, size, self.limits.transfer_s)
+        world = self._world = self._carrier.world(Members(0, size, self._world_store, first.address, self.limits))
         self._world_thread = WorldThread(world, self._world_failed)
         for rank in self._ranks:
             self.post(rank, Frame(Head(FrameType.WORLD), note={"size": size}))
@@ -273,7 +274,7 @@ class GlooServer(ServerLink):
 
         def work() -> None:
             assert self._world is not None
-            buffers = self._world.gather(torch.zeros(capacity, dtype=torch.uint8))
+            buffers = self._world.gather([], capacity)
             for rank, theirs in parts.items():
                 for part, raw in zip(theirs, unpacked(buffers[rank], sizes[rank]), strict=True):
                     part.tensor = raw.view(part.dtype).view(part.shape)
@@ -340,7 +341,7 @@ def _nothing() -> None:
 
 
 class GlooHost(HostLink):
-    """A host's end. pair_for: chooses what carries bodies, by the server's welcome."""
+    """A host's end. carrier_for: chooses what carries bodies, by the server's welcome."""
 
     def __init__(
         self,
@@ -348,7 +349,7 @@ class GlooHost(HostLink):
         rank: int,
         token: str,
         limits: Limits,
-        pair_for: Callable[[dict[str, Any]], MakePair] = lambda welcome: GlooPair,
+        carrier_for: Callable[[dict[str, Any]], Carrier] = lambda welcome: GLOO,
     ) -> None:
         super().__init__()
         self._frames: queue.Queue[Frame | str] = queue.Queue()
@@ -375,7 +376,7 @@ class GlooHost(HostLink):
             self.identity = (bytes.fromhex(note["run_id"]), int(note["epoch"]), int(note["incarnation"]))
             limits = Limits(limits.join_s, float(note["silence_s"]), float(note["transfer_s"]))
             checksum = bool(note["checksum"])
-            pair = pair_for(note)
+            self._carrier = carrier_for(note)
         except BaseException as error:
             self._plane.close()
             if isinstance(error, LookupError | TypeError | ValueError | OverflowError):
@@ -392,7 +393,7 @@ class GlooHost(HostLink):
             lost=self._session_lost,
             queue_size=HOST_QUEUE,
             checksum=checksum,
-            pair=pair,
+            pair=self._carrier.pair,
         )
         self._world_store = Store(self._session.publish_world, limits.join_s, MAX_RANKS)
         self._session.world_store = self._set_elsewhere
@@ -448,12 +449,12 @@ class GlooHost(HostLink):
         if frame.head.type is FrameType.WORLD:
             assert self._world_store is not None
             size = int(frame.note["size"])
-            make = functools.partial(
-                gloo_group, self._world_store, self._rank, size, session.address(), session.limits
-            )
-            world = World(make, self._rank, size, session.limits.transfer_s)
+            members = Members(self._rank, size, self._world_store, session.address, session.limits)
+            world = self._carrier.world(members)
             world.open()
             self._world = world
+            if session.ended:  # nobody saw that there was something to release
+                world.release_aside()
             return
         self._frames.put(frame)
 
@@ -462,7 +463,8 @@ class GlooHost(HostLink):
         self._world_store.receive(key, value)
 
     def _receive_world(self, frame: Frame) -> None:
-        frame.allocate_world()
+        assert self._session is not None
+        frame.allocate_world(self._session.empty)
         for part in frame.world:
             self._together(functools.partial(_broadcast, part.flat()))
 
@@ -471,7 +473,7 @@ class GlooHost(HostLink):
         if self._world_store is not None:
             self._world_store.shut()
         if self._world is not None:
-            threading.Thread(target=self._world.release, name="fldist-unblock", daemon=True).start()
+            self._world.release_aside()
 
     # ---- in the main thread
     def ready(self) -> None:
@@ -504,7 +506,7 @@ class GlooHost(HostLink):
         """Give the root this call's replies."""
         if room([part.numel() for part in self._owed]) > capacity:
             raise BadMessage(f"the server asks for {capacity} bytes of replies, and there are more")
-        self._together(lambda world: world.gather(packed(self._owed, capacity)))
+        self._together(lambda world: world.gather(self._owed, capacity))
         self._owed.clear()
 
     def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
@@ -530,6 +532,8 @@ class GlooHost(HostLink):
             self._session.flush(10.0)
         self._session.end("closed")
         self._session.join_threads(5.0)
+        if self._world is not None:
+            self._world.wait_released(5.0)
         self._plane.close()
 
 

@@ -13,15 +13,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fldist.wire.codec import Expected, Frame, FrameType, Head
 from fldist.wire.errors import BadMessage
-from fldist.wire.world import How
 
+How = Literal["sum", "max"]
+"""How the blocks of all ranks are combined."""
 COUNTED_BY_MESSAGE = (FrameType.CALL, FrameType.REPLY)
 """Frames whose bytes the ledger counts message by message; all others are transport."""
 PATIENCE = 4.0

@@ -46,6 +46,7 @@ from fldist.wire.link import (
     PATIENCE,
     Combined,
     HostLink,
+    How,
     Joined,
     Limits,
     Lost,
@@ -57,7 +58,7 @@ from fldist.wire.link import (
     own_info,
 )
 from fldist.wire.ulfm import ulfm
-from fldist.wire.world import How, packed, room, unpacked
+from fldist.wire.world import packed, room, unpacked
 
 log = logging.getLogger("fldist.mpi")
 
@@ -454,7 +455,7 @@ class Engine:
                 frame.allocate(self.empty)
                 peer.receiving = []
                 if from_all:
-                    frame.allocate_world()
+                    frame.allocate_world(self.empty)
                     peer.receiving += self.broadcasts(frame)
                 for part in frame.bodies:
                     peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
