@@ -1,8 +1,9 @@
 """Stands where `ProcessGroupNCCL` stands, with its interface and its manners, on gloo and the CPU's memory.
 
-Sends and receives between two, and the operations of all ranks. As NCCL does it: connects at the first transfer; a work is complete or not and says so without waiting; `wait` is for
-works that are complete; of a dead peer nothing is said; after `abort` every work says that it is complete, and what was
-being received into is spoilt. `arm` makes a process take it for NCCL, and its CPU for a GPU.
+Sends and receives between two, and the operations of all ranks. As NCCL does it: connects at the first transfer; a work
+is complete or not and says so without waiting; `wait` is for works that are complete; of a dead peer nothing is said;
+after `abort` every work says that it is complete, and what was being received into is spoilt. `arm` makes a process
+take it for NCCL, and its CPU for a GPU.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ class ProcessGroupNCCL:
             work.spoil()
         self.aborted = True
         if self._gloo is not None:
+            other = 1 if self._arguments[1] == 0 else 0
             with contextlib.suppress(RuntimeError):
-                self._gloo.recv([torch.empty(1)], 1 if self._arguments[1] == 0 else 0, 1).wait(timedelta(milliseconds=1))
+                self._gloo.recv([torch.empty(1)], other, 1).wait(timedelta(milliseconds=1))
 
 
 def described(gpu: str) -> Any:

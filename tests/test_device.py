@@ -21,15 +21,18 @@ from fldist.kinds import Kind
 from fldist.params import Layout, Params, Slot
 from fldist.runner import choose_backend, run_here
 from fldist.runtime import device as devices
-from fldist.runtime.device import Place, Seats, nccl_problem, resolve
+from fldist.runtime.device import CPU, Place, Seats, nccl_problem, resolve
+from fldist.runtime.host import Host
 from fldist.runtime.launch import World
 from fldist.runtime.membership import RunStopped
 from fldist.runtime.state import ClientStates, moved
 from fldist.seeding import forked, reseed
 from fldist.wire import staging
 from fldist.wire.codec import Frame, FrameBuilder, FrameType, Head, Part
+from fldist.wire.codec import Place as Where
 from tests.conftest import Hosts, small
 from tests.needs import needs_gpus
+from tests.test_launch import ROOT, mpirun
 
 META = torch.device("meta")
 LAYOUT = Layout((Slot("w", (3,), 0, 3),), (), ())
@@ -254,6 +257,42 @@ def test_a_frame_is_moved_part_by_part_whoever_shares_them() -> None:
     assert all(p.tensor is t for p, t in zip(frame.parts, once, strict=True))
 
 
+def test_what_is_broadcast_is_received_where_the_link_receives_bodies() -> None:
+    asked: list[Any] = []
+
+    def empty(shape: Any, *, dtype: torch.dtype) -> torch.Tensor:
+        asked.append((shape, dtype))
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    body, everybodys = part(torch.zeros(2000)), part(torch.zeros(3000))
+    body.place, everybodys.place = Where.BODY, Where.WORLD
+    frame = Frame(Head(FrameType.CALL), parts=[body, everybodys])
+    frame.allocate_world(empty)
+    assert asked == [((3000,), torch.float32)]
+    assert everybodys.tensor is not None and everybodys.tensor.device == META
+
+
+def test_what_a_host_has_folded_is_brought_to_where_the_link_takes_it_from() -> None:
+    """gloo and MPI take blocks from the CPU's memory, NCCL from a GPU's."""
+    brought: list[torch.Tensor] = []
+
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        brought.append(tensor)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    fold = FixedPoint(FoldContext(params(1.0, 2.0, 3.0), 10.0), divide=True)
+    fold.floats, fold.ints = fold.floats.to(META), fold.ints.to(META)
+    told: list[Any] = [(3, "sum"), (0, "sum")]
+    for place, device in ((to_cpu, CPU), (staging.as_it_is, META)):
+        host = Host(build(load(small(topology="reduce")), CPU), place)
+        host._folds = SimpleNamespace(fixed=lambda: [fold])  # type: ignore[assignment]
+        assert [(b.device, b.dtype, b.numel(), how) for b, how in host.blocks(told)] == [
+            (device, torch.int64, n, how) for n, how in told
+        ]
+        assert [b.device for b, _ in host.blocks([(3, "sum"), (0, "max")])] == [CPU, CPU]  # nobody was called
+    assert len(brought) == 2
+
+
 def test_a_result_is_given_out_only_when_its_copy_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
@@ -345,6 +384,22 @@ def test_a_gpu_gives_what_the_cpu_gives_up_to_rounding(tmp_path: Path, algorithm
         small(algorithm=algorithm, rounds=3, device="cuda", backend=backend), output=tmp_path / "again", nproc=nproc
     )
     assert again["state_hash"] == results["cuda"]["state_hash"]
+
+
+@pytest.mark.parametrize("topology", ["collective", "reduce"])
+def test_on_gpus_all_topologies_give_the_same_bits_over_gloo_and_mpi(tmp_path: Path, topology: str) -> None:
+    """What the ranks exchange at once is staged like bodies. All share one GPU."""
+    needs_gpus()
+    settings = small(algorithm="scaffold", rounds=3, device="cuda", task__model={"name": "mlp", "hidden": [64]})
+    star = fldist.run({**settings, "backend": "gloo"}, output=tmp_path / "star", nproc=3)
+    there = fldist.run({**settings, "backend": "gloo", "topology": topology}, output=tmp_path / "gloo", nproc=3)
+    jobs = [{"config": {**settings, "topology": topology}, "output": str(tmp_path / "mpi")}]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = mpirun(3, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
+    assert done.returncode == 0, done.stderr
+    by_mpi = json.loads((tmp_path / "mpi" / "result.json").read_text())
+    assert there["state_hash"] == by_mpi["state_hash"] == star["state_hash"]
+    assert there["bytes"]["logical"] == by_mpi["bytes"]["logical"] == star["bytes"]["logical"]
 
 
 def test_a_run_on_a_gpu_goes_on_from_its_files(tmp_path: Path) -> None:

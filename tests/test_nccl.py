@@ -1,8 +1,10 @@
-"""NCCL's pair against a stand-in for ProcessGroupNCCL (`stand_in.py`), which shows NCCL's manners without a GPU: what
-is polled, aborted, and never used afterwards; whole sessions and runs over it. The last test is of the real one."""
+"""NCCL's pair and its group of all ranks against a stand-in for ProcessGroupNCCL (`stand_in.py`), which shows NCCL's
+manners without a GPU: what is polled, aborted, and never used afterwards; whole sessions and runs over it. The last
+tests are of the real one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,9 +26,10 @@ from fldist.runtime.membership import RunStopped
 from fldist.wire.codec import Expected, FieldValue, Frame, FrameType, Head, Message, Part, Place
 from fldist.wire.errors import DeadlineExceeded, PeerLost
 from fldist.wire.gloo import GlooHost, GlooServer
-from fldist.wire.link import Joined, Limits, Lost, Received, Sent, Welcome
-from fldist.wire.nccl import ENVIRONMENT, NcclPair, nccl_carrier
+from fldist.wire.link import Combined, Joined, Limits, Lost, Received, Sent, Welcome
+from fldist.wire.nccl import ENVIRONMENT, NcclPair, NcclWorld, nccl_carrier
 from fldist.wire.pair import Ends
+from fldist.wire.world import Members, packed, room, unpacked
 from tests import stand_in
 from tests.conftest import CONTEXT, Recorder, WarmProcess, small
 from tests.needs import needs_gpus
@@ -239,6 +242,141 @@ def test_bodies_that_belong_on_the_cpu_are_received_beside_them(
     assert len(waiting.landed) == 2
 
 
+# ---- all ranks
+RANKS = 3
+
+
+@pytest.fixture
+def worlds(nccl: None) -> Iterator[Callable[..., list[NcclWorld]]]:
+    """Makes the ends of a world of three; they are released at the end."""
+    made: list[NcclWorld] = []
+
+    def make(limits: Limits = CALM) -> list[NcclWorld]:
+        store = dist.HashStore()
+        made.extend(NcclWorld(Members(rank, RANKS, store, lambda: "127.0.0.1", limits), CPU) for rank in range(RANKS))
+        for world in made:
+            world.open()
+        return made
+
+    yield make
+    for world in made:
+        world.release()
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of a small piece, instead of 64 MB."""
+    monkeypatch.setattr("fldist.wire.nccl.PIECE_BYTES", 1024)
+    return 1024
+
+
+@pytest.fixture(params=[False, True], ids=["everywhere on the GPU", "the root's and the last one's on the CPU"])
+def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where the ranks' tensors lie; gathers what came back to the CPU."""
+    brought: list[Any] = []
+    monkeypatch.setattr("fldist.wire.nccl.to_host", lambda tensor: brought.append(tensor) or tensor.clone())
+    monkeypatch.setattr(NcclWorld, "_is_away", lambda self, tensor: request.param and self.rank != 1)
+    return brought
+
+
+def begun(rank: int) -> list[tuple[str, int]]:
+    """What this rank has asked its group for."""
+    (group,) = [g for g in ProcessGroupNCCL.made if g._arguments[1] == rank]
+    return group.begun
+
+
+def test_a_broadcast_reaches_all_piece_by_piece(worlds: Callable[..., list[NcclWorld]], pieces: int, away: Any) -> None:
+    ranks = worlds()
+    assert ProcessGroupNCCL.made == []  # nothing is made before there is something to exchange
+    sent = torch.randint(0, 256, (2 * pieces + 100,), dtype=torch.uint8)
+    tensors = [sent.clone(), torch.zeros_like(sent), torch.zeros_like(sent)]
+    results = together(*(lambda w=w, t=t: w.broadcast(t) for w, t in zip(ranks, tensors, strict=True)))
+    assert results == [None] * RANKS
+    assert all(torch.equal(t, sent) for t in tensors)
+    assert begun(0) == begun(1) == begun(2) == [("broadcast", pieces), ("broadcast", pieces), ("broadcast", 100)]
+    for group in ProcessGroupNCCL.made:
+        assert group.environment.items() >= ENVIRONMENT.items()
+        assert group.options.config.blocking == 0
+        assert all(work.waited for work in group.works), "a stream was not synchronised"
+    assert not any(w._under_way for w in ranks)
+
+
+def test_a_gather_brings_every_ranks_parts_to_the_root_piece_by_piece(
+    worlds: Callable[..., list[NcclWorld]], pieces: int, away: Any
+) -> None:
+    ranks = worlds()
+    sizes = {1: [700, 0, 1500], 2: [3]}
+    parts = {r: [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in each] for r, each in sizes.items()}
+    capacity = room(sizes[1])
+    got = together(*(lambda w=w: w.gather(parts.get(w.rank, []), capacity) for w in ranks))
+    assert got[1:] == [{}, {}]
+    assert set(got[0]) == {1, 2}
+    for rank, buffer in got[0].items():
+        assert torch.equal(buffer, packed(parts[rank], capacity))
+        for part, out in zip(parts[rank], unpacked(buffer, sizes[rank]), strict=True):
+            assert torch.equal(part, out)
+    assert begun(0) == [("gather", RANKS * pieces)] * 2 + [("gather", RANKS * (capacity - 2 * pieces))]
+    assert begun(1) == [("gather", 0)] * 3
+    assert len(away) == 3 * (RANKS - 1)  # every piece is brought to the CPU, whatever the root's GPU is
+
+
+def test_with_many_ranks_less_of_each_is_gathered_at_a_time(
+    worlds: Callable[..., list[NcclWorld]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fldist.wire.nccl.GATHERED_BYTES", 3 * 640 + 50)
+    ranks = worlds()
+    part = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+    got = together(*(lambda w=w: w.gather([part] if w.rank else [], room([1000])) for w in ranks))
+    assert torch.equal(got[0][2][:1000], part)
+    assert begun(0) == [("gather", 3 * 640), ("gather", 3 * 384)]
+
+
+@pytest.mark.parametrize("how", ["sum", "max"])
+def test_a_reduction_of_int64_gives_the_root_what_it_should(
+    worlds: Callable[..., list[NcclWorld]], pieces: int, away: Any, how: Any
+) -> None:
+    ranks = worlds()
+    blocks = [torch.randint(-(2**60), 2**60, (300,)) for _ in range(RANKS)]
+    stacked = torch.stack(blocks)
+    wanted = stacked.sum(dim=0) if how == "sum" else stacked.amax(dim=0)
+    assert together(*(lambda w=w, b=b: w.reduce(b, how) for w, b in zip(ranks, blocks, strict=True))) == [None] * RANKS
+    assert torch.equal(blocks[0], wanted)
+    assert begun(0) == [("reduce", pieces)] * 2 + [("reduce", 300 * 8 - 2 * pieces)]
+
+
+def test_an_exchange_that_somebody_stays_away_from_has_a_limit(worlds: Callable[..., list[NcclWorld]]) -> None:
+    ranks = worlds(QUICK)
+    blocks = [torch.ones(2000, dtype=torch.int64) for _ in range(RANKS)]
+    together(*(lambda w=w, b=b: w.reduce(b, "sum") for w, b in zip(ranks, blocks, strict=True)))  # connected
+    began = time.monotonic()
+    root, second = together(lambda: ranks[0].reduce(blocks[0], "sum"), lambda: ranks[1].broadcast(torch.ones(9)))
+    assert isinstance(root, DeadlineExceeded), root
+    assert isinstance(second, DeadlineExceeded), second
+    assert 0.25 < time.monotonic() - began < 2.0
+
+
+def test_a_world_that_is_released_frees_who_waits_and_begins_nothing(worlds: Callable[..., list[NcclWorld]]) -> None:
+    ranks = worlds()
+    together(*(lambda w=w: w.broadcast(torch.ones(5000, dtype=torch.uint8)) for w in ranks))
+    into = torch.zeros(5000, dtype=torch.uint8)
+
+    def release() -> None:
+        time.sleep(0.1)
+        ranks[1].release_aside()
+        ranks[1].release_aside()
+        ranks[1].wait_released(5.0)
+
+    began = time.monotonic()
+    waiting, _ = together(lambda: ranks[1].broadcast(into), release)
+    assert time.monotonic() - began < 1.5
+    assert isinstance(waiting, PeerLost), waiting
+    assert str(waiting) == "the session has ended"
+    assert int(into[0]) == 0xEE  # spoilt, and kept until the group is gone
+    assert [t.data_ptr() for kept in ranks[1]._under_way.values() for t in kept] == [into.data_ptr()]
+    with pytest.raises(PeerLost, match="the session has ended"):
+        ranks[1].reduce(torch.ones(3, dtype=torch.int64), "sum")
+
+
 # ---- a session
 def frame(kind: FrameType, value: int) -> Frame:
     tensor = torch.full((BODY,), value, dtype=torch.uint8)
@@ -316,18 +454,85 @@ def test_a_session_that_ends_in_the_middle_of_a_transfer_leaves_nobody_waiting(
     assert all(g.aborted for g in ProcessGroupNCCL.made)
 
 
+@contextlib.contextmanager
+def exchange(limits: Limits) -> Iterator[tuple[GlooServer, GlooHost]]:
+    """A server and a host that have added up blocks already, so that their group of all ranks is connected."""
+    server = GlooServer(ranks=[1], limits=limits, carrier=nccl_carrier(CPU))
+    server.expected = expected()
+    server.admit(Welcome(bytes(16), 1, {}, backend="nccl"))
+    host = GlooHost(server.address, 1, server.token, limits, lambda welcome: nccl_carrier(CPU))
+    host.expected = expected()
+    host.ready()
+    try:
+        assert isinstance(server.next_event(5), Joined)
+        server.open_world()
+        block = torch.full((3000,), 2)
+        server.reduce([(block, "sum")])
+        assert host.recv().head.type is FrameType.REDUCE
+        host.reduce([(torch.full((3000,), 3), "sum")])
+        assert isinstance(server.next_event(5), Combined)
+        assert block.unique().tolist() == [5]
+        yield server, host
+    finally:
+        host.close()
+        server.close(2.0)
+
+
+def all_aborted(within_s: float) -> bool:
+    """Whether both ends of the group of all ranks, and nothing else, were made and are aborted by then."""
+    deadline = time.monotonic() + within_s
+    while not all(g.aborted for g in ProcessGroupNCCL.made) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [g.aborted for g in ProcessGroupNCCL.made] == [True, True]
+
+
+def test_an_exchange_whose_limit_is_over_ends_the_session_and_aborts_the_group(nccl: None) -> None:
+    with exchange(Limits(join_s=10.0, silence_s=1.0, transfer_s=0.5)) as (server, host):
+        server.reduce([(torch.ones(3000, dtype=torch.int64), "sum")])
+        assert host.recv().head.type is FrameType.REDUCE  # and does not take part
+        began = time.monotonic()
+        lost = server.next_event(10)
+        assert lost == Lost(1, "the exchange between all ranks failed: a transfer did not end in time")
+        with pytest.raises(PeerLost):
+            host.recv()
+        assert time.monotonic() - began < 4.0
+        assert all_aborted(2.0)
+
+
+@pytest.mark.parametrize("who", ["the host", "the server"])
+def test_a_session_that_ends_within_an_exchange_frees_both_ends(nccl: None, who: str) -> None:
+    """Long before the limit on a transfer."""
+    with exchange(CALM) as (server, host):
+        block = torch.ones(3000, dtype=torch.int64)
+        alone = host if who == "the host" else server  # takes part, and the other one does not
+
+        def end() -> None:
+            time.sleep(0.1)
+            server.abort(1, "for the test")
+
+        began = time.monotonic()
+        error, _ = together(lambda: alone.reduce([(block, "sum")]), end)
+        if who == "the host":
+            assert isinstance(error, PeerLost), error
+            assert str(error) == "the exchange between all ranks failed: the session has ended"
+        assert server.next_event(2) == Lost(1, "for the test")
+        assert all_aborted(1.0)
+        assert time.monotonic() - began < 2.0
+
+
 # ---- runs
 class Hosts:
     """A `spawn` whose hosts have the stand-in and a GPU of this name."""
 
     def __init__(self, gpu: str) -> None:
         self._gpu = gpu
+        self.moments: dict[int, tuple[Any, ...]] = {}  # what happens to which rank, see `moments.py`
         self.all: list[WarmProcess] = []
         self.newest: dict[int, WarmProcess] = {}
 
     def __call__(self, address: tuple[str, int], rank: int, token: str, log: Path, join_s: float) -> WarmProcess:
         made = WarmProcess.__new__(WarmProcess)
-        arguments = (self._gpu, address, rank, token, str(log), join_s)
+        arguments = (self._gpu, address, rank, token, str(log), join_s, self.moments.get(rank))
         made.process = CONTEXT.Process(target=stand_in.host, args=arguments, daemon=True)
         made.process.start()
         self.all.append(made)
@@ -375,6 +580,49 @@ def test_a_host_that_is_killed_costs_its_round_alone(armed: None, tmp_path: Path
     assert [line["committed"] for line in seen.lines] == [True] * 5
 
 
+def world_of(size: int) -> ProcessGroupNCCL:
+    """This process's end of the group of all ranks."""
+    (group,) = [g for g in ProcessGroupNCCL.made if g.size == size]
+    return group
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.parametrize(("topology", "back"), [("collective", "gather"), ("reduce", "reduce")])
+def test_a_run_over_the_group_of_all_ranks_gives_the_same_bits(
+    armed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, topology: str, back: str
+) -> None:
+    hosts = Hosts("GPU-{rank}")
+    alone = fldist.run(large(algorithm), output=tmp_path / "alone")
+    monkeypatch.setattr(NcclWorld, "_is_away", lambda self, tensor: True)  # as all is at the server
+    settings = load(large(algorithm, backend="nccl", topology=topology))
+    there = run_here(settings, nproc=3, output=tmp_path / "there", spawn=hosts)
+    assert there["backend"] == "nccl"
+    assert there["state_hash"] == alone["state_hash"]
+    for what in ("logical", "encoded", "by_kind"):
+        assert there["bytes"][what] == alone["bytes"][what]
+    assert all(process.poll() == 0 for process in hosts.all)
+    group = world_of(3)
+    assert {way for way, _ in group.begun} == {"broadcast", back}
+    assert all(work.waited for work in group.works)
+    assert group.aborted  # as a run's end does it
+
+
+@pytest.mark.parametrize("topology", ["collective", "reduce"])
+def test_a_host_killed_within_an_exchange_ends_the_run_and_nobody_hangs(
+    armed: None, tmp_path: Path, topology: str
+) -> None:
+    hosts = Hosts("GPU-{rank}")
+    hosts.moments[2] = ("in the world", int(signal.SIGKILL), 2, str(tmp_path / "mark"))
+    settings = load(large("fedavg", backend="nccl", topology=topology, deadlines={"client_timeout_s": 2.0}))
+    with pytest.raises(RunStopped, match=rf"host \d lost \(.*\); topology {topology} needs every rank"):
+        run_here(settings, nproc=4, output=tmp_path / "run", spawn=hosts)
+    struck = float((tmp_path / "mark").read_text())
+    assert time.monotonic() - struck < 10.0
+    assert hosts.newest[2].poll() == -signal.SIGKILL
+    assert all(process.poll() is not None for process in hosts.all)
+    assert world_of(4).aborted
+
+
 def test_two_ranks_on_one_gpu_are_refused_by_name(armed: None, tmp_path: Path) -> None:
     hosts = Hosts("GPU-9")
     with pytest.raises(
@@ -398,3 +646,17 @@ def test_nccl_between_gpus_gives_what_gloo_gives(tmp_path: Path, monkeypatch: py
     assert by_nccl["backend"] == "nccl"
     assert by_nccl["state_hash"] == by_gloo["state_hash"]  # the same GPUs, the same arithmetic
     assert by_nccl["bytes"]["logical"] == by_gloo["bytes"]["logical"]
+
+
+@pytest.mark.parametrize("topology", ["collective", "reduce"])
+def test_nccl_between_all_ranks_gives_what_a_star_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: str
+) -> None:
+    needs_gpus(2)
+    monkeypatch.undo()
+    nproc = min(4, torch.cuda.device_count())
+    config = large("scaffold", device="cuda", backend="nccl")
+    star = fldist.run(config, output=tmp_path / "star", nproc=nproc)
+    there = fldist.run({**config, "topology": topology}, output=tmp_path / topology, nproc=nproc)
+    assert there["state_hash"] == star["state_hash"]
+    assert there["bytes"]["logical"] == star["bytes"]["logical"]

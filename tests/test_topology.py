@@ -16,7 +16,7 @@ import fldist
 from fldist.config import ConfigError, load
 from fldist.runner import run_here
 from fldist.runtime.membership import RunStopped
-from fldist.wire.world import ALIGNMENT, packed, room, unpacked
+from fldist.wire.world import ALIGNMENT, pack, packed, room, unpacked
 from tests.conftest import Hosts, Recorder, small
 from tests.test_launch import ALGORITHMS, ROOT, config, ledger, mpirun, outcome
 
@@ -208,3 +208,14 @@ def test_parts_come_out_of_a_gathered_buffer_as_they_went_in(sizes: list[int], s
         assert torch.equal(part, out)
         assert (out.data_ptr() - buffer.data_ptr()) % ALIGNMENT == 0
     assert int(buffer[room(sizes) :].sum()) == 0
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(sizes=st.lists(st.integers(0, 300), max_size=6), spare=st.integers(0, 3), length=st.integers(1, 500))
+def test_a_buffer_packed_window_by_window_is_the_same(sizes: list[int], spare: int, length: int) -> None:
+    parts = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    whole = packed(parts, room(sizes) + spare * ALIGNMENT)
+    windows = [torch.full_like(window, 77) for window in whole.split(length)]
+    for number, window in enumerate(windows):
+        pack(window, number * length, parts)
+    assert torch.equal(torch.cat(windows), whole)
