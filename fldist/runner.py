@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fldist import blocks
 from fldist.config import ConfigError, Settings, build
 from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
@@ -314,7 +315,7 @@ def _pair(backend: str, device: torch.device) -> MakePair:
 
 def _landing(backend: str) -> Callable[..., torch.Tensor]:
     """Where the server wants replies' bodies: in the CPU's memory, pinned where they come out of a GPU's."""
-    return pinned_empty if backend == "nccl" else torch.empty
+    return pinned_empty if backend == "nccl" else blocks.empty
 
 
 def _serve_torchrun(

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.kinds import FOLDED, HELD, Field, Form, Kind, Schema
 from fldist.params import Layout, Params
 from fldist.wire.errors import BadMessage
@@ -195,15 +196,15 @@ class Frame:
         """Bytes of all bodies."""
         return sum(p.bytes for p in self.parts if p.place is Place.BODY)
 
-    def allocate(self, empty: Callable[..., Tensor] = torch.empty) -> None:
-        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries. empty: makes them."""
+    def allocate(self, empty: Callable[..., Tensor] = blocks.empty) -> None:
+        """Make room for the bodies, in blocks at 64-byte boundaries. empty: makes them."""
         for part in self.bodies:
             part.tensor = empty(part.shape, dtype=part.dtype)
 
     def allocate_world(self) -> None:
         """Make room for what is broadcast."""
         for part in self.world:
-            part.tensor = torch.empty(part.shape, dtype=part.dtype)
+            part.tensor = blocks.empty(part.shape, dtype=part.dtype)
 
     def checksum(self) -> int:
         """crc32 over the bodies in order."""

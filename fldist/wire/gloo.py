@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, encode
 from fldist.wire.control import Connection, ControlPlane, control_frame, new_token, proof, trust
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
@@ -60,7 +61,7 @@ class GlooServer(ServerLink):
         checksum: bool = False,
         survives: str = "",
         pair: MakePair = GlooPair,
-        empty: Callable[..., Tensor] = torch.empty,
+        empty: Callable[..., Tensor] = blocks.empty,
     ) -> None:
         super().__init__()
         self._pair = pair

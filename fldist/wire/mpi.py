@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.codec import (
     CHECKSUMMED,
     MAX_HEAD_BYTES,
@@ -155,7 +156,7 @@ class Engine:
         self.expected: Expected | None = None
         self.expects_world = False
         """Whether a frame's parts for all ranks are broadcast to this one."""
-        self.empty: Callable[..., Tensor] = torch.empty
+        self.empty: Callable[..., Tensor] = blocks.empty
         self.transport_in = 0
         self.transport_out = 0
         self._deliver = deliver
@@ -583,7 +584,7 @@ class MpiServer(ServerLink):
         sizes = {rank: [p.bytes for p in theirs] for rank, theirs in parts.items()}
         ranks = sorted(self._engine.peers)
         counts = [0, *(room(sizes.get(rank, [])) for rank in ranks)]
-        buffer = torch.empty(sum(counts), dtype=torch.uint8)
+        buffer = blocks.empty(sum(counts), torch.uint8)
         self._padding += buffer.numel() - sum(map(sum, sizes.values()))
         for rank in ranks:
             self.post(rank, Frame(Head(FrameType.GATHER), note={"bytes": counts[rank]}))

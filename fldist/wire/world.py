@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fldist import blocks
+
 How = Literal["sum", "max"]
 _UNBLOCK_TAG = 1
 ALIGNMENT = 64
@@ -31,7 +33,7 @@ def room(sizes: Sequence[int]) -> int:
 
 def packed(parts: Sequence[Tensor], capacity: int) -> Tensor:
     """Byte tensors one after the other, aligned, in a buffer of `capacity` bytes; the rest of it is zero."""
-    buffer = torch.empty(capacity, dtype=torch.uint8)
+    buffer = blocks.empty(capacity, torch.uint8)
     at = 0
     for part in parts:
         end = at + part.numel()
@@ -79,7 +81,7 @@ class World:
         """The buffers of all ranks, by rank, at the root, where `mine` is one of them; [] elsewhere."""
         options = dist.GatherOptions()
         options.rootRank = 0
-        theirs = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else []
+        theirs = [blocks.empty(mine.shape, mine.dtype) for _ in range(self.size)] if self.rank == 0 else []
         self._wait(self._group.gather([theirs] if theirs else [], [mine], options))
         return theirs
 
