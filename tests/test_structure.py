@@ -23,12 +23,12 @@ ALLOWED: dict[str, set[str]] = {
     "kinds": {"params"},
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params"},
-    "models": {"params", "seeding", "vision"},
+    "models": {"blocks", "params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
-    "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
+    "runtime": {"blocks", "wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
