@@ -63,7 +63,7 @@ class Blocks:
         with self._lock:
             self._count += 1
             found = None
-            for index in range(len(self._kept)):
+            for index in reversed(range(len(self._kept))):  # the newest first: what is not needed grows old
                 # a tensor on this memory holds a slice, which holds it: this tuple and the argument make two more
                 if self._kept[index][0].size == size + ALIGNMENT and sys.getrefcount(self._kept[index][0]) == 2:
                     found = self._kept.pop(index)[0]

@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
-    "runtime": {"blocks", "wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
+    "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
+ALLOWED["runtime"] |= {"blocks"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime"}
