@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.params import Params
 
 Integers = Literal["mean", "max", "keep"]
@@ -158,7 +159,7 @@ def scale_exponent(limit: float) -> int:
 
 def fold_limit(reference: Tensor) -> float:
     """L = 64 max(1, max|reference|): the largest magnitude that a contribution's element may have."""
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
+    largest = max(abs(float(v)) for v in torch.aminmax(reference)) if reference.numel() else 0.0
     return _HEADROOM * (largest if math.isnan(largest) else max(1.0, largest))
 
 
@@ -186,7 +187,7 @@ class FixedPoint(Accumulator):
             raise ValueError("the model that was sent holds NaN or infinity; nothing can be folded on its scale")
         self.exponent = scale_exponent(self.limit)
         device = self.reference.device
-        self.floats = torch.zeros(self.reference.floats.numel(), dtype=torch.int64, device=device)
+        self.floats = blocks.zeros(self.reference.floats.numel(), torch.int64, device)
         self.ints = torch.zeros(self.reference.ints.numel(), dtype=torch.int64, device=device)
         self.weights: dict[int, float] = {}
         self._total = Fraction(0)  # exact, so that no order of arrival decides whether the bound is kept
@@ -297,7 +298,7 @@ class FixedPoint(Accumulator):
         if self.divide and total <= 0.0:
             raise NoWeight("the weights of all replies sum to 0; a mean needs at least one positive weight")
         back = self.bound / total if self.divide else self.bound
-        floats = torch.empty(self.floats.numel(), dtype=torch.float32, device=self.floats.device)
+        floats = blocks.empty(self.floats.numel(), device=self.floats.device)
         for start in range(0, floats.numel(), self._chunk):
             stop = min(start + self._chunk, floats.numel())
             work = self._work[: stop - start]

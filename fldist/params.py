@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fldist import blocks
+
 Travel = Literal["all", "floats", "params"]
 
 
@@ -141,7 +143,7 @@ class Params:
     @classmethod
     def zeros(cls, layout: Layout, device: torch.device | None = None) -> Params:
         """All zeros in the given layout, on the CPU unless a device is named."""
-        floats = torch.zeros(layout.num_floats, device=device)
+        floats = blocks.zeros(layout.num_floats, device=device)
         return cls(layout, floats, torch.zeros(layout.num_ints, dtype=torch.int64, device=device))
 
     @property
@@ -179,7 +181,7 @@ class Params:
 
     def clone(self) -> Params:
         """A copy in blocks of its own."""
-        return Params(self.layout, self.floats.clone(), self.ints.clone())
+        return Params(self.layout, blocks.copy(self.floats), self.ints.clone())
 
     @property
     def device(self) -> torch.device:

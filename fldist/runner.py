@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fldist import blocks
 from fldist.config import ConfigError, Settings, build
 from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
@@ -104,13 +105,13 @@ def choose_backend(settings: Settings, world: World, nproc: int) -> str:
 
 
 def _gloo_or_nccl(settings: Settings, place: Place) -> str:
-    """NCCL where it is asked for, and under `auto` where every rank of this machine has a GPU of its own."""
-    problem = nccl_problem(settings.device, place.size) if settings.backend != "gloo" else "gloo is asked for"
-    if problem is None:
-        return "nccl"
-    if settings.backend == "nccl":
+    """NCCL where it is asked for, gloo under `auto`: what nobody has run on a GPU yet is nobody's default."""
+    if settings.backend != "nccl":
+        return "gloo"
+    problem = nccl_problem(settings.device, place.size)
+    if problem is not None:
         raise ConfigError(f"backend: {problem}")
-    return "gloo"
+    return "nccl"
 
 
 def _place(world: World, nproc: int = 1) -> Place:
@@ -314,7 +315,7 @@ def _carrier(backend: str, device: torch.device) -> Carrier:
 
 def _landing(backend: str) -> Callable[..., torch.Tensor]:
     """Where the server wants replies' bodies: in the CPU's memory, pinned where they come out of a GPU's."""
-    return pinned_empty if backend == "nccl" else torch.empty
+    return pinned_empty if backend == "nccl" else blocks.empty
 
 
 def _serve_torchrun(

@@ -117,14 +117,15 @@ ALONE = World(0, 1, "alone")
     [
         (0, 3, {}, "gloo"),
         (2, 3, {}, "gloo"),
-        (3, 3, {}, "nccl"),
+        (3, 3, {}, "gloo"),
+        (3, 3, {"backend": "nccl"}, "nccl"),
         (4, 3, {"device": "cpu"}, "gloo"),
         (4, 3, {"backend": "gloo"}, "gloo"),
         (4, 3, {"backend": "nccl", "device": "cuda"}, "nccl"),
         (4, 1, {}, "in-process"),
     ],
 )
-def test_auto_means_nccl_where_every_rank_has_a_gpu(
+def test_auto_means_gloo_and_nccl_is_asked_for(
     gpus: Any, count: int, nproc: int, changes: dict[str, Any], backend: str
 ) -> None:
     gpus(count)
@@ -132,15 +133,20 @@ def test_auto_means_nccl_where_every_rank_has_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("local", "address", "backend"), [("2", "node7", "nccl"), ("5", "node7", "gloo"), ("1", "127.0.0.1", "gloo")]
+    ("local", "address", "ranks"), [(2, "node7", 0), (5, "node7", 5), (1, "127.0.0.1", 8)], ids=["fits", "five", "all"]
 )
 def test_under_torchrun_it_depends_on_the_ranks_of_the_machine(
-    gpus: Any, monkeypatch: pytest.MonkeyPatch, local: str, address: str, backend: str
+    gpus: Any, monkeypatch: pytest.MonkeyPatch, local: int, address: str, ranks: int
 ) -> None:
     """Agents of their own on one machine each say that they have one rank; the address tells that all are here."""
     gpus(4)
     monkeypatch.setenv("MASTER_ADDR", address)
-    assert choose_backend(load(small()), World(0, 8, "torchrun", False, 0, int(local)), 1) == backend
+    settings, world = load(small(backend="nccl")), World(0, 8, "torchrun", False, 0, local)
+    if not ranks:
+        assert choose_backend(settings, world, 1) == "nccl"
+        return
+    with pytest.raises(ConfigError, match=f"this machine has {ranks} ranks on 4; .* use backend=gloo"):
+        choose_backend(settings, world, 1)
 
 
 def test_mpi_carries_bodies_itself(gpus: Any) -> None:

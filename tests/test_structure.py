@@ -14,21 +14,23 @@ PACKAGE = Path(__file__).parents[1] / "fldist"
 
 # what each part may import of the package; "" is the package's own __init__ (the version)
 ALLOWED: dict[str, set[str]] = {
-    "params": set(),
+    "blocks": set(),
+    "params": {"blocks"},
     "seeding": set(),
     "resolve": set(),
     "vision": set(),
     "lines": set(),
     "kinds": {"params"},
-    "fold": {"params"},
-    "wire": {"kinds", "lines", "params"},
-    "models": {"params", "seeding", "vision"},
+    "fold": {"blocks", "params"},
+    "wire": {"blocks", "kinds", "lines", "params"},
+    "models": {"blocks", "params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
+ALLOWED["runtime"] |= {"blocks"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime"}

@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from fldist import blocks
 from fldist.params import Params
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -87,7 +88,7 @@ class Network:
         params.bind(module)
         self.module = module
         self.params = params
-        self.gradient = torch.zeros(params.layout.num_params, device=params.device)  # [P]
+        self.gradient = blocks.zeros(params.layout.num_params, device=params.device)  # [P]
         self._frozen = tuple(frozen)
         self._batch_norm = batch_norm
         self._thawed = [t for t in closed.values() if t.requires_grad]
@@ -227,9 +228,8 @@ def train(
     while progress.epochs < epochs:
         if before_epoch is not None:
             before_epoch(progress.epochs)
-        total = torch.zeros((), dtype=torch.float64, device=networks[0].params.device)
-        seen = 0
-        loss = None
+        losses: list[Tensor] = []
+        counts: list[int] = []
         for batch in progress.order.epoch():
             for network in networks:
                 network.gradient.zero_()
@@ -244,12 +244,16 @@ def train(
             if after_step is not None:
                 after_step()
             progress.steps += 1
-            total += loss.detach() * len(batch)
-            seen += len(batch)
+            losses.append(loss.detach())
+            counts.append(len(batch))
         progress.epochs += 1
-        if loss is not None:
-            progress.last_loss = float(loss.detach())
-        progress.losses.append(float(total) / seen if seen else float("nan"))
+        if losses:
+            # read once an epoch: no step waits for a GPU, or spends time on a sum of its own
+            values = torch.stack(losses).cpu().double()
+            progress.last_loss = float(values[-1])
+            progress.losses.append(float(values @ torch.tensor(counts, dtype=torch.float64)) / sum(counts))
+        else:
+            progress.losses.append(float("nan"))
     return progress
 
 

@@ -116,7 +116,11 @@ def _pack(value: Any, tensors: dict[str, Tensor], layouts: list[Layout]) -> Any:
 
     def put(tensor: Tensor) -> str:
         name = str(len(tensors))
-        tensors[name] = tensor.detach().cpu().clone().contiguous()  # safetensors takes no shared memory
+        flat = tensor.detach().cpu().contiguous()
+        memory = flat.untyped_storage().data_ptr()
+        if any(memory == other.untyped_storage().data_ptr() for other in tensors.values()):
+            flat = flat.clone()  # safetensors takes no shared memory
+        tensors[name] = flat
         return name
 
     if isinstance(value, Params):

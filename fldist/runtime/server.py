@@ -231,6 +231,7 @@ class ServerLoop:
             with forked(job.seed, "init_server"):
                 state = moved(job.algorithm.init_server(job.task), CPU)
         view = ServerView(job, state)
+        del state  # it would keep the first model for the whole run
         stages = job.algorithm.stages(job.rounds)
         if keeper is not None and keeper.resumed is not None:
             _check_stages(keeper.resumed.facts["stages"], stages, done)
@@ -249,7 +250,7 @@ class ServerLoop:
         if keeper is not None and keeper.resumed is not None:
             for problem in keeper.resumed.problems:
                 self.observer.warning(problem)
-            self._committed = state
+            self._committed = view.state
             self.observer.warning(f"continued after round {done}, from {self.output.directory}")
         else:
             self._setup(view)

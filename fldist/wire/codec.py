@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.kinds import FOLDED, HELD, Field, Form, Kind, Schema
 from fldist.params import Layout, Params
 from fldist.wire.errors import BadMessage
@@ -195,8 +196,8 @@ class Frame:
         """Bytes of all bodies."""
         return sum(p.bytes for p in self.parts if p.place is Place.BODY)
 
-    def allocate(self, empty: Callable[..., Tensor] = torch.empty) -> None:
-        """Make room for the bodies; fresh tensors, hence blocks at 64-byte boundaries. empty: makes them."""
+    def allocate(self, empty: Callable[..., Tensor] = blocks.empty) -> None:
+        """Make room for the bodies, in blocks at 64-byte boundaries. empty: makes them."""
         for part in self.bodies:
             part.tensor = empty(part.shape, dtype=part.dtype)
 

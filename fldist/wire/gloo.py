@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.carrier import GLOO, Carrier
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, encode
 from fldist.wire.control import Connection, ControlPlane, control_frame, new_token, proof, trust
@@ -62,7 +62,7 @@ class GlooServer(ServerLink):
         checksum: bool = False,
         survives: str = "",
         carrier: Carrier = GLOO,
-        empty: Callable[..., Tensor] = torch.empty,
+        empty: Callable[..., Tensor] = blocks.empty,
     ) -> None:
         super().__init__()
         self._carrier = carrier

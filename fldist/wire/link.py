@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.codec import Expected, Frame, FrameType, Head
 from fldist.wire.errors import BadMessage
 
@@ -209,7 +209,7 @@ class HostLink(ABC):
 
     expected: Expected | None = None
     """What calls may look like; set before `ready`."""
-    empty: Callable[..., Tensor] = staticmethod(torch.empty)
+    empty: Callable[..., Tensor] = staticmethod(blocks.empty)
     """Makes the tensors that bodies are received into; set before `ready`."""
 
     def __init__(self) -> None:

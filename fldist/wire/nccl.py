@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.carrier import Carrier
 from fldist.wire.errors import DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.link import How
@@ -226,7 +227,7 @@ class NcclWorld(_Groups, World):
         """Gather piece by piece; the root copies each to the CPU, through pinned memory."""
         size = self.members.size
         most = min(PIECE_BYTES, max(1, GATHERED_BYTES // size // ALIGNMENT) * ALIGNMENT)
-        buffers = [torch.empty(capacity, dtype=torch.uint8) for _ in range(1, size)] if self.rank == 0 else []
+        buffers = [blocks.empty(capacity, torch.uint8) for _ in range(1, size)] if self.rank == 0 else []
         for start in range(0, capacity, most):
             length = min(most, capacity - start)
             with self._told():

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.codec import CHECKSUMMED, Frame, FrameType, Head, decode, encode
 from fldist.wire.control import Connection
 from fldist.wire.errors import BadMessage, DeadlineExceeded, PeerLost, TransportError
@@ -104,7 +105,7 @@ class Session:
         self.run_id, self.epoch, self.incarnation = identity
         self.rank = 0
         self.expected: Any = None
-        self.empty: Callable[..., Tensor] = torch.empty
+        self.empty: Callable[..., Tensor] = blocks.empty
         self.sent_ns: dict[int, int] = {}
         self.limits = limits
         self._deliver = deliver
@@ -277,6 +278,7 @@ class Session:
             self.connection.send(encoded, self.limits.transfer_s, transport=transport)
             if bodies:
                 self._send_bodies(frame)
+            del item, frame, bodies  # nothing is kept while nothing is to be done
         self._flushed.set()
 
     def _send_bodies(self, frame: Frame) -> None:
@@ -315,6 +317,7 @@ class Session:
             if frame.head.type is FrameType.CALL or frame.bodies:
                 self._control(FrameType.ACK, seq=frame.head.seq)
             self._deliver(self, frame)
+            del frame
 
     def _receive_bodies(self, frame: Frame) -> None:
         frame.allocate(self.empty)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fldist import blocks
 from fldist.wire.link import How, Limits
 from fldist.wire.pair import gloo_group
 
@@ -37,7 +38,7 @@ def room(sizes: Sequence[int]) -> int:
 
 def packed(parts: Sequence[Tensor], capacity: int) -> Tensor:
     """Byte tensors one after the other, aligned, in a buffer of `capacity` bytes; the rest of it is zero."""
-    buffer = torch.empty(capacity, dtype=torch.uint8)
+    buffer = blocks.empty(capacity, torch.uint8)
     pack(buffer, 0, parts)
     return buffer
 
@@ -174,7 +175,7 @@ class GlooWorld(World):
     def gather(self, parts: Sequence[Tensor], capacity: int) -> dict[int, Tensor]:
         """Gather whole buffers."""
         mine = packed(parts, capacity)
-        theirs = [torch.empty_like(mine) for _ in range(self.members.size)] if self.rank == 0 else []
+        theirs = [blocks.empty(mine.shape, mine.dtype) for _ in range(self.members.size)] if self.rank == 0 else []
         begin_gather(self._group, theirs, mine).wait(self._transfer)
         return dict(list(enumerate(theirs))[1:])
 
