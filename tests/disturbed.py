@@ -132,12 +132,15 @@ Session._receive_bodies = tests.moments.halving(
     Session._receive_bodies, lambda s, f: (f.head.type, f.head.round) == (FrameType.REPLY, ROUND), die)
 """,
     "aggregating": """
-fold = Caller._fold
-def folding(self, running, message, frame):
-    refusal = fold(self, running, message, frame)
-    if self._key[0] == ROUND: die()
+begin, fold, now = Caller.begin_round, Folds.add, [0]
+def beginning(self, number, *rest):
+    now[0] = number
+    begin(self, number, *rest)
+def folding(self, client, values):
+    refusal = fold(self, client, values)
+    if now[0] == ROUND: die()
     return refusal
-Caller._fold = folding
+Caller.begin_round, Folds.add = beginning, folding
 """,
     "writing a checkpoint": """
 save = checkpoint.save_file
@@ -158,6 +161,7 @@ from fldist.runner import run_here
 from fldist.runtime.membership import RunStopped
 from fldist.runtime import checkpoint
 from fldist.runtime.caller import Caller
+from fldist.runtime.folding import Folds
 from fldist.wire.codec import FrameType
 from fldist.wire.session import Session
 ROUND = {number}

@@ -152,7 +152,7 @@ def test_the_numbers_of_kinds_and_forms_do_not_change():
         *("WEIGHTS", "VARIATES", "GRADIENTS", "LOGITS", "PROTOTYPES", "MASKS", "IMAGES", "LATENTS", "LABELS"),
         *("FACTORS", "SEEDS", "HISTOGRAM", "GENERATOR", "SCALARS", "REPORT", "PLAN"),
     ]
-    forms = ["NONE", "PARAMS", "TENSOR", "TENSORS", "FLOAT", "INT", "HELD"]
+    forms = ["NONE", "PARAMS", "TENSOR", "TENSORS", "FLOAT", "INT", "HELD", "FOLDED"]
     assert {k.name: k.value for k in Kind} == {n: i for i, n in enumerate(kinds, start=1)}
     assert {f.name: f.value for f in Form} == {n: i for i, n in enumerate(forms)}
     assert Kind.VARIATES.label == "variates"
