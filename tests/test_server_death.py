@@ -31,7 +31,7 @@ from tests.disturbed import (
 
 def test_a_server_that_is_killed_is_waited_for_by_its_hosts(tmp_path: Path) -> None:
     """F9, at each moment in turn, with hosts that live on: they join every new server and keep what they have built."""
-    settings = scaffold(rounds=6, model={"name": "mlp", "hidden": [1500, 1500]})
+    settings = scaffold(rounds=6, model={"name": "mlp", "hidden": [2500, 2500]})
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with own_agents(settings, tmp_path / "run") as hosts:
         pids = hosts.pids
