@@ -192,7 +192,7 @@ class FixedPoint(Accumulator):
         self.weights: dict[int, float] = {}
         self._total = Fraction(0)  # exact, so that no order of arrival decides whether the bound is kept
         self._largest_ints: dict[int, Tensor] = {}
-        self._absorbed = False  # whether `ints` holds the largest of contributions that were added elsewhere
+        self._combined = False  # whether `ints` holds the largest of contributions that were added elsewhere
         self._chunk = CHUNK if device.type == "cpu" else CHUNK_OF_GPU
         size = min(self._chunk, max(1, self.floats.numel()))
         self._work = torch.empty(size, dtype=torch.float64, device=device)
@@ -227,12 +227,17 @@ class FixedPoint(Accumulator):
         self._total -= Fraction(self.weights.pop(client))
 
     def absorb(self, client: int, weight: float) -> None:
-        """Take the weight of a contribution that is in the blocks of another accumulator, which `blocks` will add."""
+        """Take the weight of a contribution that is in the blocks of another accumulator, which `blocks` will add.
+
+        ValueError where that breaks the bound: the contribution cannot be taken out again.
+        """
         if not (0.0 <= weight < math.inf and self._total + Fraction(weight) <= self.bound):
-            raise Refused("range", f"weight {weight} takes the sum of weights out of 0 to {self.bound:g}")
+            raise ValueError(
+                f"the weights of all hosts' replies exceed the bound of the mean, {self.bound:g}, and topology: reduce "
+                "cannot take back what a host has added up; give Mean a larger bound, or use topology: star"
+            )
         self.weights[client] = weight
         self._total += Fraction(weight)
-        self._absorbed = True
 
     def blocks(self) -> list[Block]:
         """All contributions so far, to be combined with those of other accumulators of the same call, in place.
@@ -244,9 +249,9 @@ class FixedPoint(Accumulator):
         if self._largest_ints:
             self.ints = torch.stack(list(self._largest_ints.values())).amax(dim=0)
             self._largest_ints.clear()
-            self._absorbed = True
-        elif not self._absorbed:
+        else:
             self.ints.fill_(torch.iinfo(torch.int64).min)
+        self._combined = True
         return [Block(self.floats, "sum"), Block(self.ints, "max")]
 
     def _accumulate(self, block: Tensor, weight: float, sign: int, end: int) -> tuple[int, str] | None:
@@ -311,7 +316,7 @@ class FixedPoint(Accumulator):
         if not self.ints.numel() or self.integers == "keep":
             return self.reference.ints.clone()
         if self.integers == "max":
-            candidates = [*self._largest_ints.values(), *([self.ints] if self._absorbed else [])]
+            candidates = [*self._largest_ints.values(), *([self.ints] if self._combined and self.weights else [])]
             return torch.stack(candidates).amax(dim=0) if candidates else self.reference.ints.clone()
         if not self.divide:
             return self.ints.clone()

@@ -100,6 +100,15 @@ def arm_host(moment: str, number: int, round_number: int, mark: str) -> None:
             ready(self)
 
         GlooHost.ready = joining  # type: ignore[method-assign]
+    elif moment == "opening the world":
+        delivered = GlooHost._delivered
+
+        def opening(self: GlooHost, session: Session, frame: Frame) -> None:
+            if frame.head.type is FrameType.WORLD and not Path(mark).exists():
+                strike(number, mark)
+            delivered(self, session, frame)
+
+        GlooHost._delivered = opening  # type: ignore[method-assign]
     elif moment == "in the world":  # where the others wait for this rank
         together = GlooHost._together
 

@@ -20,6 +20,7 @@ from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
 from fldist.kinds import Masks, Once, Scalar, Variates, Weights
 from fldist.models.train import Order, train
+from fldist.params import Params
 from fldist.seeding import generator
 from fldist.selection import Candidates, Selector
 
@@ -322,3 +323,30 @@ class Collects(Base):
     @on_client
     def many(self, me: Me, data: ClientData, x: Weights) -> Update:
         return Base.update(self, me, data, x)
+
+
+@dataclass(frozen=True)
+class Heavy(Base):
+    """A mean whose bound holds for the clients of one host, and not for all."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        got = clients.selected().call(self.weigh, x=server.x, fold={"y": Mean(by="weight", bound=4)})
+        server.x = got.y
+
+    @on_client
+    def weigh(self, me: Me, data: ClientData, x: Weights) -> Weighed:
+        return Weighed(x.clone(), 1.0)
+
+
+class Weighed(NamedTuple):
+    y: Weights
+    weight: Scalar
+
+
+@dataclass(frozen=True)
+class Double(Base):
+    """Clients send float64."""
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        return Update(Params(x.layout, x.floats.double(), x.ints), data.n)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fldist
 from fldist.config import ConfigError, load
+from fldist.fold import FixedPoint, FoldContext
+from fldist.params import Layout, Params, Slot
 from fldist.runner import run_here
+from fldist.runtime.caller import ClientCodeFailed
 from fldist.runtime.membership import RunStopped
-from fldist.wire.world import ALIGNMENT, pack, packed, room, unpacked
+from fldist.wire.link import Limits
+from fldist.wire.world import ALIGNMENT, GlooWorld, Members, kept, pack, packed, room, unpacked
 from tests.conftest import Hosts, Recorder, small
 from tests.test_launch import ALGORITHMS, ROOT, config, ledger, mpirun, outcome
 
@@ -197,7 +204,87 @@ def test_a_host_killed_within_an_exchange_ends_the_run(tmp_path: Path, hosts: Ho
     assert (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_host_lost_while_all_meet_ends_the_run_and_leaves_no_thread(tmp_path: Path, hosts: Hosts, rank: int) -> None:
+    hosts.moments[rank] = ("opening the world", int(signal.SIGKILL), 0, str(tmp_path / "mark"))
+    began = time.monotonic()
+    with pytest.raises(RunStopped, match=rf"host {rank} lost \(.*\); topology reduce needs every rank"):
+        run_here(load(own("Base", "reduce")), nproc=3, output=tmp_path / "run", spawn=hosts)
+    assert time.monotonic() - began < 20
+
+
+def test_reduce_ends_a_run_whose_weights_break_the_bound(tmp_path: Path, hosts: Hosts) -> None:
+    """Each host keeps the bound by itself; a star refuses who came too late, a reduction cannot."""
+    star = run_here(load(own("Heavy", "star")), nproc=3, output=tmp_path / "star", spawn=hosts)
+    assert star["status"] == "finished"
+    with pytest.raises(ValueError, match="the weights of all hosts' replies exceed the bound of the mean, 4"):
+        run_here(load(own("Heavy", "reduce")), nproc=3, output=tmp_path / "run", spawn=hosts)
+
+
+@pytest.mark.parametrize("topology", ["star", *TOPOLOGIES])
+def test_a_reply_of_another_type_is_refused_everywhere(tmp_path: Path, hosts: Hosts, topology: str) -> None:
+    with pytest.raises(ClientCodeFailed, match="float32"):
+        run_here(load(own("Double", topology)), nproc=3, output=tmp_path / "run", spawn=hosts)
+
+
+def test_the_largest_of_negative_integers_is_no_zero() -> None:
+    layout = Layout((), (), (Slot("count", (2,), 0, 2),))
+    reference = Params(layout, torch.empty(0), torch.zeros(2, dtype=torch.int64))
+    context = FoldContext(reference, 10.0, "max")
+    host, idle, server = (FixedPoint(context, divide=True) for _ in range(3))
+    host.add(0, Params(layout, torch.empty(0), torch.tensor([-3, 5])), 1.0)
+    host.add(1, Params(layout, torch.empty(0), torch.tensor([-7, -2])), 1.0)
+    server.absorb(0, 1.0)
+    server.absorb(1, 1.0)
+    blocks = [accumulator.blocks() for accumulator in (host, idle, server)]
+    assert [b.how for b in blocks[2]] == ["sum", "max"]
+    blocks[2][1].tensor.copy_(torch.stack([b[1].tensor for b in blocks]).amax(dim=0))
+    assert server.result().ints.tolist() == [-3, 5]
+
+
+def test_a_late_rank_is_waited_for_as_long_as_a_transfer_may_last() -> None:
+    """Not as long as a rank may take to join, which is what gloo's groups are made with."""
+    store = dist.HashStore()
+    limits = Limits(join_s=0.8, transfer_s=30.0)
+    worlds = [GlooWorld(Members(rank, 2, store, lambda: "127.0.0.1", limits)) for rank in range(2)]
+    failed: list[Exception] = []
+
+    def be(world: GlooWorld) -> None:
+        try:
+            world.open()
+            block = torch.full((1000,), world.rank + 1, dtype=torch.int64)
+            for step in range(3):
+                time.sleep(1.2 if world.rank == step % 2 else 0.0)
+                if step == 0:
+                    world.broadcast(block.view(torch.uint8))
+                    assert int(block[-1]) == 1
+                elif step == 1:
+                    got = world.gather([] if world.rank == 0 else [block.view(torch.uint8)], 8000)
+                    assert sorted(got) == ([1] if world.rank == 0 else [])
+                else:
+                    world.reduce(block, "sum")
+                    assert world.rank or int(block[0]) == 2
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=be, args=(world,)) for world in worlds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert failed == []
+    for world in worlds:
+        world.release()
+
+
 # ---- gathered buffers
+def test_a_small_part_that_is_kept_does_not_hold_the_whole_buffer() -> None:
+    buffer = torch.zeros(100_000, dtype=torch.uint8)
+    small, large = kept(buffer[:1000], buffer), kept(buffer[:50_000], buffer)
+    assert small.untyped_storage().nbytes() == 1000
+    assert large.data_ptr() == buffer.data_ptr()
+
+
 @settings(max_examples=50, deadline=None, database=None)
 @given(sizes=st.lists(st.integers(0, 300), max_size=6), spare=st.integers(0, 3))
 def test_parts_come_out_of_a_gathered_buffer_as_they_went_in(sizes: list[int], spare: int) -> None:

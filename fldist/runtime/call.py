@@ -35,6 +35,7 @@ class Call:
     common: list[str] = field(default_factory=list)  # arguments that are large, and the same for all
     told: dict[str, Any] = field(default_factory=dict)  # under `reduce`: how hosts fold
     held: list[Received] = field(default_factory=list)  # under `collective`: replies whose parts are still to come
+    arrived: dict[int, int] = field(default_factory=dict)  # client -> rank, of these
     folded: list[Booked] = field(default_factory=list)  # replies that were accepted
     first: dict[int, int] = field(default_factory=dict)  # by host: the first client it was given
 

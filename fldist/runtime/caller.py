@@ -434,7 +434,8 @@ class Caller:
                 if event.frame.world:
                     running.held.append(event)
                     for message in event.frame.messages:
-                        running.outstanding.pop(message.client, None)
+                        if running.outstanding.get(message.client) == event.rank:
+                            running.arrived[message.client] = running.outstanding.pop(message.client)
                 else:
                     self._take(running, event)
             else:
@@ -457,10 +458,10 @@ class Caller:
         frames: dict[int, list[Frame]] = {rank: [] for rank in self.placement.alive}
         for event in running.held:
             frames[event.rank].append(event.frame)
-            running.outstanding.update({m.client: event.rank for m in event.frame.messages})
         self.link.gather(frames)
         self._combined()
         now = time.monotonic_ns()
+        running.outstanding.update(running.arrived)
         for event in running.held:
             self._take(running, dataclasses.replace(event, done_ns=now))
 

@@ -48,7 +48,7 @@ def write_state(path: Path, values: Mapping[str, Any], facts: Mapping[str, Any],
     """Write values (as a State holds them) and plain facts; durable: also past a power failure (fsync)."""
     tensors: dict[str, Tensor] = {}
     layouts: list[Layout] = []
-    tree = _pack(dict(values), tensors, layouts)
+    tree = _pack(dict(values), tensors, layouts, set())
     about = {"format": FORMAT, "tree": tree, "layouts": [_layout_text(x) for x in layouts], "facts": dict(facts)}
     text = json.dumps(about)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -111,15 +111,16 @@ def _crc(text: str, tensors: Mapping[str, Tensor]) -> int:
     return crc
 
 
-def _pack(value: Any, tensors: dict[str, Tensor], layouts: list[Layout]) -> Any:
-    """A value as JSON: [type, contents]; tensors go into `tensors` under a number."""
+def _pack(value: Any, tensors: dict[str, Tensor], layouts: list[Layout], memories: set[int]) -> Any:
+    """A value as JSON: [type, contents]; tensors go into `tensors` under a number. memories: where those lie."""
 
     def put(tensor: Tensor) -> str:
         name = str(len(tensors))
         flat = tensor.detach().cpu().contiguous()
-        memory = flat.untyped_storage().data_ptr()
-        if any(memory == other.untyped_storage().data_ptr() for other in tensors.values()):
+        if (memory := flat.untyped_storage().data_ptr()) in memories:
             flat = flat.clone()  # safetensors takes no shared memory
+        elif memory:
+            memories.add(memory)
         tensors[name] = flat
         return name
 
@@ -130,11 +131,12 @@ def _pack(value: Any, tensors: dict[str, Tensor], layouts: list[Layout]) -> Any:
     if isinstance(value, Tensor):
         return ["tensor", put(value)]
     if isinstance(value, State):
-        return ["state", [[k, _pack(v, tensors, layouts)] for k, v in value.values.items()]]
+        return ["state", [[k, _pack(v, tensors, layouts, memories)] for k, v in value.values.items()]]
     if isinstance(value, dict):
-        return ["dict", [[_pack(k, tensors, layouts), _pack(v, tensors, layouts)] for k, v in value.items()]]
+        pairs = [[_pack(item, tensors, layouts, memories) for item in pair] for pair in value.items()]
+        return ["dict", pairs]
     if isinstance(value, list | tuple):
-        return ["tuple" if isinstance(value, tuple) else "list", [_pack(v, tensors, layouts) for v in value]]
+        return ["tuple" if isinstance(value, tuple) else "list", [_pack(v, tensors, layouts, memories) for v in value]]
     if isinstance(value, float):
         return ["float", value.hex()]  # JSON has no NaN and no infinity
     assert value is None or isinstance(value, bool | int | str), type(value)

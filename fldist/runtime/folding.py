@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fldist.fold import Accumulator, Collect, Collected, FixedPoint, Fold, FoldContext, Mean, Refused, Sum
 from fldist.kinds import FOLDED, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
@@ -71,8 +73,16 @@ class Folds:
             if field.name not in self.accumulators:
                 left.append(value)
                 continue
+            if value is None and field.optional:
+                left.append(None)  # `add` refuses it, as the server would
+                continue
             if not isinstance(value, Params):
                 raise ValueError(f"{field.name!r} must be Params, got {type(value).__name__}")
+            if value.floats.dtype is not torch.float32 or value.ints.dtype is not torch.int64:
+                raise ValueError(
+                    f"field {field.name!r}: the blocks must be float32 and int64, not {value.floats.dtype} and "
+                    f"{value.ints.dtype}"
+                )
             left.append(FOLDED)
         return tuple(left)
 

@@ -39,7 +39,7 @@ from fldist.wire.link import (
 )
 from fldist.wire.network import pair_address
 from fldist.wire.session import Session, Store
-from fldist.wire.world import Members, World, WorldThread, room, unpacked
+from fldist.wire.world import Members, World, WorldThread, kept, room, unpacked
 
 MAX_RANKS = 4096
 """Ranks whose rendezvous a host makes room for."""
@@ -91,7 +91,7 @@ class GlooServer(ServerLink):
         self._listener = listener
         self._world: World | None = None
         self._world_thread: WorldThread | None = None
-        self._world_store = Store(self._tell_all, limits.join_s, len(ranks) + 1)
+        self._world_store: Store | None = None
         self._somebody_lost = threading.Event()
         self._padding = 0
         self.rendezvous: Any = None
@@ -197,6 +197,8 @@ class GlooServer(ServerLink):
         self._old_transport[0] += session.connection.transport_in
         self._old_transport[1] += session.connection.transport_out
         self.connected.discard(session.rank)
+        if self._world_store is not None:
+            self._world_store.shut()
         if self._world is not None:
             self._world.release_aside()
         if not self._closing:
@@ -228,6 +230,8 @@ class GlooServer(ServerLink):
 
     def _relay(self, sender: Session, key: str, value: bytes) -> None:
         """Take what a host has set in the world group's store, and tell the other hosts."""
+        if self._world_store is None:
+            raise BadMessage("the rendezvous of a group of all ranks, and there is none")
         self._world_store.receive(key, value)
         for session in list(self._sessions.values()):
             if session is not sender:
@@ -237,8 +241,12 @@ class GlooServer(ServerLink):
     def open_world(self) -> None:
         """Meet all hosts in a group."""
         size = len(self._ranks) + 1
-        first = self._sessions[min(self._ranks)]
-        world = self._world = self._carrier.world(Members(0, size, self._world_store, first.address, self.limits))
+        sessions = list(self._sessions.values())
+        if not sessions:
+            return  # its loss is about to be told
+        self._world_store = Store(self._tell_all, self.limits.join_s, size)
+        members = Members(0, size, self._world_store, sessions[0].address, self.limits)
+        world = self._world = self._carrier.world(members)
         self._world_thread = WorldThread(world, self._world_failed)
         for rank in self._ranks:
             self.post(rank, Frame(Head(FrameType.WORLD), note={"size": size}))
@@ -277,7 +285,7 @@ class GlooServer(ServerLink):
             buffers = self._world.gather([], capacity)
             for rank, theirs in parts.items():
                 for part, raw in zip(theirs, unpacked(buffers[rank], sizes[rank]), strict=True):
-                    part.tensor = raw.view(part.dtype).view(part.shape)
+                    part.tensor = kept(raw, buffers[rank]).view(part.dtype).view(part.shape)
             self.events.put(Combined())
 
         self._all_ranks(work)
@@ -298,8 +306,8 @@ class GlooServer(ServerLink):
         self._all_ranks(work)
 
     def _all_ranks(self, work: Callable[[], None]) -> None:
-        assert self._world_thread is not None, "open_world comes first"
-        self._world_thread.do(work)
+        if self._world_thread is not None:
+            self._world_thread.do(work)
 
     def abort(self, rank: int, reason: str) -> None:
         """End a host's session."""
@@ -325,6 +333,8 @@ class GlooServer(ServerLink):
         deadline = time.monotonic() + deadline_s
         while any(not s.ended for s in sessions) and time.monotonic() < deadline:
             time.sleep(0.005)
+        if self._world_store is not None:
+            self._world_store.shut()
         if self._world_thread is not None:
             self._world_thread.close(1.0)
         for session in sessions:

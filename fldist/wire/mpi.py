@@ -60,7 +60,7 @@ from fldist.wire.link import (
     own_info,
 )
 from fldist.wire.ulfm import ulfm
-from fldist.wire.world import packed, room, unpacked
+from fldist.wire.world import ALIGNMENT, kept, packed, room, unpacked
 
 log = logging.getLogger("fldist.mpi")
 
@@ -118,9 +118,9 @@ class Peer:
 class _Together:
     """An operation of all ranks: what starts it, what it gives when it has ended, and its requests meanwhile."""
 
-    start: Callable[[], list[Any]]
+    start: Callable[[list[Any]], None]
     done: Callable[[], None]
-    requests: list[Any] | None = None
+    requests: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -172,6 +172,7 @@ class Engine:
         """The communicator of all ranks, for operations of all of them; None in a process that was spawned."""
         self._together: queue.SimpleQueue[_Together] = queue.SimpleQueue()
         self._under_way: _Together | None = None
+        self._unit: Any = None
         self._sending: list[_Sending] = []
         # Requests to lost peers, each with its buffers. MPI cannot take back a transfer that has begun, and may
         # write into (or read from) its memory for as long as the request is not complete, so both are kept: for
@@ -198,7 +199,7 @@ class Engine:
             self._out.put((peer, frame, encoded))
             self._changed.notify_all()
 
-    def together(self, start: Callable[[], list[Any]], done: Callable[[], None]) -> None:
+    def together(self, start: Callable[[list[Any]], None], done: Callable[[], None]) -> None:
         """Have an operation of all ranks done, after those asked for before; the I/O thread starts it."""
         with self._changed:
             self._together.put(_Together(start, done))
@@ -368,35 +369,43 @@ class Engine:
                 if self._together.empty():
                     return False
                 self._under_way = self._together.get()
-                self._under_way.requests = self._under_way.start()
-            assert self._under_way.requests is not None
+                self._under_way.start(self._under_way.requests)
             if not all(r.Test() for r in self._under_way.requests):
                 return False
             done, self._under_way = self._under_way.done, None
             done()
         except Exception as error:
+            if self._under_way is not None:  # MPI may still touch what the requests are about
+                self._stuck.append((self._under_way, self._under_way.requests))
             self._under_way = None
             for peer in self.peers.values():
                 self.lose(peer, f"the exchange between all ranks failed: {error}")
         return True
 
-    def broadcasts(self, frame: Frame) -> list[Any]:
-        """Start the broadcast of a frame's parts for all ranks, from rank 0."""
+    def broadcasts(self, frame: Frame, requests: list[Any]) -> None:
+        """Start the broadcast of a frame's parts for all ranks, from rank 0; requests: gets what was started."""
         if self.world is None:
             raise BadMessage("a part for all ranks, and this process is none of those that began")
-        return [self.world.Ibcast([p.flat().numpy(), self._mpi.BYTE], 0) for p in frame.world]
+        for part in frame.world:
+            requests.append(self.world.Ibcast([part.flat().numpy(), self._mpi.BYTE], 0))
 
-    def reductions(self, blocks: Sequence[tuple[Tensor, How]], root: bool) -> list[Any]:
+    def gathers(self, mine: Tensor, theirs: Tensor | None, counts: Sequence[int], requests: list[Any]) -> None:
+        """Start to gather all ranks' bytes, `counts` of each, in the root's `theirs`; multiples of 64 bytes all."""
+        if self._unit is None:  # a displacement is an int: in bytes, 2 GiB of replies would be too many
+            self._unit = self._mpi.BYTE.Create_contiguous(ALIGNMENT).Commit()
+        result = None if theirs is None else [theirs.numpy(), [n // ALIGNMENT for n in counts], self._unit]
+        own = [mine.numpy(), mine.numel() // ALIGNMENT, self._unit]
+        requests.append(self.world.Igatherv(own, result, 0))
+
+    def reductions(self, blocks: Sequence[tuple[Tensor, How]], root: bool, requests: list[Any]) -> None:
         """Start to combine all ranks' int64 blocks in those of rank 0."""
         if self.world is None:
             raise BadMessage("a reduction of all ranks, and this process is none of those that began")
-        requests = []
         for block, how in blocks:
             if block.numel():
                 buffer = [block.numpy(), self._mpi.INT64_T]
                 mine, result = (self._mpi.IN_PLACE, buffer) if root else (buffer, None)
                 requests.append(self.world.Ireduce(mine, result, {"sum": self._mpi.SUM, "max": self._mpi.MAX}[how], 0))
-        return requests
 
     def _receive(self, peer: Peer) -> bool:
         if peer.lost:
@@ -468,7 +477,7 @@ class Engine:
                 peer.receiving = []
                 if from_all:
                     frame.allocate_world(self.empty)
-                    peer.receiving += self.broadcasts(frame)
+                    self.broadcasts(frame, peer.receiving)
                 for part in frame.bodies:
                     peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
             if peer.receiving is not None:
@@ -585,13 +594,11 @@ class MpiServer(ServerLink):
         """Post all frames; their parts for all ranks are broadcast once."""
         gone = [rank for rank, frame in frames.items() if not self.post(rank, frame)]
         frame = next(iter(frames.values()))
-        self._engine.together(lambda: self._engine.broadcasts(frame), _nothing)
+        self._engine.together(functools.partial(self._engine.broadcasts, frame), _nothing)
         return gone
 
     def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
         """Ask all hosts for their replies' parts, and fill these in."""
-        from mpi4py import MPI
-
         parts = {rank: [p for frame in theirs for p in frame.world] for rank, theirs in frames.items()}
         sizes = {rank: [p.bytes for p in theirs] for rank, theirs in parts.items()}
         ranks = sorted(self._engine.peers)
@@ -601,17 +608,14 @@ class MpiServer(ServerLink):
         for rank in ranks:
             self.post(rank, Frame(Head(FrameType.GATHER), note={"bytes": counts[rank]}))
 
-        def start() -> list[Any]:
-            received = [buffer.numpy(), counts, MPI.BYTE]
-            return [self._engine.world.Igatherv([bytearray(), MPI.BYTE], received, 0)]
-
         def done() -> None:
             for rank, raw in zip([0, *ranks], buffer.split(counts), strict=True):  # type: ignore[no-untyped-call]
                 for part, own in zip(parts.get(rank, []), unpacked(raw, sizes.get(rank, [])), strict=True):
-                    part.tensor = own.view(part.dtype).view(part.shape)
+                    part.tensor = kept(own, raw).view(part.dtype).view(part.shape)
             self.events.put(Combined())
 
-        self._engine.together(start, done)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._engine.together(functools.partial(self._engine.gathers, nothing, buffer, counts), done)
 
     def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
         """Ask all hosts for their blocks, and add them up."""
@@ -814,19 +818,17 @@ class MpiHost(HostLink):
 
     def gather(self, capacity: int) -> None:
         """Give the root this call's replies."""
-        from mpi4py import MPI
-
         if room([part.numel() for part in self._owed]) != capacity or self._engine.world is None:
             raise BadMessage(f"the server asks all ranks for {capacity} bytes of replies, which this one has not")
         buffer = packed(self._owed, capacity)
         self._owed.clear()
-        self._together(lambda: [self._engine.world.Igatherv([buffer.numpy(), MPI.BYTE], None, 0)])
+        self._together(functools.partial(self._engine.gathers, buffer, None, []))
 
     def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
         """Add these blocks to the root's."""
         self._together(functools.partial(self._engine.reductions, blocks, False))
 
-    def _together(self, start: Callable[[], list[Any]]) -> None:
+    def _together(self, start: Callable[[list[Any]], None]) -> None:
         """Take part in an operation of all ranks, and wait until it has ended or the server is lost."""
         ended = threading.Event()
         self._engine.together(start, ended.set)

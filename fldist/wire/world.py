@@ -60,6 +60,11 @@ def pack(window: Tensor, start: int, parts: Sequence[Tensor]) -> None:
     window[done:].zero_()
 
 
+def kept(part: Tensor, buffer: Tensor) -> Tensor:
+    """A part of a gathered buffer for whoever may keep it: a small one alone must not hold the whole buffer."""
+    return blocks.copy(part) if 4 * part.numel() < buffer.numel() else part
+
+
 def unpacked(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The byte tensors of these sizes that `packed` put into a buffer, as views of it."""
     parts, at = [], 0
@@ -133,24 +138,31 @@ class World(ABC):
 MakeWorld = Callable[[Members], World]
 
 
-def begin_broadcast(group: Any, tensor: Tensor) -> Any:
-    """Begin a broadcast from rank 0 in a group of torch's; returns the work."""
+def begin_broadcast(group: Any, tensor: Tensor, limit: timedelta | None = None) -> Any:
+    """Begin a broadcast from rank 0 in a group of torch's; returns the work. limit: on its time, where gloo looks at it
+    (a wait's own limit does not lift the group's)."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
+    if limit is not None:
+        options.timeout = limit
     return group.broadcast([tensor], options)
 
 
-def begin_gather(group: Any, theirs: Sequence[Tensor], mine: Tensor) -> Any:
+def begin_gather(group: Any, theirs: Sequence[Tensor], mine: Tensor, limit: timedelta | None = None) -> Any:
     """Begin to gather all ranks' tensors into the root's `theirs`, by rank; elsewhere that is empty."""
     options = dist.GatherOptions()
     options.rootRank = 0
+    if limit is not None:
+        options.timeout = limit
     return group.gather([list(theirs)] if theirs else [], [mine], options)
 
 
-def begin_reduce(group: Any, block: Tensor, how: How) -> Any:
+def begin_reduce(group: Any, block: Tensor, how: How, limit: timedelta | None = None) -> Any:
     """Begin to combine all ranks' blocks in the root's."""
     options = dist.ReduceOptions()
     options.rootRank = 0
+    if limit is not None:
+        options.timeout = limit
     options.reduceOp = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX  # type: ignore[assignment]
     return group.reduce([block], options)
 
@@ -162,29 +174,33 @@ class GlooWorld(World):
         super().__init__(members)
         self._transfer = timedelta(seconds=members.limits.transfer_s)
         self._group: Any = None
+        self._over = False
 
     def open(self) -> None:
         """Connect to all other ranks; waits for them as long as `join_s`."""
         members = self.members
         self._group = gloo_group(members.store, members.rank, members.size, members.address(), members.limits)
+        if self._over:  # whoever released it found no group to close
+            raise RuntimeError("the session has ended")
 
     def broadcast(self, tensor: Tensor) -> None:
         """Broadcast in place."""
-        begin_broadcast(self._group, tensor).wait(self._transfer)
+        begin_broadcast(self._group, tensor, self._transfer).wait(self._transfer)
 
     def gather(self, parts: Sequence[Tensor], capacity: int) -> dict[int, Tensor]:
         """Gather whole buffers."""
         mine = packed(parts, capacity)
         theirs = [blocks.empty(mine.shape, mine.dtype) for _ in range(self.members.size)] if self.rank == 0 else []
-        begin_gather(self._group, theirs, mine).wait(self._transfer)
+        begin_gather(self._group, theirs, mine, self._transfer).wait(self._transfer)
         return dict(list(enumerate(theirs))[1:])
 
     def reduce(self, block: Tensor, how: How) -> None:
         """Reduce in place."""
-        begin_reduce(self._group, block, how).wait(self._transfer)
+        begin_reduce(self._group, block, how, self._transfer).wait(self._transfer)
 
     def release(self) -> None:
         """Free who waits: a wait that times out closes the group's pairs."""
+        self._over = True
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 dummy = torch.empty(1, dtype=torch.uint8)
