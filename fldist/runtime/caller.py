@@ -592,6 +592,7 @@ class Caller:
                 self._accepted[client] = self._accepted.get(client, 0) + 1
                 if client in wrote:
                     self._wrote[client] = version_of(frame.head)
+        frame.drop()  # before the next bodies are received: one window a host
         event.release()
         has = sum(r == rank for r in running.outstanding.values())
         if more := running.shares.next(rank, has):

@@ -206,6 +206,11 @@ class Frame:
         for part in self.world:
             part.tensor = empty(part.shape, dtype=part.dtype)
 
+    def drop(self) -> None:
+        """Let go of all tensors; whoever keeps one has a reference of his own."""
+        for part in self.parts:
+            part.tensor = None
+
     def checksum(self) -> int:
         """crc32 over the bodies in order."""
         crc = 0

@@ -1,7 +1,8 @@
 """MPI: heads, bodies and heartbeats over MPI itself; one I/O thread per process makes all MPI calls.
 
-The thread spins for 50 us and then naps in steps of 0.5 ms, so that waiting does not burn a core; while a body is on
-its way it naps for a tenth of that, since nothing moves but when MPI is called. A head's size
+The thread spins for 50 us and then naps, so that waiting does not burn a core: for a twentieth of the time for which
+nothing has happened, at most 0.5 ms, and for 0.05 ms while a body is on its way, since nothing moves but when MPI is
+called. A head's size
 is probed before it is received, a body's size is known from the checked head. Every peer has a channel of its own
 (a communicator and a rank in it), and whatever goes wrong on a channel costs that peer alone.
 
@@ -271,7 +272,8 @@ class Engine:
             elif now - idle_since > _SPIN_S:
                 with self._changed:
                     if self._out.empty() and self._together.empty() and not self._stopping:
-                        self._changed.wait(_SHORT_NAP_S if self._moving else _NAP_S)
+                        longest = _SHORT_NAP_S if self._moving else _NAP_S
+                        self._changed.wait(min(longest, max(_SHORT_NAP_S, (now - idle_since) / 20)))
 
     @property
     def _moving(self) -> bool:
