@@ -87,11 +87,11 @@ class Layout:
 
     def restricted(self, travel: Travel) -> Layout:
         """The part that `travel` names: everything, the floats, or the trainable parameters."""
-        if travel == "params":
-            return Layout(self.params, (), ())
-        if travel == "floats":
-            return Layout(self.params, self.buffers, ())
-        return self
+        return self if travel == "all" else self._parts[travel]
+
+    @cached_property
+    def _parts(self) -> dict[Travel, Layout]:
+        return {"params": Layout(self.params, (), ()), "floats": Layout(self.params, self.buffers, ())}
 
     def fitting(self, num_floats: int, num_ints: int) -> Layout | None:
         """The part of this layout that has these sizes, or None."""

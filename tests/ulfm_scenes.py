@@ -109,11 +109,13 @@ def be_host(comm: Any, rank: int) -> None:
 # ---- the server
 
 
-def usage() -> dict[str, int]:
+def usage() -> dict[str, Any]:
+    receivers = [t for t in threading.enumerate() if t.name.startswith("fldist-mpi-receive")]
     return {
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
-        "threads": len(os.listdir("/proc/self/task")),
-        "own_threads": sorted(t.name for t in threading.enumerate()),
+        "threads": len(os.listdir("/proc/self/task")) - len(receivers),
+        "own_threads": sorted(t.name for t in threading.enumerate() if t not in receivers),
+        "receivers": len(receivers),
         "descriptors": len(os.listdir("/proc/self/fd")),
     }
 

@@ -354,3 +354,5 @@ def serve_link(host: Host, link: HostLink) -> None:
         key = (frame.head.round, frame.head.attempt)
         for reply in host.serve(frame, obsolete=lambda key=key: link.latest > key):  # type: ignore[misc]
             link.send(reply)
+            del reply
+        del frame  # a host that waits holds no blocks: the next call's are these again, perhaps still in a cache

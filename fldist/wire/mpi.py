@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ _BODY_TAG = 2
 _SPIN_S = 50e-6
 _NAP_S = 0.5e-3
 _SHORT_NAP_S = 0.05e-3
+_LARGE_BYTES = 1 << 20
+"""Bodies from this size on are received by threads of their own, where there are several peers."""
+_MOST_RECEIVERS = 8
+_POSTING_S = 1.0
+"""How long a lost peer's receive may take to be posted; it copies at most one frame's bodies."""
 _NOBODY = (bytes(16), 0, 0)
 
 
@@ -106,6 +112,7 @@ class Peer:
     head: tuple[bytearray, Any] | None = None  # a head on its way, and its request
     waiting: deque[Frame] = field(default_factory=deque)  # heads whose bodies are still to come, in order
     receiving: list[Any] | None = None
+    posting: Future[None] | None = None  # while another thread makes the requests in `receiving`
     window: int = 1
     lost: str | None = None  # why
     sent_ns: dict[int, int] = field(default_factory=dict)
@@ -174,6 +181,11 @@ class Engine:
         self._together: queue.SimpleQueue[_Together] = queue.SimpleQueue()
         self._under_way: _Together | None = None
         self._unit: Any = None
+        # Over shared memory it is the call that posts a receive which copies the body, if its sender was first. So a
+        # process that receives from several peers has this done by several threads.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        several = min(cores, len(channels), _MOST_RECEIVERS)
+        self._receivers = ThreadPoolExecutor(several, "fldist-mpi-receive") if several > 1 else None
         self._sending: list[_Sending] = []
         # Requests to lost peers, each with its buffers. MPI cannot take back a transfer that has begun, and may
         # write into (or read from) its memory for as long as the request is not complete, so both are kept: for
@@ -239,6 +251,8 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
         self._thread.join(5.0)
+        if self._receivers is not None:
+            self._receivers.shutdown(wait=not any(p.posting is not None for p in self.peers.values()))
 
     # ---- the I/O thread
     def _run(self) -> None:
@@ -424,6 +438,9 @@ class Engine:
         if peer.head is not None:
             self._stuck.append((peer.head[0], [peer.head[1]]))
             peer.head = None
+        if peer.posting is not None:
+            wait([peer.posting], _POSTING_S)
+            peer.posting = None
         if peer.receiving is not None:
             self._stuck.append((peer.waiting[0], peer.receiving))
             peer.receiving = None
@@ -465,6 +482,10 @@ class Engine:
         self._saw(frame.head)
         peer.waiting.append(frame)
 
+    def _post_receives(self, peer: Peer, frame: Frame, requests: list[Any]) -> None:
+        for part in frame.bodies:
+            requests.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
+
     def _receive_bodies(self, peer: Peer) -> bool:
         moved = False
         while peer.waiting and not peer.lost:
@@ -480,8 +501,15 @@ class Engine:
                 if from_all:
                     frame.allocate_world(self.empty)
                     self.broadcasts(frame, peer.receiving)
-                for part in frame.bodies:
-                    peer.receiving.append(peer.comm.Irecv([part.flat().numpy(), self._mpi.BYTE], peer.at, _BODY_TAG))
+                if self._receivers is not None and frame.body_bytes >= _LARGE_BYTES:
+                    peer.posting = self._receivers.submit(self._post_receives, peer, frame, peer.receiving)
+                else:
+                    self._post_receives(peer, frame, peer.receiving)
+            if peer.posting is not None:
+                if not peer.posting.done():
+                    break
+                posting, peer.posting = peer.posting, None
+                posting.result()
             if peer.receiving is not None:
                 if not all(r.Test() for r in peer.receiving):
                     break
