@@ -186,7 +186,7 @@ def to_unit(x: NDArray[Any] | Tensor) -> Tensor:
     """Images as float32: bytes divided by 255, float32 as it is (without a copy); ValueError for other types."""
     tensor = x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
     if tensor.dtype == torch.uint8:
-        return tensor.to(torch.float32).div_(255.0)
+        return torch.div(tensor, 255.0)
     if tensor.dtype == torch.float32:
         return tensor
     raise ValueError(f"task.data: images must be uint8 or float32, not {str(tensor.dtype).removeprefix('torch.')}")
