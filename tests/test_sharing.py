@@ -37,27 +37,30 @@ def played(shares, seconds):
 
 def test_portions_by_hand():
     shares = Shares(placed(*[1, 2] * 5), range(10), ONE_MACHINE, ALIKE, None)
-    # ten are left: each of two hosts is given 10 // 4
+    # ten are left: each of two hosts is given 10 // 8, and one more, so that it need not wait
     assert shares.first() == {1: [0, 1], 2: [2, 3]}
     assert shares.waiting == [4, 5, 6, 7, 8, 9]
     assert shares.next(1, 2) == []  # it has enough
-    assert shares.next(1, 1) == [4]  # 6 // 4
-    assert shares.next(1, 1) == [5]  # 5 // 4
+    assert shares.next(1, 1) == [4]
+    assert shares.next(1, 1) == [5]
     assert shares.next(2, 0) == [6]
     assert shares.waiting == [7, 8, 9]
 
 
 def test_the_largest_are_given_first():
     shares = Shares(placed(1, 1, 2, 2), range(4), ONE_MACHINE, [5, 40, 30, 20], None)
-    assert shares.first() == {1: [1], 2: [2]}
-    assert shares.next(2, 1) == [3]
-    assert shares.next(1, 0) == [0]
+    assert shares.first() == {1: [1, 2], 2: [0, 3]}
+    shares = Shares(placed(1, 1, 2, 2, 1, 1), range(6), ONE_MACHINE, [5, 40, 30, 20, 3, 1], None)
+    assert shares.first() == {1: [1, 2], 2: [0, 3]}
+    assert shares.next(2, 1) == [4]
+    assert shares.next(1, 0) == [5]
 
 
 def test_quick_clients_are_not_dealt_out_one_by_one():
     ids = placed(*[1, 2] * 50)
     slow = Shares(ids, range(100), ONE_MACHINE, ALIKE, PORTION_S)
-    assert [len(c) for c in slow.first().values()] == [25, 25]
+    assert [len(c) for c in slow.first().values()] == [12, 12]
+    assert len(slow.next(1, 1)) == 76 // 8
     quick = Shares(ids, range(100), ONE_MACHINE, ALIKE, PORTION_S / 1000)
     assert [len(c) for c in quick.first().values()] == [50, 50]
     assert quick.waiting == []

@@ -11,6 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 PORTION_S = 0.01
 """Least work in a portion, in seconds: below this, handing it out costs more than it evens out."""
+PORTIONS = 4
+"""Into how many portions for each host what is left would be divided: one that is so many times slower than the others
+does not keep them waiting with its first."""
 AHEAD = 1
 """Clients that a host still has when it is given the next portion, so that it need not wait for it."""
 
@@ -53,7 +56,7 @@ class Shares:
         """What every host is given at once: what only it may do, and its first portion."""
         given, self._fixed = self._fixed, {}
         ranks = sorted(self._machines)
-        portions = {rank: self._portion(rank) for rank in ranks}  # before anybody takes one: all alike
+        portions = {rank: self._portion(rank, AHEAD + 1) for rank in ranks}  # before anybody takes one: all alike
         for rank in ranks:
             taken = self._take(rank, portions[rank])
             if taken:
@@ -71,7 +74,7 @@ class Shares:
             return []
         return sorted(self._pools.pop(machine, []))
 
-    def _portion(self, rank: int) -> int:
+    def _portion(self, rank: int, least: int = 1) -> int:
         machine = self._machines.get(rank)
         left = len(self._pools.get(machine, ())) if machine is not None else 0
         if not left:
@@ -79,7 +82,7 @@ class Shares:
         hosts = sum(m == machine for m in self._machines.values())
         even = -(-left // hosts)
         worthwhile = int(PORTION_S / self._seconds) if self._seconds else 0
-        return min(even, max(1, left // (2 * hosts), worthwhile))
+        return min(even, max(least, left // (PORTIONS * hosts), worthwhile))
 
     def _take(self, rank: int, count: int) -> list[int]:
         pool = self._pools.get(self._machines.get(rank, ""), [])
