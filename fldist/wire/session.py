@@ -1,6 +1,6 @@
 """A session: one end of the connection between the server and one host, and the pair that carries its bodies.
 
-The pair's rendezvous goes over the control connection (`_Store`), so no further port is opened. Nobody who sends waits
+The pair's rendezvous goes over the control connection (`Store`), so no further port is opened. Nobody who sends waits
 on a body: the receiver waits for all of them and a small trailer, and the sender for the acknowledgement on the control
 connection. A session that ends has its pair free whoever is blocked in it.
 """
