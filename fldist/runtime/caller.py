@@ -32,7 +32,7 @@ from fldist.runtime.state import UNKEPT, version_of
 from fldist.selection import ClientReport
 from fldist.wire.codec import Frame, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Kinds, Ledger
-from fldist.wire.link import Combined, Event, Joined, Lost, Received, Sent, ServerLink
+from fldist.wire.link import Combined, Event, Joined, Lost, RanksLink, Received, Sent, ServerLink
 
 log = logging.getLogger("fldist.server")
 
@@ -358,7 +358,7 @@ class Caller:
             if verdicts:
                 frames[rank].note["verdicts"] = verdicts
         ready = time.monotonic_ns()
-        gone = self.link.broadcast(frames)
+        gone = self._ranks_link.broadcast(frames)
         carrier: int | None = None
         for rank, frame in frames.items():
             if clients[rank]:
@@ -458,7 +458,7 @@ class Caller:
         frames: dict[int, list[Frame]] = {rank: [] for rank in self.placement.alive}
         for event in running.held:
             frames[event.rank].append(event.frame)
-        self.link.gather(frames)
+        self._ranks_link.gather(frames)
         self._combined()
         now = time.monotonic_ns()
         running.outstanding.update(running.arrived)
@@ -471,7 +471,7 @@ class Caller:
         if not running.told or not folds:
             return
         blocks = [(block.tensor, block.how) for accumulator in folds for block in accumulator.blocks()]
-        self.link.reduce(blocks)
+        self._ranks_link.reduce(blocks)
         self._combined()
         size = sum(size_of(tensor) for tensor, _ in blocks)
         carriers: dict[int, Booked] = {}
@@ -482,6 +482,11 @@ class Caller:
                 carriers[booked.rank] = booked
                 booked.wire_bytes += size
         self.ledger.add_transport(size * (len(self.placement.alive) - len(carriers)), 0)
+
+    @property
+    def _ranks_link(self) -> RanksLink:
+        assert isinstance(self.link, RanksLink)  # in one process every topology is a star
+        return self.link
 
     def _combined(self) -> None:
         """Wait until an exchange between all ranks has ended."""

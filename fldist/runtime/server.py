@@ -28,7 +28,7 @@ from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import forked
 from fldist.selection import ClientReport
 from fldist.wire.ledger import Ledger, Totals
-from fldist.wire.link import ServerLink, Welcome
+from fldist.wire.link import RanksLink, ServerLink, Welcome
 
 log = logging.getLogger("fldist.server")
 
@@ -180,11 +180,11 @@ class ServerLoop:
         self._share(self._keeper is not None and self._hosts.files)
         if job.topology == "star":
             return
-        if self.ranks == [0]:
+        if isinstance(link, RanksLink):
+            link.open_world()
+        else:
             self.observer.warning(f"topology: {job.topology} is for several ranks; in one process nothing is exchanged")
             job.topology = "star"
-        else:
-            link.open_world()
 
     def _share(self, shared: bool) -> None:
         """Note whether every host sees the clients' states in the run's directory."""

@@ -31,9 +31,9 @@ from fldist.wire.link import (
     Joined,
     Limits,
     Lost,
+    RanksLink,
     Received,
     Sent,
-    ServerLink,
     Welcome,
     own_info,
 )
@@ -45,7 +45,7 @@ MAX_RANKS = 4096
 """Ranks whose rendezvous a host makes room for."""
 
 
-class GlooServer(ServerLink):
+class GlooServer(RanksLink):
     """The server's end: listens, admits hosts that know the token, keeps a session for each.
 
     carrier: what carries bodies; empty: makes the tensors that a host's are received into.

@@ -159,25 +159,6 @@ class ServerLink(ABC):
         The frame's head gets its sequence number and length.
         """
 
-    def open_world(self) -> None:
-        """Begin to use the world group, all hosts being there; calls of the four methods below may follow."""
-        raise NotImplementedError
-
-    def broadcast(self, frames: Mapping[int, Frame]) -> list[int]:
-        """Post a frame to every host, as `post` does; their parts for all ranks are the same tensors, and travel once.
-
-        Returns the hosts to which nothing could be queued.
-        """
-        raise NotImplementedError
-
-    def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
-        """Have the parts for all ranks of every host's replies, in the order they came in; `Combined` follows."""
-        raise NotImplementedError
-
-    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
-        """Combine all hosts' int64 blocks into these, in place; `Combined` follows."""
-        raise NotImplementedError
-
     @abstractmethod
     def abort(self, rank: int, reason: str) -> None:
         """End a host's session; `Lost` follows unless it was lost already."""
@@ -202,6 +183,29 @@ class ServerLink(ABC):
         self.seq += 1
         frame.head.seq = self.seq
         frame.head.sent_ns = time.monotonic_ns()
+
+
+class RanksLink(ServerLink):
+    """The server's end towards several ranks, which can also exchange all at once."""
+
+    @abstractmethod
+    def open_world(self) -> None:
+        """Begin to exchange with all hosts at once, all being there; calls of the three methods below may follow."""
+
+    @abstractmethod
+    def broadcast(self, frames: Mapping[int, Frame]) -> list[int]:
+        """Post a frame to every host, as `post` does; their parts for all ranks are the same tensors, and travel once.
+
+        Returns the hosts to which nothing could be queued.
+        """
+
+    @abstractmethod
+    def gather(self, frames: Mapping[int, Sequence[Frame]]) -> None:
+        """Have the parts for all ranks of every host's replies, in the order they came in; `Combined` follows."""
+
+    @abstractmethod
+    def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
+        """Combine all hosts' int64 blocks into these, in place; `Combined` follows."""
 
 
 class HostLink(ABC):
@@ -233,13 +237,13 @@ class HostLink(ABC):
     def send(self, frame: Frame) -> None:
         """Queue a frame; blocks while several large ones wait, raises PeerLost when the server is gone."""
 
+    @abstractmethod
     def gather(self, capacity: int) -> None:
         """Give the root what it asks for: the parts for all ranks of this call's replies, in `capacity` bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduce(self, blocks: Sequence[tuple[Tensor, How]]) -> None:
         """Add these int64 blocks to the root's; they hold anything afterwards."""
-        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

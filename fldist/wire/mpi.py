@@ -43,9 +43,9 @@ from fldist.wire.link import (
     Joined,
     Limits,
     Lost,
+    RanksLink,
     Received,
     Sent,
-    ServerLink,
     Welcome,
     own_info,
 )
@@ -75,7 +75,7 @@ def _channel(comm: Any) -> Any:
     return own
 
 
-class MpiServer(ServerLink):
+class MpiServer(RanksLink):
     """The server's end: rank 0 of the communicator."""
 
     def __init__(self, comm: Any, limits: Limits) -> None:
