@@ -1,0 +1,251 @@
+"""Reads what runs have left behind, whole or cut off, and says what of it is damaged. It compares and draws nothing.
+
+A run is read from its directory, or from its `run.h5` alone, which holds what tables need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+Axis = Literal["rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds"]
+AXES: tuple[Axis, ...] = ("rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds")
+"""What a run's accuracy is looked at against. Bytes are encoded ones, `wire_bytes` what was handed to the transport, up
+and down; neither they nor seconds contain evaluation."""
+
+Floats = NDArray[np.float64]
+
+_NAMED_LINES = 5
+"""So many damaged lines are named; of the others their number is said."""
+
+
+class UnreadableRun(ValueError):
+    """What cannot be read as a run, and why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as it can be read. rounds: the lines of rounds.jsonl, in order of their numbers, at least one."""
+
+    path: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    environment: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """What is damaged or missing, a sentence each."""
+
+    @property
+    def name(self) -> str:
+        """What the run's directory is called."""
+        return self.path.parent.name if self.path.suffix == ".h5" else self.path.name
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config["seed"])
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm's name."""
+        return str(self.config["algorithm"]["name"])
+
+    @property
+    def status(self) -> str:
+        """As in result.json; `cut off` where there is none (killed, or still going)."""
+        return str(self.result["status"]) if self.result else "cut off"
+
+    @cached_property
+    def accuracy(self) -> Floats:
+        """Accuracy of every round, NaN where it was not scored. [rounds]."""
+        return _column(self.rounds, lambda line: line["accuracy"])
+
+    @cached_property
+    def loss(self) -> Floats:
+        """Loss of every round, NaN where it was not scored. [rounds]."""
+        return _column(self.rounds, lambda line: line["loss"])
+
+    def spent(self, axis: Axis) -> Floats:
+        """What the run had cost after every round. [rounds]."""
+        return _column(self.rounds, lambda line: _spent(line, axis))
+
+    @property
+    def last_accuracy(self) -> float:
+        """Of the last scored round; NaN when none was scored."""
+        scored = self.accuracy[~np.isnan(self.accuracy)]
+        return float(scored[-1]) if len(scored) else float("nan")
+
+    @property
+    def last_loss(self) -> float:
+        """Of the last scored round; NaN when none was scored."""
+        scored = self.loss[~np.isnan(self.loss)]
+        return float(scored[-1]) if len(scored) else float("nan")
+
+
+def _column(lines: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], Any]) -> Floats:
+    values = [of(line) for line in lines]
+    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+
+def _spent(line: dict[str, Any], axis: Axis) -> float:
+    if axis == "rounds":
+        return float(line["round"])
+    spent = line["spent"]
+    if axis == "total_bytes":
+        return float(spent["uplink_bytes"] + spent["downlink_bytes"])
+    if axis == "wire_bytes":
+        return float(spent["wire_uplink_bytes"] + spent["wire_downlink_bytes"])
+    return float(spent[axis])
+
+
+# ---- finding
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The runs that are named, or lie in directories that are named, each once; ValueError for what holds none."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        here = list(_runs_in(path))
+        if not here:
+            what = "holds no run (no config.yaml in it or below)" if path.is_dir() else "is no run's directory"
+            raise UnreadableRun(f"{path}: {what}" if path.exists() else f"{path}: there is no such directory or file")
+        for run in here:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_in(path: Path) -> Iterator[Path]:
+    if path.is_file() and path.suffix == ".h5":
+        yield path
+    elif (path / "config.yaml").is_file():
+        yield path
+    elif path.is_dir():
+        for below in sorted(path.iterdir(), key=_natural):
+            if below.is_dir() and not below.is_symlink():
+                yield from _runs_in(below)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Orders names with numbers as people do: s2 before s10."""
+    parts: list[tuple[int, str]] = []
+    digits = ""
+    for character in f"{path.name}\0":
+        if character.isdecimal():
+            digits += character
+            continue
+        if digits:
+            parts.append((int(digits), ""))
+            digits = ""
+        parts.append((-1, character))
+    return parts
+
+
+# ---- reading
+def read(path: Path) -> Run:
+    """Read a run; ValueError when it cannot be used at all. A run that was cut off has its finished rounds."""
+    if path.suffix == ".h5":
+        return _from_h5(path)
+    notes: list[str] = []
+    config = _config(path / "config.yaml")
+    lines = [line for line in json_lines(path / "rounds.jsonl", notes) if _is_round(line, path)]
+    by_number = {line["round"]: line for line in lines}
+    if len(by_number) < len(lines):
+        notes.append(f"rounds.jsonl: {len(lines) - len(by_number)} rounds are there twice; the later lines are used")
+    if not by_number:
+        raise UnreadableRun(f"{path}: no round was finished{': ' + notes[0] if notes else ''}")
+    rounds = [by_number[number] for number in sorted(by_number)]
+    lacking = rounds[-1]["round"] - len(rounds)
+    if lacking > 0:
+        notes.append(f"rounds.jsonl: {lacking} of {rounds[-1]['round']} rounds are missing")
+    result = _json(path / "result.json", notes)
+    if result is None:
+        notes.append(f"it was cut off after round {rounds[-1]['round']}, or is still going: there is no result.json")
+    return Run(path, config, rounds, result, _json(path / "environment.json", notes) or {}, notes)
+
+
+def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a file, one object each. Damaged ones are skipped; what was skipped is told in `notes` at the end."""
+    damaged: list[int] = []
+    unended = False
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    value = json.loads(line)
+                except ValueError:  # half a line, or no text at all
+                    value = None
+                unended = not line.endswith(b"\n")
+                if isinstance(value, dict):
+                    yield value
+                else:
+                    damaged.append(number)
+    except OSError as error:
+        notes.append(f"{path.name}: it cannot be read ({error.strerror})")
+    if damaged:
+        named = ", ".join(map(str, damaged[:_NAMED_LINES]))
+        more = f" and {len(damaged) - _NAMED_LINES} more" if len(damaged) > _NAMED_LINES else ""
+        word = "line is" if len(damaged) == 1 else "lines are"
+        cut = "; the last one ends in the middle" if unended else ""
+        notes.append(f"{path.name}: {len(damaged)} {word} damaged and skipped (line {named}{more}{cut})")
+
+
+def messages(run: Run, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a run's ledger, in the order in which they were written. A run read from run.h5 has none."""
+    if run.path.suffix == ".h5":
+        return
+    for path in [*sorted(run.path.glob("messages-*.jsonl")), run.path / "messages.jsonl"]:
+        yield from json_lines(path, notes)
+
+
+def _is_round(line: dict[str, Any], path: Path) -> bool:
+    """Whether a line has what is read of it; a run of another version is refused."""
+    if not isinstance(line.get("round"), int) or "accuracy" not in line:
+        return False
+    if "spent" not in line:
+        raise UnreadableRun(f"{path}: its rounds.jsonl was written by a version of fldist that did not say `spent`")
+    return True
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UnreadableRun(f"{path}: it cannot be read: {error}") from None
+    if not isinstance(config, dict) or "seed" not in config or not isinstance(config.get("algorithm"), dict):
+        raise UnreadableRun(f"{path}: it is no run's configuration")
+    return config
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name}: it is damaged and was left out ({error})")
+        return None
+    if not isinstance(value, dict):
+        notes.append(f"{path.name}: it is damaged and was left out (no object)")
+        return None
+    return value
+
+
+def _from_h5(path: Path) -> Run:
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            text = {name: str(file.attrs[name]) for name in ("config", "result", "environment")}
+            lines = [json.loads(line) for line in file["rounds/lines"].asstr()]
+    except (OSError, KeyError, ValueError) as error:
+        raise UnreadableRun(f"{path}: it is no run's run.h5, or damaged: {error}") from None
+    if not lines:
+        raise UnreadableRun(f"{path}: no round was finished")
+    result, environment = json.loads(text["result"]), json.loads(text["environment"])
+    return Run(path, json.loads(text["config"]), lines, result, environment)
