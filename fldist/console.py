@@ -10,24 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fldist.runtime.launch import find_world
-
-
-def bytes_text(count: float) -> str:
-    """Bytes in decimal units: 1 kB is 1000 B."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds, minutes or hours, as suits."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+from fldist.units import bytes_text, seconds_text
 
 
 class Progress:

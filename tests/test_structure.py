@@ -20,6 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "resolve": set(),
     "vision": set(),
     "lines": set(),
+    "units": set(),
+    "analysis": {"units"},
     "kinds": {"params"},
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params"},
@@ -30,13 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["runtime"] |= {"blocks"}
+ALLOWED["runtime"] |= {"blocks", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
-ALLOWED["console"] = {"runtime"}
+ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["bench"] = {"runner", "inspection", *ALLOWED["config"], "config"}
-ALLOWED["cli"] = {"runner", "inspection", "console", "bench", *ALLOWED["config"]} | {"config"}
+ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}
 

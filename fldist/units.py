@@ -1,0 +1,37 @@
+"""Bytes and seconds as people write and read them. Decimal units: 1 kB is 1000 B."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in decimal units: 1 kB is 1000 B."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds, minutes or hours, as suits."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def to_bytes(value: Any) -> int:
+    """`1500000`, `1.5 MB` or `2GiB` in bytes; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("it must be a number of bytes, such as 1500000 or 1.5 MB")
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE]\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("it must be a number of bytes, such as 1500000 or 1.5 MB (units: B, kB, MB, GB, TB, KiB ...)")
+    return round(float(match[1]) * _UNITS[match[2]])
