@@ -121,9 +121,7 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    if path.is_file() and path.suffix == ".h5":
-        yield path
-    elif (path / "config.yaml").is_file():
+    if (path.is_file() and path.suffix == ".h5") or (path / "config.yaml").is_file():
         yield path
     elif path.is_dir():
         for below in sorted(path.iterdir(), key=_natural):
@@ -170,7 +168,7 @@ def read(path: Path) -> Run:
 
 
 def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a file, one object each. Damaged ones are skipped; what was skipped is told in `notes` at the end."""
+    """The lines of a file, one object each. Damaged ones are skipped; what was is told in `notes` at the end."""
     damaged: list[int] = []
     unended = False
     try:
