@@ -106,6 +106,8 @@ function draw(id, traces, layout, words) {
   const below = { orientation: "h", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container", traceorder: "normal" };
   const all = { font: FONT, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: "zoom", uirevision: words,
     hoverlabel: { align: "left", namelength: -1 }, width: widthOf(id) };
+  // plotly.js keeps the room of a legend that is no longer there, and moves the axis' title into the ticks
+  if ($(id).layout && $(id).layout.showlegend !== layout.showlegend) Plotly.purge(id);
   $(id).setAttribute("aria-label", words);
   $(id).style.height = `${layout.height}px`;
   return Plotly.react(id, traces, { ...all, ...layout, legend: { ...below, ...layout.legend } }, CONFIG);
@@ -307,7 +309,7 @@ function participation() {
   const what = $("participation-what").value, sense = what === "used" ? "called, and replied" : "called, and not used";
   $("participation-what-label").hidden = !bins;
   const frame = { margin: { t: 16, r: 20, l: 64, b: 54 }, showlegend: false };
-  const axes = (height) => ({ ...frame, height, xaxis: { ...AXIS, showgrid: false, title: { text: "round" } },
+  const axes = (height) => ({ ...frame, height, xaxis: { ...AXIS, showgrid: false, title: { text: "round", standoff: 8 } },
     yaxis: { ...AXIS, showgrid: false, title: { text: "client" }, autorange: "reversed" } });
   if (bins) {
     const size = (edges, i) => edges[i + 1] - edges[i], span = (edges, i) => (size(edges, i) > 1 ? `${edges[i]} to ${edges[i + 1] - 1}` : `${edges[i]}`);
@@ -330,7 +332,7 @@ function participation() {
   const often = histogram ? [{ ...bar("clients", histogram.clients, COLOURS[0], ""), x: histogram.clients.map((_, i) => i * histogram.step), width: 0.94 * histogram.step, offset: 0 }]
     : [bar("replied", of.by_client.used, COLOURS[0], ""), bar("not used", of.by_client.unused, COLOURS[1], "/")];
   draw("often-plot", often, { height: 270, margin: { t: 12, r: 20, l: 64, b: 54 + (histogram ? 0 : 30) }, showlegend: !histogram, barmode: "stack", bargap: 0.2,
-    xaxis: { ...AXIS, showgrid: false, title: { text: histogram ? "rounds in which a client took part" : "client" } },
+    xaxis: { ...AXIS, showgrid: false, title: { text: histogram ? "rounds in which a client took part" : "client", standoff: 8 } },
     yaxis: { ...AXIS, title: { text: histogram ? "clients" : "rounds" } } }, `${run.label}: how often each client took part`);
   $("participation-hint").textContent = `${run.label}: ${grouped(of.called)} calls of ${count(of.clients, "client")} in ${count(of.rounds, "round")}; ` +
     `${of.unused ? `${grouped(of.unused)} of them brought no reply that was used` : "each brought a reply that was used"}. A client took part in ${of.least} to ${of.most} rounds, the median is ${of.median}.`;
