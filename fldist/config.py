@@ -38,6 +38,9 @@ from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.link import Limits
 
+TRACKERS = {"tensorboard": "fldist.trackers:TensorBoard"}
+"""The trackers by name; what they are is said there."""
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration, one problem a line."""
@@ -155,9 +158,10 @@ class CheckpointSection(Section):
 
 
 class OutputSection(Section):
-    """Where runs are written: a new directory under `root`, unless --output names it."""
+    """Where runs are written: a new directory under `root`, unless --output names it. trackers: who else is told."""
 
     root: str = "runs"
+    trackers: list[Named] = []
 
 
 class Settings(Section):
@@ -192,7 +196,7 @@ class Settings(Section):
 # ---- loading
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file (or take a mapping), apply `key.sub=value` overrides, validate."""
-    raw = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    raw = _read_one(Path(source)) if isinstance(source, str | Path) else _copied(source)
     for override in overrides:
         _override(raw, override)
     try:
@@ -201,6 +205,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         raise ConfigError("\n".join(_explain(error))) from None
     _check(settings)
     components(settings)
+    make_trackers(settings)
     return settings
 
 
@@ -251,7 +256,16 @@ def _copied(value: Any) -> Any:
     return {str(k): _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_one(path: Path) -> dict[str, Any]:
+    """A run's configuration; a suite is another thing."""
+    raw = read_file(path)
+    if "methods" in raw:
+        raise ConfigError(f"{path} is a suite of runs; `fldist bench suite {path}` runs it")
+    return raw
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated; ConfigError when there is none."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -439,6 +453,12 @@ def make_algorithm(given: Component) -> Algorithm:
     kind = resolve.from_package("fldist.algorithms", given.name, Algorithm, "algorithm.name")
     made: Algorithm = _component(kind, given, "algorithm")
     return made
+
+
+def make_trackers(settings: Settings) -> list[Any]:
+    """What `output.trackers` names (`fldist.trackers.Tracker`), not opened yet."""
+    keys = [f"output.trackers.{number}" for number in range(len(settings.output.trackers))]
+    return [_from_table(TRACKERS, given, key) for given, key in zip(settings.output.trackers, keys, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

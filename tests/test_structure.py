@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["runtime"] |= {"blocks", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
-ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
+ALLOWED["trackers"] = {"runtime"}
+ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["bench"] = {"runner", "inspection", "console", *ALLOWED["config"], "config"}

@@ -20,7 +20,7 @@ from fldist.algorithms.fedavg import FedAvg
 from fldist.bench import suite as of_suite
 from fldist.bench.shown import InLines
 from fldist.bench.suite import Planned, Shown, laid_over, plan, read
-from fldist.config import ConfigError
+from fldist.config import ConfigError, load
 from tests.conftest import small
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +95,23 @@ def test_the_suites_that_are_there_can_be_run(path, tmp_path):
     runs = plan(suite, tmp_path)
     assert len({run.directory for run in runs}) == len(runs) >= 3
     assert suite.name == path.stem
+
+
+def test_configurations_may_be_given_by_their_paths(tmp_path):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(small(rounds=5)))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"local": {"lr": 0.5}}))
+    suite = read(written(tmp_path, base="one.yaml", tasks={"a": "two.yaml", "b": {}}))
+    runs = plan(suite, tmp_path / "out")
+    assert [(run.name, run.settings.rounds, run.settings.local.lr) for run in runs[::2][:2]] == [
+        ("a/fedavg-s0", 5, 0.5), ("b/fedavg-s0", 5, 0.05),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"little\.yaml: tasks\.a: there is no configuration .*three\.yaml"):
+        read(written(tmp_path, tasks={"a": "three.yaml"}))
+
+
+def test_a_suite_is_no_configuration_of_a_run():
+    with pytest.raises(ConfigError, match=r"family\.yaml is a suite of runs; `fldist bench suite .*`"):
+        load(ROOT / "configs" / "bench" / "family.yaml")
 
 
 # ---- runs

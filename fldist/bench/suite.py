@@ -4,8 +4,8 @@ imported everything. What is finished is not run again, what is not goes on, and
 A suite is a YAML file:
 
     name: NAME            # default: the file's name
-    base: {...}           # a configuration as for `fldist run`
-    tasks: {NAME: {...}}  # optional: configurations laid over it, one a task
+    base: {...}           # a configuration as for `fldist run`, or the path of one, from where the suite's file is
+    tasks: {NAME: {...}}  # optional: configurations (or paths) laid over it, one a task
     methods: {NAME: {...}}  # and over these, one a method
     seeds: [0, 1, 2]
     jobs: 2               # runs at a time; default: usable cores / nproc
@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fldist.config import ConfigError, Settings, load, meaning_changed, still_ended
+from fldist.config import ConfigError, Settings, load, meaning_changed, read_file, still_ended
 from fldist.runtime.output import finished_result, status_of
 from fldist.runtime.signals import Interrupted, interruptible
 
@@ -89,19 +89,15 @@ class Planned:
 # ---- reading
 def read(path: Path, overrides: Sequence[str] = ()) -> Suite:
     """Read a suite; `key.sub=value` overrides go to `base`, and `seeds=`, `jobs=`, `nproc=` to the suite itself."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a suite: a mapping with base, methods and seeds")
+    raw = read_file(path)
     raw.setdefault("name", path.stem)
     for text in overrides:
         key, _, value = text.partition("=")
         if key in ("seeds", "jobs", "nproc"):
             raw[key] = yaml.safe_load(value)
+    raw["base"] = _opened(raw.get("base", {}), "base", path)
+    if isinstance(raw.get("tasks"), dict):
+        raw["tasks"] = {k: _opened(task, f"tasks.{k}", path) for k, task in raw["tasks"].items()}
     try:
         return Suite.model_validate(raw)
     except ValidationError as error:
@@ -110,6 +106,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Suite:
         known = ", ".join(Suite.model_fields)
         hint = f"unknown key; a suite has: {known}" if problem["type"] == "extra_forbidden" else problem["msg"]
         raise ConfigError(f"{path}: {key}: {hint}; got {problem['input']!r}") from None
+
+
+def _opened(given: Any, key: str, suite: Path) -> Any:
+    """A configuration that is given by its path, read."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return read_file(suite.parent / given)
+    except ConfigError as error:
+        raise ConfigError(f"{suite}: {key}: {error}") from None
 
 
 def plan(suite: Suite, output: Path, overrides: Sequence[str] = ()) -> list[Planned]:
