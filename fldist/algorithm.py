@@ -144,6 +144,13 @@ class Server(Protocol):
     def log(self, **values: float) -> None:
         """Write numbers into this round's line of rounds.jsonl."""
 
+    def images(self, **pictures: torch.Tensor) -> None:
+        """Save pictures of this round to look at, as images/round-000010-NAME.png: one, or up to 64 as a grid.
+
+        Each [channels, height, width] or [number, channels, height, width], with 1 or 3 channels; floats are clipped to
+        0..1, uint8 is taken as it is.
+        """
+
     def __getattr__(self, name: str) -> Any: ...
     def __setattr__(self, name: str, value: Any) -> None: ...
 

@@ -33,7 +33,8 @@ from fldist.params import Travel
 from fldist.runtime.device import CPU, Wanted
 from fldist.runtime.job import Job, Topology
 from fldist.runtime.membership import Faults
-from fldist.runtime.output import differing, status_of
+from fldist.runtime.output import differing, finished_result
+from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.link import Limits
 
@@ -179,6 +180,7 @@ class Settings(Section):
     network: NetworkSection = NetworkSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     faults: Faults = Faults()
+    stop: Stop = Stop()
     checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
@@ -203,7 +205,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 
 RESUMABLE = (
-    "rounds", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "device", "network",
+    "rounds", "stop", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "device", "network",
 )  # fmt: skip
 """What may change when a run goes on: none of it changes what was computed so far."""
 
@@ -219,9 +221,23 @@ def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
             raise ConfigError(
                 f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
             )
-    if status_of(directory) == "finished" and now.rounds <= before.rounds:
-        raise ConfigError(f"rounds: the run in {directory} is finished after {before.rounds}; give more to extend it")
+    result = finished_result(directory)
+    if result is not None:
+        _check_extended(directory, result["stop"], now)
     return now
+
+
+def _check_extended(directory: Path, stop: Mapping[str, Any], now: Settings) -> None:
+    """Refuse to go on with a finished run where what has ended it ends it again."""
+    rule, value = str(stop["rule"]), stop["value"]
+    limits = {f"stop.{rule}": getattr(now.stop, rule)}
+    if rule == "rounds":
+        limits["rounds"] = now.rounds
+    for key, limit in limits.items():
+        if limit is not None and value >= limit:
+            raise ConfigError(
+                f"{key}: the run in {directory} is finished, with {value} of {limit}; give more to extend it"
+            )
 
 
 def _copied(value: Any) -> Any:
@@ -357,6 +373,10 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"faults.min_replies: {needed} replies cannot come of {clients.count()} clients a round; "
             "lower it, or raise clients.per_round or clients.fraction"
+        )
+    if settings.stop.accuracy is not None and settings.eval.every == 0:
+        raise ConfigError(
+            f"stop.accuracy: {settings.stop.accuracy:g} is never known, since eval.every is 0; set it to 1 or more"
         )
     if settings.topology != "star":
         _check_together(settings)
@@ -529,4 +549,5 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         limits=Limits(deadlines.join_s, deadlines.client_timeout_s, deadlines.transfer_s),
         round_deadline_s=deadlines.round_deadline_s,
         faults=settings.faults,
+        stop=settings.stop,
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fldist.runtime.launch import find_world
+from fldist.runtime.stops import reason_text
 from fldist.units import bytes_text, seconds_text
 
 
@@ -85,6 +86,7 @@ class Progress:
                 f"accuracy {final['accuracy']:.4f} (best {best['accuracy']:.4f} in round {best['round']}), "
                 f"loss {final['loss']:.4f}"
             )
+        self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")
         self._console.print(f"state_hash {result['state_hash']}")
         self._console.print(f"results in {result['directory']}", markup=False)

@@ -354,7 +354,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     shown = {p.name for p in (tmp_path / "q").iterdir()}
     assert shown == {
         "checkpoints", "config.yaml", "environment.json", "messages.jsonl", "model", "owner.lock", "rank-0.log",
-        "rank-1.log", "rank-2.log", "result.json", "rounds.jsonl", "run.h5",
+        "rank-1.log", "rank-2.log", "result.json", "rounds.jsonl", "run.h5", "timeline.jsonl",
     }  # fmt: skip
 
 

@@ -188,6 +188,8 @@ def test_training_is_counted_by_kind_and_phase():
         "by_phase": {"distill": both(0, 108), "train": both(108, 216)},
         "wasted": {},
         "transport": both(),
+        "encoded_by_phase": {"distill": both(0, 68), "train": both(68, 136)},
+        "wire_by_phase": {"distill": both(0, 98), "train": both(98, 196)},
     }
 
 
@@ -212,6 +214,19 @@ def test_what_was_not_delivered_is_wasted(status):
     assert (got["framing"], got["wire"]) == (both(0, 60), both(0, 196))
     assert got["logical"] == got["encoded"] == both()
     assert got["by_kind"] == got["by_phase"] == {}
+
+
+def test_what_a_run_has_spent_leaves_scoring_out_and_counts_setup_and_selection():
+    totals = Totals()
+    for phase, direction in [("setup", "down"), ("select", "up"), ("train", "down"), ("evaluate", "down")]:
+        totals.add(booked(phase, direction))
+    totals.add(booked("train", "up", "late"))
+    totals.add_transport(1000, 1000)
+    assert totals.spent() == {
+        "uplink_bytes": 68, "downlink_bytes": 136,
+        "wire_uplink_bytes": 196, "wire_downlink_bytes": 196,
+    }  # fmt: skip
+    assert Totals.of(totals.as_dict()).spent() == totals.spent()
 
 
 def test_transport_is_part_of_wire():
@@ -253,7 +268,7 @@ KIND_COLUMNS = [
 ]  # fmt: skip
 MESSAGE_COLUMNS = [
     "round", "attempt", "call", "phase", "client", "rank", "direction", "framing_bytes", "wire_bytes",
-    "shared_with", "status",
+    "shared_with", "started_ns", "ready_ns", "sent_ns", "done_ns", "status",
 ]  # fmt: skip
 
 
@@ -264,20 +279,27 @@ def rows_of(*paths):
 def sums_of(rows):
     """What `bytes` of result.json must hold, transport apart, from the rows of messages.jsonl alone."""
     sums = {name: both() for name in ("logical", "encoded", "framing", "wire")}
-    by_kind, by_phase, wasted = (defaultdict(both) for _ in range(3))
+    by_kind, by_phase, wasted, encoded_by_phase, wire_by_phase = (defaultdict(both) for _ in range(5))
     for row in rows:
         way, delivered = row["direction"], row["status"] == "delivered"
         if row["row"] == "message":
             sums["framing"][way] += row["framing_bytes"]
             sums["wire"][way] += row["wire_bytes"]
+            wire_by_phase[row["phase"]][way] += row["wire_bytes"]
+            if delivered:
+                encoded_by_phase[row["phase"]][way] += 0
             (by_phase[row["phase"]] if delivered else wasted[row["status"]])[way] += 0
             continue
         (by_phase[row["phase"]] if delivered else wasted[row["status"]])[way] += row["logical_bytes"]
+        if delivered:
+            encoded_by_phase[row["phase"]][way] += row["encoded_bytes"]
         if delivered and row["phase"] not in ("setup", "select", "evaluate"):
             sums["logical"][way] += row["logical_bytes"]
             sums["encoded"][way] += row["encoded_bytes"]
             by_kind[row["kind"]][way] += row["logical_bytes"]
-    return {**sums, "by_kind": dict(by_kind), "by_phase": dict(by_phase), "wasted": dict(wasted)}
+    tables = {"by_kind": by_kind, "by_phase": by_phase, "wasted": wasted}
+    tables |= {"encoded_by_phase": encoded_by_phase, "wire_by_phase": wire_by_phase}
+    return {**sums, **{name: dict(table) for name, table in tables.items()}}
 
 
 def without_transport(totals):
@@ -285,7 +307,7 @@ def without_transport(totals):
     return {k: v for k, v in {**totals, "wire": wire}.items() if k != "transport"}
 
 
-def enter(ledger, frame, schema=SCHEMA, *, direction="down", phase="train", rank=1, times=(1, 2, 3)):
+def enter(ledger, frame, schema=SCHEMA, *, direction="down", phase="train", rank=1, times=(None, 1, 2, 3)):
     return ledger.book(frame, schema, direction=direction, phase=phase, rank=rank, times=[times] * len(frame.messages))
 
 
@@ -293,7 +315,7 @@ def test_every_message_and_kind_has_a_row_with_all_columns(tmp_path):
     ledger = Ledger(tmp_path / "messages.jsonl")
     params = model()
     frame = a_frame(*((client, values(params=params)) for client in (8, 9)), round=3, attempt=1, call=2)
-    for message in enter(ledger, frame, rank=4, phase="distill", times=(11, 12, 0)):
+    for message in enter(ledger, frame, rank=4, phase="distill", times=(None, 11, 12, 0)):
         message.settle("delivered", 13)
     ledger.close()
     rows = rows_of(tmp_path / "messages.jsonl")
@@ -314,7 +336,7 @@ def test_every_message_and_kind_has_a_row_with_all_columns(tmp_path):
     first, second = messages
     assert first == {
         "row": "message", **common, "framing_bytes": framing, "wire_bytes": wire, "shared_with": None,
-        "status": "delivered",
+        "started_ns": None, "ready_ns": 11, "sent_ns": 12, "done_ns": 13, "status": "delivered",
     }  # fmt: skip
     assert (second["framing_bytes"], second["wire_bytes"], second["shared_with"]) == (0, second_wire, 8)
 

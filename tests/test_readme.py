@@ -62,11 +62,14 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
     names = set(result) | set(result["bytes"]) | set(result["seconds"])
     environment = json.loads((run / "environment.json").read_text())
     names |= set(environment) | set(environment["tf32"]) | set(environment["cudnn"]) | set(environment["hosts"]["0"])
-    for file in ("rounds.jsonl", "messages.jsonl"):
+    names |= set(result["stop"])
+    for file in ("rounds.jsonl", "messages.jsonl", "timeline.jsonl"):
         for line in (run / file).read_text().splitlines():
             names |= set(json.loads(line))
+    lines = (run / "rounds.jsonl").read_text().splitlines()
+    names |= set(json.loads(lines[0])["spent"])
     with h5py.File(run / "run.h5") as arrays:
-        names |= set(arrays["rounds"])
+        names |= set(arrays) | set(arrays["rounds"])
     assert names <= explained, names - explained
 
 

@@ -239,7 +239,7 @@ def _from_h5(path: Path) -> Run:
 
     try:
         with h5py.File(path) as file:
-            text = {name: str(file.attrs[name]) for name in ("config", "result", "environment")}
+            text = {name: str(file[name].asstr()[()]) for name in ("config", "result", "environment")}
             lines = [json.loads(line) for line in file["rounds/lines"].asstr()]
     except (OSError, KeyError, ValueError) as error:
         raise UnreadableRun(f"{path}: it is no run's run.h5, or damaged: {error}") from None

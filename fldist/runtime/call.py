@@ -38,6 +38,7 @@ class Call:
     arrived: dict[int, int] = field(default_factory=dict)  # client -> rank, of these
     folded: list[Booked] = field(default_factory=list)  # replies that were accepted
     first: dict[int, int] = field(default_factory=dict)  # by host: the first client it was given
+    posted: dict[int, int] = field(default_factory=dict)  # client -> when its message was handed to the link, in ns
 
     @property
     def open(self) -> list[int]:

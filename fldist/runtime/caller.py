@@ -21,6 +21,7 @@ from fldist.fold import FixedPoint, Fold, NoWeight
 from fldist.kinds import Form
 from fldist.params import Params
 from fldist.runtime.call import Call, check_names
+from fldist.runtime.clocks import Clock
 from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import Folds, reducible
 from fldist.runtime.job import ClientMethod, Job
@@ -58,10 +59,20 @@ class RoundFacts:
     missing: dict[int, str] = field(default_factory=dict)
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
-    encode_s: float = 0.0
-    calls_s: float = 0.0  # of the server, in calls, beginning to end
+    encoded: list[tuple[float, float]] = field(default_factory=list)  # from when to when the server packed and folded
+    calls: list[tuple[float, float]] = field(default_factory=list)  # from when to when it was in calls
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
+
+    @property
+    def encode_s(self) -> float:
+        """Seconds of packing, unpacking and folding at the server."""
+        return sum(end - begin for begin, end in self.encoded)
+
+    @property
+    def calls_s(self) -> float:
+        """Seconds of the server in calls, beginning to end."""
+        return sum(end - begin for begin, end in self.calls)
 
 
 class Hosts(Protocol):
@@ -91,7 +102,7 @@ class Caller:
         self.link = link
         self.ledger = ledger
         self.placement = placement
-        self.offsets: dict[int, int] = {}
+        self.clocks: dict[int, Clock] = {}
         self.facts = RoundFacts()
         self.reports: dict[int, ClientReport] = {}
         self._told: dict[int, ClientReport] = {}  # this round's reports
@@ -247,7 +258,7 @@ class Caller:
         try:
             return self._make(ids, method, fold, phase, arguments)
         finally:
-            self.facts.calls_s += time.monotonic() - began
+            self.facts.calls.append((began, time.monotonic()))
 
     def _make(
         self,
@@ -274,7 +285,7 @@ class Caller:
                 if isinstance(accumulator, FixedPoint):
                     self._sizes[spec.name, name] = accumulator.reference.nbytes
         self._send(running, sorted(ids))
-        self.facts.encode_s += time.monotonic() - began
+        self.facts.encoded.append((began, time.monotonic()))
         needed = self._faults.needed(len(ids))
         self._wait(running, most_missing=len(ids) - needed if self.job.topology == "star" else len(ids))
         self._gather(running)
@@ -294,7 +305,7 @@ class Caller:
         except NoWeight as error:
             self._broken.update(replied)
             raise TooFewReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
-        self.facts.encode_s += time.monotonic() - began
+        self.facts.encoded.append((began, time.monotonic()))
         replies = Replies(values, replied, running.missing, running.seconds)
         for client, report in replies.reports.items():
             # a call that did not train tells less
@@ -399,7 +410,7 @@ class Caller:
             direction="down",
             phase=running.phase,
             rank=rank,
-            times=[(ready_ns, 0, 0)] * len(clients),
+            times=[(None, ready_ns, 0, 0)] * len(clients),
             once=given,
             carrier=carrier,
         )
@@ -407,6 +418,7 @@ class Caller:
         self.once.sent(rank, running.spec.name, running.once, booked)
         self._posted[frame.head.seq] = booked
         running.outstanding.update(dict.fromkeys(clients, rank))
+        running.posted.update(dict.fromkeys(clients, ready_ns))
 
     def behind(self) -> bool:
         """Whether a host has not taken all that was sent to it."""
@@ -519,11 +531,11 @@ class Caller:
                     booked.settle("lost")
             self._verdicts.pop(event.rank, None)
             self.once.left(event.rank)
-            self.offsets.pop(event.rank, None)
+            self.clocks.pop(event.rank, None)
             fresh = [c for c, calls in self._accepted.items() if calls]
             self._reasons[event.rank] = self._hosts.lost(event.rank, event.reason, fresh)
         elif isinstance(event, Joined):
-            self.offsets[event.rank] = event.offset_ns
+            self.clocks[event.rank] = Clock(event.offset_ns, at=time.monotonic_ns())
             self._machines[event.rank] = str(event.info.get("hostname"))
             self._hosts.joined(event)
         elif isinstance(event, Received):
@@ -537,11 +549,13 @@ class Caller:
 
     def _book_up(self, event: Received, spec: ClientMethod, phase: str) -> list[Booked]:
         head = event.frame.head
-        # nothing arrives before it was sent: the quickest message so far bounds the clocks' offset best
-        offset = self.offsets[event.rank] = min(
-            self.offsets.get(event.rank, event.done_ns - head.sent_ns), event.done_ns - head.sent_ns
-        )
-        times = [(m.ready_ns + offset, head.sent_ns + offset, event.done_ns) for m in event.frame.messages]
+        clock = self.clocks.setdefault(event.rank, Clock(event.done_ns - head.sent_ns))
+        clock.received(head.sent_ns, event.done_ns)
+        offset = clock.offset_ns
+        times = [
+            (m.started_ns + offset, m.ready_ns + offset, head.sent_ns + offset, event.done_ns)
+            for m in event.frame.messages
+        ]
         folded = {
             m.client: self._folded_kinds(m, spec) for m in event.frame.messages if self.job.topology == "reduce"
         }
@@ -561,10 +575,14 @@ class Caller:
     def _take(self, running: Call, event: Received) -> None:
         began = time.monotonic()
         frame, rank = event.frame, event.rank
+        for message in frame.messages:
+            if running.outstanding.get(message.client) == rank:
+                clock = self.clocks.setdefault(rank, Clock(event.done_ns - frame.head.sent_ns))
+                clock.posted(running.posted[message.client], message.received_ns, event.done_ns)
         entries = self._book_up(event, running.spec, running.phase)
         told = frame.note.get("wrote")
         wrote = {c for c in told if isinstance(c, int)} if isinstance(told, list) else set()
-        wire_s = (event.done_ns - frame.head.sent_ns - self.offsets[rank]) / 1e9
+        wire_s = (event.done_ns - frame.head.sent_ns - self.clocks[rank].offset_ns) / 1e9
         self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + wire_s
         for message, booked in zip(frame.messages, entries, strict=True):
             client = message.client
@@ -602,4 +620,4 @@ class Caller:
         has = sum(r == rank for r in running.outstanding.values())
         if more := running.shares.next(rank, has):
             self._give(running, rank, more)
-        self.facts.encode_s += time.monotonic() - began
+        self.facts.encoded.append((began, time.monotonic()))

@@ -13,6 +13,7 @@ from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, r
 from fldist.models.evaluate import Evaluation
 from fldist.params import Layout
 from fldist.runtime.membership import Faults
+from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
@@ -61,6 +62,7 @@ class Job:
     limits: Limits = field(default_factory=Limits)
     round_deadline_s: float | None = None
     faults: Faults = field(default_factory=Faults)
+    stop: Stop = field(default_factory=Stop)
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import math
 import os
@@ -74,6 +76,19 @@ def status_of(directory: Path) -> str | None:
         return None
 
 
+def finished_result(directory: Path) -> dict[str, Any] | None:
+    """result.json of a finished run; None while it is not finished."""
+    if status_of(directory) != "finished":
+        return None
+    found: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def config_hash(resolved: Mapping[str, Any]) -> str:
+    """SHA-256 of a resolved configuration, whatever the order of its keys; hex."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def differing(before: Any, now: Any, key: str = "") -> list[str]:
     """The dotted keys in which two resolved configurations differ."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -101,7 +116,7 @@ def default_directory(root: Path, name: str) -> Path:
     return wanted
 
 
-LINES = ("rounds.jsonl", "clients.jsonl", "messages.jsonl")
+LINES = ("rounds.jsonl", "clients.jsonl", "messages.jsonl", "timeline.jsonl")
 """Files that grow line by line."""
 
 
@@ -142,7 +157,9 @@ class Output:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._rounds = Lines(directory / "rounds.jsonl")
+        self._timeline = Lines(directory / "timeline.jsonl")
         self._clients: Lines | None = None
+        self._config: dict[str, Any] = {}
         self._environment: dict[str, Any] = {}
 
     def clients(self, number: int, scores: Mapping[int, Scores]) -> None:
@@ -164,6 +181,7 @@ class Output:
 
     def config(self, resolved: dict[str, Any]) -> None:
         """config.yaml: the resolved configuration."""
+        self._config = resolved
         self._write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
     def environment(self, facts: dict[str, Any]) -> None:
@@ -183,38 +201,69 @@ class Output:
         """One line of rounds.jsonl, written at once."""
         self._rounds.write([json.dumps(_finite(line)) + "\n"])
 
+    def timeline(self, line: dict[str, Any]) -> None:
+        """One line of timeline.jsonl, written at once."""
+        self._timeline.write([json.dumps(line) + "\n"])
+
+    def images(self, number: int, pictures: Mapping[str, Any]) -> None:
+        """images/round-000010-NAME.png: what an algorithm has given to look at, [H, W, channels] uint8 each."""
+        from PIL import Image
+
+        folder = self.directory / "images"
+        folder.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            temporary = folder / f"{name}.tmp"
+            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary, format="png")
+            temporary.replace(folder / f"round-{number:06d}-{name}.png")
+
+    @property
+    def _lines(self) -> list[Lines]:
+        return [lines for lines in (self._rounds, self._timeline, self._clients) if lines is not None]
+
     @property
     def problems(self) -> list[str]:
         """Why lines wait to be written."""
-        return [lines.problem for lines in (self._rounds, self._clients) if lines is not None and lines.problem]
+        return [lines.problem for lines in self._lines if lines.problem]
 
     def result(self, result: dict[str, Any]) -> None:
         """result.json."""
         self._write("result.json", json.dumps(_finite(result), indent=2) + "\n")
 
-    def arrays(self, rounds: list[dict[str, Any]]) -> None:
+    def arrays(self, rounds: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """run.h5: what tables and plots need, one array a column, sealed at the end of the run."""
 
+        data = self._arrays(rounds, result)
         temporary = self.directory / "run.h5.tmp"
         try:
-            self._write_arrays(temporary, rounds)
-        except (OSError, RuntimeError) as error:  # what the library makes of a full disk is several lines long
-            raise OSError(f"run.h5 cannot be written: {str(error).partition(',')[0]}") from None
+            temporary.write_bytes(data)
+        except OSError as error:
+            raise OSError(f"run.h5 cannot be written: {error.strerror}") from None
         temporary.replace(self.directory / "run.h5")
 
-    def _write_arrays(self, path: Path, rounds: list[dict[str, Any]]) -> None:
+    def _arrays(self, rounds: list[dict[str, Any]], result: dict[str, Any]) -> bytes:
+        """The file run.h5, made in memory: on a full disk the library may end the process."""
         import h5py
         import numpy as np
 
-        with h5py.File(path, "w") as file:
+        data = io.BytesIO()
+        with h5py.File(data, "w") as file:
+            about = {"config": self._config, "result": result, "environment": self._environment}
+            for name, value in {**about, "sha256": digests(self.directory)}.items():
+                # a dataset: an attribute holds 64 kB at most
+                file[name] = json.dumps(_finite(value))
             group = file.create_group("rounds")
+            group["lines"] = [json.dumps(_finite(line)) for line in rounds]
             for name in ("round", "accuracy", "loss", "selected", "replied"):
                 group[name] = np.array([_number(r.get(name)) for r in rounds], dtype=np.float64)
             for way in ("up", "down"):
                 group[f"logical_bytes_{way}"] = np.array([r["bytes"]["logical"][way] for r in rounds], dtype=np.int64)
                 group[f"wire_bytes_{way}"] = np.array([r["bytes"]["wire"][way] for r in rounds], dtype=np.int64)
+            for name in ("uplink_bytes", "downlink_bytes", "wire_uplink_bytes", "wire_downlink_bytes"):
+                group[f"spent_{name}"] = np.array([r["spent"][name] for r in rounds], dtype=np.int64)
+            group["spent_seconds"] = np.array([r["spent"]["seconds"] for r in rounds], dtype=np.float64)
             for name in ("total", "compute", "server", "encode", "wire", "wait", "evaluate"):
                 group[f"{name}_s"] = np.array([r["seconds"][name] for r in rounds], dtype=np.float64)
+        return data.getvalue()
 
     def model(self, params: Params) -> None:
         """model/model.safetensors: the final model by tensor name."""
@@ -226,22 +275,38 @@ class Output:
 
     def catch_up(self) -> None:
         """Write the lines that wait; OSError when they still cannot be written."""
-        for lines in (self._rounds, self._clients):
-            if lines is not None:
-                lines.write()
+        for lines in self._lines:
+            lines.write()
         for problem in self.problems:
             raise OSError(problem)
 
     def close(self) -> None:
         """Close what lines are written to; OSError when some cannot be written."""
-        self._rounds.close()
-        if self._clients is not None:
-            self._clients.close()
+        problems = []
+        for lines in self._lines:
+            try:
+                lines.close()
+            except OSError as error:
+                problems.append(str(error))
+        if problems:
+            raise OSError("; ".join(problems))
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.directory / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.directory / name)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 in hex of the files that run.h5 vouches for, by name."""
+    names = ["config.yaml", *LINES, "model/model.safetensors"]
+    paths = [*sorted(directory.glob("messages-*.jsonl")), *(directory / name for name in names)]
+    found = {}
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -14,12 +14,13 @@ import torch
 import fldist
 from fldist.algorithm import Stage, State, TooFewReplies
 from fldist.models.evaluate import Scores, warm_up_metrics
+from fldist.runtime import timeline
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
 from fldist.runtime.device import CPU, Seats
 from fldist.runtime.job import Job
 from fldist.runtime.keeper import Keeper
 from fldist.runtime.membership import Membership, RunStopped, Supervisor, ids_text
-from fldist.runtime.output import Output, peak_rss_bytes
+from fldist.runtime.output import Output, config_hash, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
 from fldist.runtime.state import Watch, hash_state, moved
@@ -89,10 +90,13 @@ class ServerLoop:
         self._seconds = dict.fromkeys(("total", "compute", "server", "encode", "wire", "wait", "evaluate"), 0.0)
         self._best: dict[str, Any] = {}
         self._ran_s = 0.0  # before this process
+        self._spent_s = 0.0  # of setup and rounds, evaluation left out
+        self._ended: dict[str, Any] | None = None  # what has finished the run
         totals = None
         if resumed is not None:
             self._seconds.update(resumed.facts["seconds"])
             self._ran_s = float(resumed.facts["run_s"])
+            self._spent_s = float(resumed.facts["spent_s"])
             self._best = resumed.facts["best"]
             totals = Totals.of(resumed.facts["bytes"])
         self._ledger = Ledger(output.ledger_path, totals)
@@ -148,8 +152,9 @@ class ServerLoop:
             with undisturbed():  # torchrun and mpirun send a signal soon after a rank's death
                 if status != "finished":
                     self._ledger.flush(final=True)
-                    self._save(lambda: self.output.result(self._result(status, reason, None)))
-                    self._keep_what_there_is()
+                    result = self._result(status, reason, None)
+                    self._save(lambda: self.output.result(result))
+                    self._keep_what_there_is(result)
                     if self._keeper is not None:
                         self._keeper.secure()
                 self._save(self._ledger.close)
@@ -210,13 +215,13 @@ class ServerLoop:
         rounds = "1 finished round is" if count == 1 else f"{count} finished rounds are"
         return f"{rounds} kept in {self.output.directory}"
 
-    def _keep_what_there_is(self) -> None:
+    def _keep_what_there_is(self, result: dict[str, Any]) -> None:
         """Model and arrays of the rounds that were finished."""
         if self._committed is None or not self._lines:
             return
         try:
             self._save_model(ServerView(self.job, self._committed))
-            self.output.arrays(self._lines)
+            self.output.arrays(self._lines, result)
         except Exception:  # the run ends for another reason, which must be told
             log.exception("the model could not be saved")
 
@@ -252,23 +257,42 @@ class ServerLoop:
                 self.observer.warning(problem)
             self._committed = view.state
             self.observer.warning(f"continued after round {done}, from {self.output.directory}")
+            if self._lines:
+                last = self._lines[-1]
+                self._ended = self._finished_by(done, last["spent"], last["accuracy"])
         else:
             self._setup(view)
         number = 0
         for index, stage in enumerate(stages):
             for _ in range(stage.rounds):
                 number += 1
-                if number > done:
+                if number > done and self._ended is None:
                     self._round(number, index, stage, view)
         return self._finish(view)
 
+    def _finished_by(self, number: int, spent: dict[str, Any], accuracy: float | None) -> dict[str, Any] | None:
+        """What ends the run after a round, or None."""
+        if number >= self._total:
+            return {"rule": "rounds", "limit": self._total, "value": number, "round": number}
+        return self.job.stop.reached(number, spent, accuracy)
+
+    def _spend(self, seconds: float) -> dict[str, Any]:
+        """What the run has cost so far, these seconds added."""
+        self._ledger.flush()
+        self._spent_s += seconds
+        return {**self._ledger.totals.spent(), "seconds": round(self._spent_s, 6)}
+
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
+        began = time.monotonic()
         error = self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")[1]
         if error is not None:
             raise RunStopped(f"setup: {error}; {next(iter(error.missing.values()), '')}")
-        self._ledger.flush()
+        ended = time.monotonic()
+        self._spend(ended - began)
         self._ledger.take_round()
+        caller = self._caller
+        self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
         self._keep(0, view)
 
     def _attempt(
@@ -346,12 +370,13 @@ class ServerLoop:
             "best": self._best,
             "seconds": self._seconds,
             "run_s": self._ran_s + time.monotonic() - self._began,
+            "spent_s": self._spent_s,
             "bytes": self._ledger.totals.as_dict(),
         }
         try:
             if self._waiting:
                 raise OSError("lines of earlier rounds are not written yet")
-            self._keeper.keep(number, view.state.values, facts, last=number == self._total)
+            self._keeper.keep(number, view.state.values, facts, last=self._ended is not None)
         except OSError as error:
             self.observer.warning(f"round {number}: no checkpoint could be written ({error}); the run goes on")
 
@@ -363,11 +388,21 @@ class ServerLoop:
         facts = caller.facts
         server_s = max(0.0, facts.ended_s - facts.began_s - facts.calls_s)
         evaluated = time.monotonic()
+        spent = self._spend(evaluated - began)
+        self._ended = self._finished_by(number, spent, None)
         scores = self._evaluate(number, view)
-        evaluate_s = time.monotonic() - evaluated
-        line = self._line(number, attempt, stage, facts, scores, server_s, evaluate_s, began, committed)
+        ended = time.monotonic()
+        line = self._line(number, attempt, stage, facts, scores, server_s, ended - evaluated, began, committed)
+        line["spent"] = spent
+        self._ended = self._ended or self._finished_by(number, spent, line["accuracy"])
+        scoring = caller.facts if caller.facts is not facts else None
+        self.output.timeline(
+            timeline.line(number, attempt, began, ended, facts, (evaluated, ended), scoring, caller.clocks)
+        )
         if view.logged:
             line["log"] = dict(view.logged)
+        if view.pictures and committed:
+            self._save(lambda: self.output.images(number, view.pictures))
         refused = {c: r for c, r in facts.missing.items() if r.startswith(("refused", "error"))}
         if refused and committed:
             client, reason = next(iter(sorted(refused.items())))
@@ -387,7 +422,7 @@ class ServerLoop:
     def _evaluate(self, number: int, view: ServerView) -> dict[str, Any] | None:
         """Scores by whom they are of: `global` at the server, `clients` over the clients; None when none are due."""
         how = self.job.evaluation
-        if how.every == 0 or (number % how.every and number != self._total):
+        if how.every == 0 or (number % how.every and self._ended is None):
             return None
         scores: dict[str, Any] = {}
         if how.where != "clients":
@@ -496,7 +531,7 @@ class ServerLoop:
         try:
             self.output.catch_up()
             self._save_model(view)
-            self.output.arrays(self._lines)
+            self.output.arrays(self._lines, result)
             if self._ledger.problem:
                 raise OSError(self._ledger.problem)
             self.output.result(result)  # last: it says that all is there
@@ -552,7 +587,9 @@ class ServerLoop:
             },
             "peak_rss_bytes": peak_rss_bytes(),
             "state_hash": state_hash,
+            "config_hash": config_hash(self.config),
             "status": status,
+            "stop": self._ended if status == "finished" else None,
             "reason": reason,
             "version": fldist.__version__,
             "directory": str(self.output.directory),

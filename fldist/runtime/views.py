@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from fldist.algorithm import State
 from fldist.data.client_data import PooledData
 from fldist.runtime.cohort import CallsClients, Cohort
 from fldist.runtime.device import CPU
 from fldist.runtime.job import Job
+from fldist.runtime.pictures import grid
 from fldist.runtime.state import check_value, moved
 from fldist.seeding import Streams, generator
 from fldist.selection import Candidates
@@ -19,13 +22,14 @@ from fldist.selection import Candidates
 class ServerView:
     """The server half's view of a run; see `fldist.algorithm.Server`. Its state is on the CPU, whatever is set."""
 
-    _RESERVED = frozenset({"task", "data", "round", "rng", "log", "state"})
+    _RESERVED = frozenset({"task", "data", "round", "rng", "log", "images", "state"})
 
     def __init__(self, job: Job, state: State) -> None:
         set_ = object.__setattr__
         set_(self, "task", job.task)
         set_(self, "state", state)
         set_(self, "logged", {})
+        set_(self, "pictures", {})
         set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1)))
         self.enter(0, job.seed)
 
@@ -36,6 +40,7 @@ class ServerView:
         set_(self, "rng", generator(seed, "server", number))
         self.data.enter(Streams(seed, number, -1))
         self.logged.clear()
+        self.pictures.clear()
 
     def replace(self, state: State) -> None:
         """Put another state in place."""
@@ -44,6 +49,10 @@ class ServerView:
     def log(self, **values: float) -> None:
         """Write numbers into this round's line of rounds.jsonl."""
         self.logged.update({k: float(v) for k, v in values.items()})
+
+    def images(self, **pictures: Tensor) -> None:
+        """Keep pictures of this round; see `fldist.algorithm.Server`."""
+        self.pictures.update({name: grid(name, pixels) for name, pixels in pictures.items()})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "state"), name)

@@ -1,9 +1,9 @@
 """The ledger: every byte counted once, at the server, by kind, direction, client, round and phase.
 
 messages.jsonl has two kinds of rows. `row: kind`, one per message and kind: logical and encoded bytes, times
-and status. `row: message`, one per message: framing and wire bytes. Several clients of a host may share a part
-(or a frame): its framing and wire bytes are booked on the first of them, the others carry 0 there and name it
-in `shared_with`.
+and status. `row: message`, one per message: framing and wire bytes, and the times again. Several clients of a
+host may share a part (or a frame): its framing and wire bytes are booked on the first of them, the others carry
+0 there and name it in `shared_with`.
 
     logical  tensor bytes as if the client were alone on its own link (8 for a number)
     encoded  after the codec
@@ -52,6 +52,7 @@ class Booked:
     framing_bytes: int
     wire_bytes: int
     shared_with: int | None
+    started_ns: int | None = None
     ready_ns: int = 0
     sent_ns: int = 0
     done_ns: int = 0
@@ -130,17 +131,21 @@ class Totals:
     by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
     wasted: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
     transport: dict[str, int] = field(default_factory=_by_direction)
+    encoded_by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
+    wire_by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
 
     def add(self, message: Booked) -> None:
         """Count one settled message."""
         way = message.direction
         self.wire[way] += message.wire_bytes
+        self.wire_by_phase[message.phase][way] += message.wire_bytes
         self.framing[way] += message.framing_bytes
         logical = message.logical_bytes
         if message.status != "delivered":
             self.wasted[message.status][way] += logical
             return
         self.by_phase[message.phase][way] += logical
+        self.encoded_by_phase[message.phase][way] += sum(encoded for _, encoded in message.kinds.values())
         if message.phase in UNTRAINED_PHASES:
             return
         self.logical[way] += logical
@@ -160,7 +165,7 @@ class Totals:
         """What `as_dict` gave."""
         made = cls(*(dict(saved[name]) for name in ("logical", "encoded", "framing", "wire")))
         made.transport = dict(saved["transport"])
-        for name in ("by_kind", "by_phase", "wasted"):
+        for name in ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase"):
             getattr(made, name).update({k: dict(v) for k, v in saved[name].items()})
         return made
 
@@ -175,7 +180,17 @@ class Totals:
             "by_phase": {k: dict(v) for k, v in sorted(self.by_phase.items())},
             "wasted": {k: dict(v) for k, v in sorted(self.wasted.items())},
             "transport": dict(self.transport),
+            "encoded_by_phase": {k: dict(v) for k, v in sorted(self.encoded_by_phase.items())},
+            "wire_by_phase": {k: dict(v) for k, v in sorted(self.wire_by_phase.items())},
         }
+
+    def spent(self) -> dict[str, int]:
+        """What has been exchanged, scoring left out: encoded bytes of what was delivered, wire bytes of everything."""
+        found = {}
+        for prefix, by_phase in (("", self.encoded_by_phase), ("wire_", self.wire_by_phase)):
+            for name, way in (("uplink", "up"), ("downlink", "down")):
+                found[f"{prefix}{name}_bytes"] = sum(v[way] for k, v in by_phase.items() if k != "evaluate")
+        return found
 
 
 class Ledger:
@@ -195,15 +210,15 @@ class Ledger:
         direction: Direction,
         phase: str,
         rank: int,
-        times: Iterable[tuple[int, int, int]],
+        times: Iterable[tuple[int | None, int, int, int]],
         once: Mapping[int, Kinds] | None = None,
         carrier: int | None = None,
     ) -> list[Booked]:
-        """Enter a frame's messages as open; `times` has (ready, sent, done) for each; the rest: see `costs`."""
+        """Enter a frame's messages as open; `times`: (started, ready, sent, done) of each; the rest: see `costs`."""
         head = frame.head
         entered = []
         of_each = costs(frame, schema, once, carrier)
-        for message, cost, (ready, sent, done) in zip(frame.messages, of_each, times, strict=True):
+        for message, cost, (started, ready, sent, done) in zip(frame.messages, of_each, times, strict=True):
             kinds, framing, wire, shared_with = cost
             entered.append(
                 Booked(
@@ -218,6 +233,7 @@ class Ledger:
                     framing_bytes=framing,
                     wire_bytes=wire,
                     shared_with=shared_with,
+                    started_ns=started,
                     ready_ns=ready,
                     sent_ns=sent,
                     done_ns=done,
@@ -314,6 +330,10 @@ def _rows(message: Booked) -> list[str]:
             "framing_bytes": message.framing_bytes,
             "wire_bytes": message.wire_bytes,
             "shared_with": message.shared_with,
+            "started_ns": message.started_ns,
+            "ready_ns": message.ready_ns,
+            "sent_ns": message.sent_ns,
+            "done_ns": message.done_ns,
             "status": message.status,
         }
     )

@@ -1,0 +1,168 @@
+"""Runs that end at a budget or an accuracy: which rule counts, what is said, and that such a run can be extended."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fldist import run
+from fldist.config import ConfigError, load, load_resumed
+from fldist.runner import run_here
+from fldist.runtime.stops import Stop, reason_text
+from tests.conftest import small
+
+SPENT = {"uplink_bytes": 100, "downlink_bytes": 50, "seconds": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("stop", "rule", "value"),
+    [
+        (Stop(rounds=4), "rounds", 4),
+        (Stop(uplink_bytes=100), "uplink_bytes", 100),
+        (Stop(total_bytes=120), "total_bytes", 150),
+        (Stop(seconds=2.5), "seconds", 3.0),
+        (Stop(accuracy=0.7), "accuracy", 0.75),
+        (Stop(rounds=5, accuracy=0.7, total_bytes=151), "accuracy", 0.75),
+    ],
+)
+def test_what_is_reached_ends_the_run(stop, rule, value):
+    got = stop.reached(4, SPENT, 0.75)
+    assert got == {"rule": rule, "limit": getattr(stop, rule), "value": value, "round": 4}
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [Stop(), Stop(rounds=5), Stop(uplink_bytes=101), Stop(total_bytes=151), Stop(seconds=3.01), Stop(accuracy=0.76)],
+)
+def test_what_is_not_reached_does_not(stop):
+    assert stop.reached(4, SPENT, 0.75) is None
+
+
+def test_an_unscored_round_ends_no_run_by_its_accuracy():
+    assert Stop(accuracy=0.1).reached(4, SPENT, None) is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ({"rule": "rounds", "limit": 5, "value": 5, "round": 5}, "all 5 rounds are done"),
+        (
+            {"rule": "uplink_bytes", "limit": 10**6, "value": 1_240_000, "round": 7},
+            "1.24 MB spent after round 7 (stop.uplink_bytes: 1 MB)",
+        ),
+        (
+            {"rule": "seconds", "limit": 60.0, "value": 61.0, "round": 7},
+            "61 s spent after round 7 (stop.seconds: 60 s)",
+        ),
+        (
+            {"rule": "accuracy", "limit": 0.9, "value": 0.91, "round": 7},
+            "accuracy 0.9100 in round 7 (stop.accuracy: 0.9)",
+        ),
+    ],
+)
+def test_the_reason_is_told_in_words(stop, text):
+    assert reason_text(stop) == text
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ({"uplink_bytes": "much"}, r"stop\.uplink_bytes: it must be a number of bytes, such as 1500000 or 1\.5 MB"),
+        ({"total_bytes": 0}, r"stop\.total_bytes: .*greater than 0"),
+        ({"seconds": 0}, r"stop\.seconds: .*greater than 0"),
+        ({"accuracy": 80}, r"stop\.accuracy: .*less than or equal to 1; got 80"),
+        ({"rounds": 0}, r"stop\.rounds: .*greater than or equal to 1"),
+        ({"uplink": 5}, r"stop\.uplink: unknown key; did you mean stop\.uplink_bytes"),
+    ],
+)
+def test_what_cannot_be_a_limit_is_refused(stop, message):
+    with pytest.raises(ConfigError, match=message):
+        load(small(stop=stop))
+
+
+def test_an_accuracy_needs_scores():
+    with pytest.raises(ConfigError, match=r"stop\.accuracy: 0\.5 is never known, since eval\.every is 0; set it"):
+        load(small(stop={"accuracy": 0.5}, eval={"every": 0}))
+
+
+def test_bytes_may_be_written_with_units():
+    assert load(small(), ["stop.uplink_bytes=1.5 MB"]).stop.uplink_bytes == 1_500_000
+
+
+def lines_of(directory):
+    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_at_the_first_round_that_reaches_its_budget_and_scores_it(tmp_path):
+    one_round = run(small(rounds=1), output=tmp_path / "one")["bytes"]["encoded"]["up"]
+    config = small(rounds=9, eval={"every": 9}, stop={"uplink_bytes": 2 * one_round + 1})
+    result = run(config, output=tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["stop"] == {"rule": "uplink_bytes", "limit": 2 * one_round + 1, "value": 3 * one_round, "round": 3}
+    assert result["rounds"] == 3
+    lines = lines_of(tmp_path / "run")
+    assert [line["accuracy"] is None for line in lines] == [True, True, False]
+    assert result["final"]["accuracy"] == lines[-1]["accuracy"]
+    assert lines[-1]["spent"]["uplink_bytes"] == result["bytes"]["encoded"]["up"]
+
+
+def test_a_run_ends_at_an_accuracy(tmp_path):
+    free = run(small(rounds=6), output=tmp_path / "free")
+    curve = [line["accuracy"] for line in lines_of(tmp_path / "free")]
+    wanted = curve[2]
+    first = next(number for number, accuracy in enumerate(curve, start=1) if accuracy >= wanted)
+    result = run(small(rounds=6, stop={"accuracy": wanted}), output=tmp_path / "run")
+    assert (result["stop"]["rule"], result["stop"]["round"], result["rounds"]) == ("accuracy", first, first)
+    assert free["stop"] == {"rule": "rounds", "limit": 6, "value": 6, "round": 6}
+
+
+def test_scoring_at_clients_is_no_part_of_what_is_spent(tmp_path):
+    silent = run(small(eval={"every": 0}), output=tmp_path / "silent")
+    scored = run(small(eval={"where": "both"}), output=tmp_path / "scored")
+    assert scored["bytes"]["by_phase"]["evaluate"]["down"] > 0
+    of = [lines_of(tmp_path / name)[-1]["spent"] for name in ("silent", "scored")]
+    for name in ("uplink_bytes", "downlink_bytes"):
+        assert of[0][name] == of[1][name]
+    # the verdict on a round rides in the next frame, whether that is a call to score or to train
+    assert of[0]["wire_uplink_bytes"] == of[1]["wire_uplink_bytes"]
+    assert 0 <= of[0]["wire_downlink_bytes"] - of[1]["wire_downlink_bytes"] < 100
+    assert of[0]["uplink_bytes"] == silent["bytes"]["logical"]["up"]
+
+
+def test_a_run_that_ended_at_a_budget_is_extended_to_the_same_bits(tmp_path):
+    whole = run(small(rounds=4), output=tmp_path / "whole")
+    run(small(rounds=4, stop={"rounds": 2}), output=tmp_path / "cut")
+    with pytest.raises(ConfigError, match=r"stop\.rounds: the run in .*cut is finished, with 2 of 2; give more"):
+        load_resumed(tmp_path / "cut", ["rounds=8"])
+    settings = load_resumed(tmp_path / "cut", ["stop.rounds=null"])
+    longer = run_here(settings, output=tmp_path / "cut", resume=True)
+    assert (longer["state_hash"], longer["rounds"]) == (whole["state_hash"], 4)
+    for name in ("logical", "encoded", "by_kind", "by_phase"):
+        assert longer["bytes"][name] == whole["bytes"][name]
+    spent = [lines_of(tmp_path / name)[-1]["spent"]["uplink_bytes"] for name in ("whole", "cut")]
+    assert spent[0] == spent[1]
+
+
+def test_the_budget_that_ended_a_run_must_be_raised_to_extend_it(tmp_path):
+    run(small(rounds=4, stop={"total_bytes": "1 kB"}), output=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"stop\.total_bytes: .* is finished, with \d+ of 1000; give more"):
+        load_resumed(tmp_path / "run", ["rounds=9"])
+    assert load_resumed(tmp_path / "run", ["stop.total_bytes=1 GB"]).stop.total_bytes == 10**9
+
+
+def test_a_run_whose_last_round_reached_its_budget_before_it_was_killed_only_has_to_end(tmp_path):
+    """As after a death between the round's checkpoint and result.json."""
+    settings = load(small(rounds=5, stop={"rounds": 2}))
+    whole = run_here(settings, output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run_here(load_resumed(tmp_path / "run"), output=tmp_path / "run", resume=True)
+    assert (again["rounds"], again["state_hash"], again["stop"]) == (2, whole["state_hash"], whole["stop"])
+
+
+def test_a_budget_ends_a_run_of_several_ranks_in_the_same_round(tmp_path, hosts):
+    stop = {"total_bytes": "50 kB"}
+    alone = run(small(rounds=9, stop=stop), output=tmp_path / "alone")
+    spread = run_here(load(small(rounds=9, stop=stop)), nproc=3, output=tmp_path / "spread", spawn=hosts)
+    assert alone["stop"] == spread["stop"]
+    assert alone["rounds"] == spread["rounds"] < 9
