@@ -10,7 +10,7 @@ from typing import Any
 from fldist.analysis.compare import Interval, Method, Task, differing
 from fldist.analysis.runs import Run
 
-_NAMED = 4
+_NAMED = 6
 """So many are named of what there may be many of."""
 
 
@@ -95,6 +95,7 @@ def _lengths(task: Task) -> list[str]:
             f"The runs have from {min(last)} to {max(last)} rounds: their final accuracies are not those of equal "
             "budgets, and mean curves end with a method's shortest run."
         )
+    found += _unlike(task, "numbers of rounds configured (stages and schedules may go by them)", _rounds_configured)
     stopped = [method.label for method in task.methods if any(_stop_rule(run) == "accuracy" for run in method.runs)]
     if stopped:
         found.append(
@@ -108,6 +109,10 @@ def _lengths(task: Task) -> list[str]:
             "with their last accuracy, and are on no Pareto front of bytes."
         )
     return found
+
+
+def _rounds_configured(run: Run) -> str:
+    return str(run.config.get("rounds", "default"))
 
 
 def _stop_rule(run: Run) -> Any:

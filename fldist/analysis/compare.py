@@ -136,7 +136,7 @@ def gather(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         else:
             usable.append(one)
     if not usable:
-        raise ValueError(f"no run can be compared: {'; '.join(left_out)}")
+        raise ValueError(" ".join(f"no run can be compared: {'; '.join(left_out)}".split()))
     return usable, left_out
 
 
@@ -147,6 +147,9 @@ _TASK = (
 )  # fmt: skip
 """Keys that say what is learnt, by whom, and what accuracy means."""
 
+_FOLDERS = ("task.data.root", "task.public.data.root")
+"""Where data of a known name lie changes nothing."""
+
 _NEITHER = (
     "name", "seed", "rounds", "stop", "output", "checkpoint", "eval", "backend", "device", "network.control_port",
     "deadlines.join_s", "deadlines.client_timeout_s", "deadlines.transfer_s",
@@ -156,7 +159,6 @@ what the run wrote; of the deadlines only a round's changes what is computed."""
 
 _PLACE = ("backend", "world_size", "device")
 """Where a run was made, as far as it makes another method: seconds and wire bytes depend on it."""
-
 
 _UNNAMED = "run"
 """The name of a configuration that gives none."""
@@ -244,9 +246,8 @@ def reasons(tasks: Sequence[Task]) -> list[str]:
 
 
 def differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys whose values are not the same everywhere, in the order in which they are first met."""
-    keys = dict.fromkeys(key for each in facts for key in each)
-    return [key for key in keys if len({each.get(key) for each in facts}) > 1]
+    """The keys whose values are not the same everywhere, sorted."""
+    return [key for key in sorted({key for each in facts for key in each}) if len({f.get(key) for f in facts}) > 1]
 
 
 def natural(text: str) -> list[tuple[float, str]]:
@@ -261,7 +262,7 @@ def _within(key: str, keys: Iterable[str]) -> bool:
 
 def _of_task(run: Run) -> dict[str, str]:
     flat = _flat(run.config)
-    facts = {key: value for key, value in flat.items() if _within(key, _TASK)}
+    facts = {key: value for key, value in flat.items() if _within(key, _TASK) and key not in _FOLDERS}
     if facts.get("eval.batch_norm") == "batch":  # then a sample's score depends on those beside it
         facts["eval.batch_size"] = flat.get("eval.batch_size", "default")
     return facts

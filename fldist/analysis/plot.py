@@ -36,7 +36,7 @@ LABELS: dict[Axis, str] = {
     "uplink_bytes": "encoded bytes up",
     "total_bytes": "encoded bytes up and down",
     "wire_bytes": "bytes on the wire, up and down",
-    "seconds": "seconds of training, without evaluation",
+    "seconds": "seconds of setup and rounds, without evaluation",
 }
 
 

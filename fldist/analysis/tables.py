@@ -184,6 +184,12 @@ def _task(task: Task, label: str | None, asked: Sequence[Budget], targets: Seque
     wanted = list(targets) or default_targets(baseline)
     for target in wanted:
         yield from ["", *_target_table(ordered, axes, target)]
+    if any(needed(method, "rounds", target).not_reached for method in ordered for target in wanted):
+        yield ""
+        yield from _wrapped(
+            "median: runs that did not get there count as larger than all (<=: one of them ended before it had spent "
+            "as much, so the median could be less); (by ...): up to this cost none of them had got there."
+        )
     if not targets and wanted:
         yield ""
         yield from _wrapped(
