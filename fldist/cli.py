@@ -223,6 +223,38 @@ def bench_workload(pairs: Pairs = None, json_file: Json = None, quick: Quick = F
     typer.echo(measure.told(lambda: workload.measure(pairs, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("suite")
+def bench_suite(
+    suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value for every run; seeds=[0,1], jobs=N, nproc=N.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the runs are written (default: runs/NAME).")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: usable cores / nproc).")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Say what would be run; run nothing.")] = False,
+) -> None:
+    """Run methods x seeds; what is finished is not run again, what is not goes on, a failure stops no other."""
+    from fldist.bench import suite as of_suite
+    from fldist.bench.shown import shown_here
+
+    given = of_suite.read(suite, overrides or [])
+    directory = output or Path("runs") / given.name
+    runs = of_suite.plan(given, directory, overrides or [])
+    if list_only:
+        for run in runs:
+            of_suite.settle(run)
+            typer.echo(f"{run.name}  {run.rounds}/{run.of} rounds  {run.state}")
+        return
+    try:
+        of_suite.execute(given, runs, shown_here(), jobs)
+    finally:
+        for line in of_suite.lines_of(runs):
+            typer.echo(line, err=True)
+    typer.echo(f"results in {directory}; fldist compare {directory}; fldist report {directory} -o report.html")
+    if any(run.state != "finished" for run in runs):
+        raise typer.Exit(1)
+
+
 def _aside(text: str) -> None:
     """Tell how far a measurement is, apart from what it finds."""
     typer.echo(text, err=True)

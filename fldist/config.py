@@ -216,28 +216,35 @@ def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
     if not path.is_file():
         raise ConfigError(f"resume: {directory} holds no run (no config.yaml)")
     before, now = load(path), load(path, overrides)
-    for key in differing(before.resolved(), now.resolved()):
-        if key.partition(".")[0] not in RESUMABLE:
-            raise ConfigError(
-                f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
-            )
+    for key in meaning_changed(before, now):
+        raise ConfigError(
+            f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
+        )
     result = finished_result(directory)
-    if result is not None:
-        _check_extended(directory, result["stop"], now)
+    limit = result and still_ended(result, now)
+    if result and limit:
+        key, value = limit
+        raise ConfigError(
+            f"{key}: the run in {directory} is finished, with {result['stop']['value']} of {value}; give more to "
+            "extend it"
+        )
     return now
 
 
-def _check_extended(directory: Path, stop: Mapping[str, Any], now: Settings) -> None:
-    """Refuse to go on with a finished run where what has ended it ends it again."""
-    rule, value = str(stop["rule"]), stop["value"]
+def meaning_changed(before: Settings, now: Settings) -> list[str]:
+    """The keys in which configurations differ and must not, if a run of the one is to go on as one of the other."""
+    changed = differing(before.resolved(), now.resolved())
+    return [key for key in changed if key.partition(".")[0] not in RESUMABLE]
+
+
+def still_ended(result: Mapping[str, Any], now: Settings) -> tuple[str, Any] | None:
+    """The key and value in a configuration that end a finished run where it has ended; None when it would go on."""
+    stop = result["stop"]
+    rule = str(stop["rule"])
     limits = {f"stop.{rule}": getattr(now.stop, rule)}
     if rule == "rounds":
         limits["rounds"] = now.rounds
-    for key, limit in limits.items():
-        if limit is not None and value >= limit:
-            raise ConfigError(
-                f"{key}: the run in {directory} is finished, with {value} of {limit}; give more to extend it"
-            )
+    return next(((k, v) for k, v in limits.items() if v is not None and stop["value"] >= v), None)
 
 
 def _copied(value: Any) -> Any:
