@@ -29,6 +29,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "pillow>=10",
         "matplotlib>=3.8",
     ],

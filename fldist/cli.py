@@ -109,6 +109,47 @@ def partition(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, directories that hold runs, or run.h5 files.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="What to compare with: a method's label (default: fedavg, else the first).")
+    ] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="A budget, such as rounds=20, uplink_bytes=5MB, seconds=60; repeatable.")
+    ] = None,
+    to: Annotated[list[float] | None, typer.Option(help="An accuracy to reach, such as 0.8; repeatable.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the figures in full into this file, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.png, .pdf, .svg).")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw accuracy against (default: total_bytes); repeatable: panels side by side."),
+    ] = None,
+) -> None:
+    """Compare runs: at equal budgets, to an accuracy, in pairs of seeds against a baseline; a task at a time."""
+    from fldist.analysis import plot as drawing
+    from fldist.analysis import tables
+    from fldist.analysis.compare import axis_of, check_target, gather, parse_budget, split
+
+    budgets = [parse_budget(text) for text in at or []]
+    targets = sorted({check_target(target) for target in to or []})
+    axes = list(dict.fromkeys(axis_of(name, "--against") for name in against or ["total_bytes"]))
+    for option, path in (("--csv", csv), ("--plot", plot)):
+        if path is not None:
+            tables.require_directory(option, path)
+    if plot is not None:
+        drawing.require_ending(plot)
+    usable, left_out = gather(runs)
+    tasks = split(usable)
+    typer.echo(tables.text_of(tasks, baseline, budgets, targets, left_out))
+    if csv is not None:
+        tables.write_csv(csv, tasks, baseline, budgets, targets)
+        typer.echo(f"figures in {csv}")
+    if plot is not None:
+        drawing.draw(tasks, plot, axes)
+        typer.echo(f"drawn in {plot}")
+
+
+@app.command()
 def doctor() -> None:
     """What works on this machine, what does not, and what to do about it."""
     from fldist.inspection import doctor as show
