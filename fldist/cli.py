@@ -109,6 +109,47 @@ def partition(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, directories that hold runs, or run.h5 files.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="What to compare with: a method's label (default: fedavg, else the first).")
+    ] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="A budget, such as rounds=20, uplink_bytes=5MB, seconds=60; repeatable.")
+    ] = None,
+    to: Annotated[list[float] | None, typer.Option(help="An accuracy to reach, such as 0.8; repeatable.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the figures in full into this file, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.png, .pdf, .svg).")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw accuracy against (default: total_bytes); repeatable: panels side by side."),
+    ] = None,
+) -> None:
+    """Compare runs: at equal budgets, to an accuracy, in pairs of seeds against a baseline; a task at a time."""
+    from fldist.analysis import plot as drawing
+    from fldist.analysis import tables
+    from fldist.analysis.compare import axis_of, check_target, gather, parse_budget, split
+
+    budgets = [parse_budget(text) for text in at or []]
+    targets = sorted({check_target(target) for target in to or []})
+    axes = list(dict.fromkeys(axis_of(name, "--against") for name in against or ["total_bytes"]))
+    for option, path in (("--csv", csv), ("--plot", plot)):
+        if path is not None:
+            tables.require_directory(option, path)
+    if plot is not None:
+        drawing.require_ending(plot)
+    usable, left_out = gather(runs)
+    tasks = split(usable)
+    typer.echo(tables.text_of(tasks, baseline, budgets, targets, left_out))
+    if csv is not None:
+        tables.write_csv(csv, tasks, baseline, budgets, targets)
+        typer.echo(f"figures in {csv}")
+    if plot is not None:
+        drawing.draw(tasks, plot, axes)
+        typer.echo(f"drawn in {plot}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or directories that hold some.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
@@ -198,6 +239,38 @@ def bench_workload(pairs: Pairs = None, json_file: Json = None, quick: Quick = F
     from fldist.bench import measure, workload
 
     typer.echo(measure.told(lambda: workload.measure(pairs, quick=quick, say=_aside), json_file))
+
+
+@bench_app.command("suite")
+def bench_suite(
+    suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value for every run; seeds=[0,1], jobs=N, nproc=N.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the runs are written (default: runs/NAME).")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: usable cores / nproc).")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Say what would be run; run nothing.")] = False,
+) -> None:
+    """Run methods x seeds; what is finished is not run again, what is not goes on, a failure stops no other."""
+    from fldist.bench import suite as of_suite
+    from fldist.bench.shown import shown_here
+
+    given = of_suite.read(suite, overrides or [])
+    directory = output or Path("runs") / given.name
+    runs = of_suite.plan(given, directory, overrides or [])
+    if list_only:
+        for run in runs:
+            of_suite.settle(run)
+            typer.echo(f"{run.name}  {run.rounds}/{run.of} rounds  {run.state}")
+        return
+    try:
+        of_suite.execute(given, runs, shown_here(), jobs)
+    finally:
+        for line in of_suite.lines_of(runs):
+            typer.echo(line, err=True)
+    typer.echo(f"results in {directory}; fldist compare {directory}; fldist report {directory} -o report.html")
+    if any(run.state != "finished" for run in runs):
+        raise typer.Exit(1)
 
 
 def _aside(text: str) -> None:

@@ -38,6 +38,9 @@ from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.link import Limits
 
+TRACKERS = {"tensorboard": "fldist.trackers:TensorBoard"}
+"""The trackers by name; what they are is said there."""
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration, one problem a line."""
@@ -155,9 +158,10 @@ class CheckpointSection(Section):
 
 
 class OutputSection(Section):
-    """Where runs are written: a new directory under `root`, unless --output names it."""
+    """Where runs are written: a new directory under `root`, unless --output names it. trackers: who else is told."""
 
     root: str = "runs"
+    trackers: list[Named] = []
 
 
 class Settings(Section):
@@ -192,7 +196,7 @@ class Settings(Section):
 # ---- loading
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file (or take a mapping), apply `key.sub=value` overrides, validate."""
-    raw = _read(Path(source)) if isinstance(source, str | Path) else _copied(source)
+    raw = _read_one(Path(source)) if isinstance(source, str | Path) else _copied(source)
     for override in overrides:
         _override(raw, override)
     try:
@@ -201,6 +205,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         raise ConfigError("\n".join(_explain(error))) from None
     _check(settings)
     components(settings)
+    make_trackers(settings)
     return settings
 
 
@@ -216,35 +221,51 @@ def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
     if not path.is_file():
         raise ConfigError(f"resume: {directory} holds no run (no config.yaml)")
     before, now = load(path), load(path, overrides)
-    for key in differing(before.resolved(), now.resolved()):
-        if key.partition(".")[0] not in RESUMABLE:
-            raise ConfigError(
-                f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
-            )
+    for key in meaning_changed(before, now):
+        raise ConfigError(
+            f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
+        )
     result = finished_result(directory)
-    if result is not None:
-        _check_extended(directory, result["stop"], now)
+    limit = result and still_ended(result, now)
+    if result and limit:
+        key, value = limit
+        raise ConfigError(
+            f"{key}: the run in {directory} is finished, with {result['stop']['value']} of {value}; give more to "
+            "extend it"
+        )
     return now
 
 
-def _check_extended(directory: Path, stop: Mapping[str, Any], now: Settings) -> None:
-    """Refuse to go on with a finished run where what has ended it ends it again."""
-    rule, value = str(stop["rule"]), stop["value"]
+def meaning_changed(before: Settings, now: Settings) -> list[str]:
+    """The keys in which configurations differ and must not, if a run of the one is to go on as one of the other."""
+    changed = differing(before.resolved(), now.resolved())
+    return [key for key in changed if key.partition(".")[0] not in RESUMABLE]
+
+
+def still_ended(result: Mapping[str, Any], now: Settings) -> tuple[str, Any] | None:
+    """The key and value in a configuration that end a finished run where it has ended; None when it would go on."""
+    stop = result["stop"]
+    rule = str(stop["rule"])
     limits = {f"stop.{rule}": getattr(now.stop, rule)}
     if rule == "rounds":
         limits["rounds"] = now.rounds
-    for key, limit in limits.items():
-        if limit is not None and value >= limit:
-            raise ConfigError(
-                f"{key}: the run in {directory} is finished, with {value} of {limit}; give more to extend it"
-            )
+    return next(((k, v) for k, v in limits.items() if v is not None and stop["value"] >= v), None)
 
 
 def _copied(value: Any) -> Any:
     return {str(k): _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_one(path: Path) -> dict[str, Any]:
+    """A run's configuration; a suite is another thing."""
+    raw = read_file(path)
+    if "methods" in raw:
+        raise ConfigError(f"{path} is a suite of runs; `fldist bench suite {path}` runs it")
+    return raw
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated; ConfigError when there is none."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -432,6 +453,12 @@ def make_algorithm(given: Component) -> Algorithm:
     kind = resolve.from_package("fldist.algorithms", given.name, Algorithm, "algorithm.name")
     made: Algorithm = _component(kind, given, "algorithm")
     return made
+
+
+def make_trackers(settings: Settings) -> list[Any]:
+    """What `output.trackers` names (`fldist.trackers.Tracker`), not opened yet."""
+    keys = [f"output.trackers.{number}" for number in range(len(settings.output.trackers))]
+    return [_from_table(TRACKERS, given, key) for given, key in zip(settings.output.trackers, keys, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fldist import blocks
-from fldist.config import ConfigError, Settings, build
+from fldist.config import ConfigError, Settings, build, make_trackers
 from fldist.params import Travel
 from fldist.runtime.checkpoint import ClientFiles
 from fldist.runtime.device import CPU, Place, describe, nccl_problem, resolve, set_up
@@ -174,6 +174,7 @@ def run_here(
     try:
         with owned(directory), _file_log(directory / "rank-0.log"), interruptible():
             try:
+                observer = _tracked(observer, settings, directory)
                 if backend == "in-process":
                     return _alone(settings, directory, observer, device)
                 if backend == "mpi":
@@ -192,6 +193,16 @@ def run_here(
                 raise
     finally:
         restore()
+
+
+def _tracked(observer: Observer, settings: Settings, directory: Path) -> Observer:
+    """The observer and the trackers together."""
+    if not settings.output.trackers:
+        return observer
+    from fldist.trackers import Together
+
+    config = settings.resolved()
+    return Together(observer, [tracker.open(directory, config) for tracker in make_trackers(settings)])
 
 
 def _fix(settings: Settings, device: torch.device) -> Callable[[], None]:

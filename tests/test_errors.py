@@ -233,7 +233,8 @@ def test_a_model_that_does_not_fit_the_data(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_every_configuration_in_the_repository_loads_and_resolves_to_itself(tmp_path: Path) -> None:
-    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml"):
+    configs = Path(__file__).parents[1] / "configs"
+    for path in sorted(set(configs.rglob("*.yaml")) - set((configs / "bench").iterdir())):
         settings = load(path)
         again = tmp_path / "again.yaml"
         again.write_text(yaml.safe_dump(settings.resolved()))

@@ -34,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["runtime"] |= {"blocks", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
-ALLOWED["runner"] = {"config", "console", *ALLOWED["config"]}
+ALLOWED["trackers"] = {"runtime"}
+ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
-ALLOWED["bench"] = {"runner", "inspection", *ALLOWED["config"], "config"}
+ALLOWED["bench"] = {"runner", "inspection", "console", *ALLOWED["config"], "config"}
 ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,11 @@ class Run:
 
     def spent(self, axis: Axis) -> Floats:
         """What the run had cost after every round. [rounds]."""
-        return _column(self.rounds, lambda line: _spent(line, axis))
+        return self._spent[axis]
+
+    @cached_property
+    def _spent(self) -> dict[Axis, Floats]:
+        return {axis: _column(self.rounds, partial(_spent, axis=axis)) for axis in AXES}
 
     @property
     def last_accuracy(self) -> float:

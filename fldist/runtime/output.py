@@ -366,6 +366,7 @@ def machine_facts() -> dict[str, Any]:
         },
         "nccl": nccl_version(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "suite": json.loads(os.environ.get("FLDIST_SUITE", "null")),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
     }

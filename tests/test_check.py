@@ -1,0 +1,182 @@
+"""A run's files agree with each other, and a file that was changed, cut or lost is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fldist import run
+from fldist.analysis.check import check
+from fldist.config import load, load_resumed
+from fldist.runner import run_here
+from fldist.runtime.signals import Interrupted
+from tests.conftest import Hosts, Recorder, small
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    run(small(rounds=3, eval={"where": "both"}), output=path)
+    return path
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def edit_lines(path, edit):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    edit(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_files_of_a_run_agree(whole):
+    found = check(whole)
+    assert found.failed == []
+    assert found.unknown == []
+    assert len(found.passed) == 13
+    text = found.text()
+    assert "rows of the ledger add up to the totals of result.json" in text
+    assert "DIFFERS" not in text
+
+
+@pytest.mark.parametrize("topology", ["star", "collective", "reduce"])
+def test_the_files_of_runs_of_several_ranks_agree(tmp_path, hosts: Hosts, topology):
+    config = small(rounds=3, topology=topology, algorithm={"name": "scaffold"}, eval={"where": "both"})
+    run_here(load(config), nproc=3, output=tmp_path / "run", spawn=hosts)
+    found = check(tmp_path / "run")
+    assert (found.failed, found.unknown) == ([], [])
+
+
+def test_the_files_of_a_run_that_went_on_agree(tmp_path):
+    run(small(rounds=2), output=tmp_path / "run")
+    run_here(load_resumed(tmp_path / "run", ["rounds=4"]), output=tmp_path / "run", resume=True)
+    found = check(tmp_path / "run")
+    assert (found.failed, found.unknown) == ([], [])
+
+
+def test_the_files_of_a_run_that_was_interrupted_agree(tmp_path):
+    def interrupt(number: int) -> None:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_here(load(small(rounds=9)), output=tmp_path / "run", observer=Recorder(interrupt))
+    found = check(tmp_path / "run")
+    assert found.failed == []
+    assert "rounds.jsonl has every round from 1 to 3" in found.passed
+
+
+def test_a_run_that_was_cut_off_is_checked_as_far_as_it_goes(copy):
+    for name in ("result.json", "run.h5"):
+        (copy / name).unlink()
+    found = check(copy)
+    assert found.failed == []
+    assert len(found.unknown) == 3
+    assert any("hold what every round says was exchanged" in line for line in found.passed)
+    edit_lines(copy / "messages.jsonl", lose_half_a_round)
+    failed = check(copy).failed
+    assert failed[0] == "rounds.jsonl: more bytes are told than the ledger's rows give (rounds 2)"
+    assert failed[-1].startswith("rounds.jsonl: spent.uplink_bytes of the last round is ")
+
+
+def a_row(rows, **wanted):
+    return next(row for row in rows if wanted.items() <= row.items())
+
+
+def lose_half_a_round(rows):
+    rows[:] = [row for row in rows if (row["round"], row["direction"]) != (2, "up")]
+
+
+def change_a_row(rows):
+    a_row(rows, row="kind", direction="up", phase="train", round=2)["encoded_bytes"] += 1
+
+
+def lose_a_message(rows):
+    rows.remove(a_row(rows, row="message", direction="down", round=2))
+
+
+def lose_a_round(lines):
+    del lines[1]
+
+
+def spend_less(lines):
+    lines[2]["spent"]["uplink_bytes"] = 5
+
+
+def score_better(lines):
+    lines[-1]["accuracy"] = 0.999
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "messages"),
+    [
+        (
+            "messages.jsonl",
+            change_a_row,
+            [
+                r"result\.json: encoded up: [\d,]+ B are told, the messages' rows give [\d,]+ B",
+                r"result\.json: encoded_by_phase\.train up",
+                r"rounds\.jsonl: spent\.uplink_bytes of the last round is",
+            ],
+        ),
+        ("messages.jsonl", lose_a_message, [r"result\.json: framing down", r"result\.json: wire down"]),
+        ("rounds.jsonl", lose_a_round, [r"rounds\.jsonl: 1 rounds are missing \(2\)", "run.h5: the rounds in it"]),
+        ("rounds.jsonl", spend_less, [r"less is spent after a round than before it \(3\)", r"spent\.uplink_bytes of"]),
+        ("rounds.jsonl", score_better, [r"result\.json: the final accuracy is 0\.\d+, rounds\.jsonl says 0\.999"]),
+    ],
+)
+def test_what_does_not_agree_is_named(copy, name, edit, messages):
+    edit_lines(copy / name, edit)
+    found = check(copy)
+    for message in [*messages, rf"run\.h5: since it was written, {name} was changed"]:
+        assert any(re.search(message, line) for line in found.failed), (message, found.failed)
+    assert "DIFFERS" in found.text()
+
+
+def test_a_changed_configuration_is_found(copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["local"]["lr"] = 0.06
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    failed = check(copy).failed
+    assert any(line.startswith("config.yaml has the hash ") for line in failed)
+    assert "run.h5: the configuration in it is not that of the other files" in failed
+
+
+def test_damaged_lines_are_found(copy):
+    with (copy / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 4, "accu')
+    with (copy / "timeline.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    failed = check(copy).failed
+    assert "rounds.jsonl: 1 line is damaged and skipped (line 4; the last one ends in the middle)" in failed
+    assert "timeline.jsonl: 1 line is damaged and skipped (line 5)" in failed
+
+
+def test_a_lost_file_is_found(copy):
+    (copy / "model" / "model.safetensors").unlink()
+    (copy / "timeline.jsonl").unlink()
+    (line,) = check(copy).failed
+    assert line == "run.h5: since it was written, timeline.jsonl is gone, model/model.safetensors is gone"
+
+
+def test_a_damaged_run_h5_is_found(copy):
+    data = (copy / "run.h5").read_bytes()
+    (copy / "run.h5").write_bytes(data[: len(data) // 2])
+    assert any(line.startswith("run.h5: ") and "damaged" in line for line in check(copy).failed)
+
+
+def test_what_cannot_be_checked_is_refused(copy, tmp_path):
+    with pytest.raises(ValueError, match=r"run\.h5: what is checked is a run's directory"):
+        check(copy / "run.h5")
+    (copy / "rounds.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no round was finished"):
+        check(copy)
