@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 import fldist
 from fldist.analysis import excerpt, participation, pictures, report
 from fldist.analysis.excerpt import shown_rounds
-from fldist.analysis.grouping import flat, methods, not_alike, split, tasks
+from fldist.analysis.grouping import group
 from fldist.analysis.html import embedded, html
 from fldist.analysis.participation import NOT_CALLED, NOT_USED, USED, Participation
 from fldist.analysis.runs import AXES, read
@@ -40,73 +39,60 @@ def made(tmp_path, **runs) -> list[Path]:
     return [Made(**{"rounds": 4, **options}).write(tmp_path / name) for name, options in runs.items()]
 
 
-def labels(groups):
-    return [(label, [run.name for run in runs]) for label, runs in groups]
-
-
 # ---- groups
-def test_runs_of_a_method_differ_in_their_seeds_alone(tmp_path):
+def test_every_run_is_in_a_method_and_means_are_over_one_run_a_seed(tmp_path):
     paths = made(
         tmp_path,
         a0={},
         b={"algorithm": {"name": "fedprox", "mu": 0.1}},
         a1={"seed": 1},
-        c={"algorithm": {"name": "fedprox", "mu": 1.0}},
+        again={"seed": 1, "rounds": 3},
+        d={"data": "mnist", "clients": 3},
+        unscored={"seed": 2, "every": 100},
     )
-    runs = [read(path) for path in paths]
-    assert labels(methods(runs)) == [("fedavg", ["a0", "a1"]), ("fedprox (mu=0.1)", ["b"]), ("fedprox (mu=1.0)", ["c"])]
-    assert labels(methods(runs[:3])) == [("fedavg", ["a0", "a1"]), ("fedprox", ["b"])]  # nothing to tell apart by mu
-    assert not_alike([runs[0], runs[2]]) == []
-
-
-def test_names_of_configurations_make_methods_too(tmp_path):
-    paths = made(tmp_path, a={"name": "small steps", "changes": {"local": {"lr": 0.001}}}, b={"name": "large steps"})
-    runs = [read(path) for path in paths]
-    assert labels(methods(runs)) == [("fedavg, small steps", ["a"]), ("fedavg, large steps", ["b"])]
-    assert not_alike(runs) == ["name", "local.lr"]
-
-
-def test_an_algorithm_of_ones_own_is_called_by_its_file(tmp_path):
-    (path,) = made(tmp_path, a={})
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    config["algorithm"] = {"name": "/home/me/mine.py:Stepped", "lr": 1}
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert labels(methods([read(path)])) == [("mine.py:Stepped", ["a"])]
-
-
-def test_tasks_differ_in_more_than_seeds(tmp_path):
-    paths = made(
-        tmp_path,
-        a={},
-        b={
-            "changes": {
-                "task": {"data": "digits", "partition": {"name": "dirichlet", "alpha": 0.3}, "partition_seed": 7}
-            }
-        },
-        c={"alpha": 0.1},
-        d={"data": "mnist"},
-    )
-    groups = tasks([read(path) for path in paths])
-    assert labels(groups) == [
-        ("digits, dirichlet, alpha=0.3", ["a", "b"]),
-        ("digits, dirichlet, alpha=0.1", ["c"]),
-        ("mnist, dirichlet, alpha=0.3", ["d"]),
+    rewrite(paths[5], lambda line: line | {"accuracy": None, "loss": None})
+    runs = {run.name: run for run in map(read, paths)}
+    tasks, groups = group(list(runs.values()))
+    digits, mnist = (title for title, _ in tasks)
+    assert digits.startswith("digits, dirichlet alpha=0.3")
+    assert mnist.startswith("mnist, dirichlet alpha=0.3")
+    assert [(of.label, of.task, [r.name for r in of.runs], [r.name for r in of.others]) for of in groups] == [
+        ("fedavg", 0, ["a0", "a1", "unscored"], ["again"]),
+        ("fedprox", 0, ["b"], []),
+        ("made", 1, ["d"], []),
     ]
+    notes = dict(tasks)[digits]
+    assert any(f"seed 1: {paths[2]} is used (more rounds than {paths[3]})" in note for note in notes)
 
 
-def test_what_all_have_alike_is_told_from_what_differs():
-    of = [flat({"a": 1, "b": {"c": None, "d": [1]}}), flat({"a": 1, "b": {"c": 2, "d": [1]}, "e": "x"})]
-    assert split(of) == ({"a": "1", "b.d": "[1]"}, ["b.c", "e"])
-    assert split([{"a": "1"}]) == ({"a": "1"}, [])
+def test_runs_without_any_score_are_shown_all_the_same(tmp_path):
+    (path,) = made(tmp_path, a={})
+    rewrite(path, lambda line: line | {"accuracy": None, "loss": None})
+    report.write([path], tmp_path / "r.html")
+    data = data_of(tmp_path / "r.html")
+    assert data["runs"][0]["accuracy"] is None
+    assert data["runs"][0]["curve"]["rounds"] == data["methods"][0]["mean"]["rounds"] == []
+
+
+def test_what_all_have_alike_is_told_from_what_differs(tmp_path):
+    paths = made(tmp_path, a={"environment": {"suite": {"jobs": 2}}}, b={"seed": 1, "environment": {"gpus": ["x"]}})
+    report.write(paths, tmp_path / "r.html")
+    data = data_of(tmp_path / "r.html")
+    assert data["config"]["differing"] == ["seed"]
+    assert data["config"]["rows"] == [["0"], ["1"]]
+    assert ["task.partition.alpha", "0.3"] in data["config"]["same"]
+    assert ["clients.models", "[]"] in data["config"]["same"]
+    assert data["environment"]["differing"] == ["command", "suite.jobs", "gpus"]
+    assert data["environment"]["rows"][0] == ["fldist run configs/quickstart.yaml seed=0", "2", ""]
+    assert ["hosts", "1: vm cpu, 2: vm cpu"] in data["environment"]["same"]
+
+
+def rewrite(path: Path, change) -> None:
+    lines = [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
 
 
 # ---- curves
-def rewrite(path: Path, change) -> None:
-    lines = [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
-    lines = [line for line in (change(line) for line in lines) if line is not None]
-    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_means_are_over_rounds_that_all_have_scored(tmp_path):
     paths = made(tmp_path, a={}, b={"seed": 1}, c={"seed": 2, "rounds": 3})
     accuracy = {"a": [0.1, 0.2, 0.3, 0.4], "b": [0.3, 0.4, 0.5, 0.6], "c": [0.5, None, 0.1]}
@@ -153,16 +139,19 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path, monkeypatch):
 
 def test_what_makes_a_mean_doubtful_is_said(tmp_path):
     paths = made(
-        tmp_path, a={}, b={"seed": 1, "rounds": 3}, c={"seed": 0, "clients": 9, "environment": {"hostname": "other"}}
+        tmp_path,
+        a={},
+        b={"seed": 1, "rounds": 3},
+        c={"algorithm": {"name": "moon"}, "environment": {"hostname": "other"}},
     )
     report.write(paths, tmp_path / "r.html")
     data = data_of(tmp_path / "r.html")
     assert data["methods"][0]["notes"] == [
-        "fedavg: the mean ends with round 3, since not all of its runs were scored after that: b",
-        "fedavg: its runs differ in more than their seeds: rounds, clients.num_clients",
-        "fedavg: seed 0 is there more than once",
+        "fedavg: the mean ends with round 3, since not all runs were scored after that: b"
     ]
-    assert data["seconds_notes"] == ["Seconds of these runs do not compare: they were made with different machines."]
+    notes = " ".join(data["tasks"][0]["notes"])
+    assert "The runs have from 3 to 4 rounds" in notes
+    assert "different machines (seconds are not of one machine)" in notes
 
 
 # ---- bytes
@@ -418,7 +407,7 @@ def test_a_real_run_is_reported_without_a_note(tmp_path):
     assert of["timeline"]["notes"] == [
         "server and host are one process here: they have two lanes, and do one thing at a time"
     ]
-    assert of["method_label"] == "fedavg"
+    assert of["method_label"] == "small"  # its configuration's name
 
 
 # ---- the command

@@ -61,6 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
         Made(rounds=5, clients=5, ranks=1, name="<b>bold</b> %{x}").write(root / HOSTILE),
         Made(rounds=4, clients=6, data="mnist", environment={"hostname": "other"}).write(root / "mnist"),
         Made(rounds=250, clients=300, per_round=9, best=0.6, finished=False).write(root / "long"),
+        Made(algorithm={"name": "moon"}, rounds=6, clients=8, best=0.8).write(root / "moon"),
     ]
     for number in range(1, 7):
         (runs[0] / "images").mkdir(exist_ok=True)
@@ -130,6 +131,17 @@ def cells(page: Any, table: str) -> list[list[str]]:
     )
 
 
+def titled(page: Any, words: str) -> str:
+    """The task whose title has these words."""
+    (title,) = [label for label in shown_labels(page, "curves-task") if words in label]
+    return title
+
+
+def choose_task(page: Any, words: str) -> None:
+    for control in ("curves-task", "bytes-task"):
+        choose(page, control, titled(page, words))
+
+
 def axis_label(axis: str) -> str:
     return report.AXIS_LABELS[axis]
 
@@ -176,30 +188,31 @@ def test_a_click_on_a_head_sorts_by_it(page):
 
 # ---- curves
 def test_the_axis_of_costs_has_the_runs_values(page, made):
+    choose_task(page, " 8 clients")
     choose(page, "curves-runs", "every run")
-    runs = [read(path) for path in (*made[1][:2], made[1][5])]
+    runs = [read(path) for path in made[1][:2]]
     for axis in AXES:
         choose(page, "curves-x", axis_label(axis))
         assert page.evaluate("document.getElementById('curves-plot').layout.xaxis.title.text") == axis_label(axis)
-        lines = [trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg, made"]
+        lines = [trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg (3 ranks)"]
         for run, trace in zip(runs, lines, strict=True):
             assert trace["x"] == pytest.approx(run.spent(axis).tolist(), rel=1e-11)
             assert trace["y"] == pytest.approx(run.accuracy.tolist(), rel=1e-11)
 
 
 def test_means_bands_loss_and_logarithms(page, made):
-    choose(page, "curves-task", "mnist, dirichlet")
+    choose_task(page, "mnist")
     (alone,) = drawn(page, "curves")
     assert alone["y"] == pytest.approx(read(made[1][4]).accuracy.tolist())
-    choose(page, "curves-task", "digits, dirichlet")
-    mean = report.mean_over_seeds([read(path) for path in (*made[1][:2], made[1][5])])
-    of = {trace["name"]: trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg, made"}
-    assert of["fedavg, made"]["y"] == pytest.approx(mean["accuracy"].tolist())
+    choose_task(page, " 8 clients")
+    mean = report.mean_over_seeds([read(path) for path in made[1][:2]])
+    of = {trace["name"]: trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg (3 ranks)"}
+    assert of["fedavg (3 ranks)"]["y"] == pytest.approx(mean["accuracy"].tolist())
     upper = of["band"]["y"][: len(mean["rounds"])]
     assert upper == pytest.approx((mean["accuracy"] + mean["accuracy_sd"]).tolist())
     choose(page, "curves-y", "loss")
-    of = {trace["name"]: trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg, made"}
-    assert of["fedavg, made"]["y"] == pytest.approx(mean["loss"].tolist())
+    of = {trace["name"]: trace for trace in drawn(page, "curves") if trace["legendgroup"] == "fedavg (3 ranks)"}
+    assert of["fedavg (3 ranks)"]["y"] == pytest.approx(mean["loss"].tolist())
     kind = "document.getElementById('curves-plot')._fullLayout.xaxis.type"
     assert page.evaluate(kind) == "linear"
     page.check("#curves-log")
@@ -207,7 +220,7 @@ def test_means_bands_loss_and_logarithms(page, made):
 
 
 def test_methods_are_told_apart_by_more_than_colour(page):
-    choose(page, "curves-task", "digits, dirichlet")
+    choose_task(page, " 8 clients")
     lines = [trace for trace in drawn(page, "curves") if trace["name"] != "band"]
     looks = [(trace["line"]["color"], trace["line"]["dash"], trace["marker"]["symbol"]) for trace in lines]
     assert len(looks) == 3
@@ -215,22 +228,25 @@ def test_methods_are_told_apart_by_more_than_colour(page):
         assert len({look[part] for look in looks}) == 3
 
 
-def test_seconds_of_several_machines_are_not_compared_in_silence(page):
-    choose(page, "curves-x", axis_label("seconds"))
-    assert "different machines" in page.inner_text("#curves-notes")
-    choose(page, "curves-x", axis_label("rounds"))
-    assert "different machines" not in page.inner_text("#curves-notes")
+def test_what_a_task_makes_doubtful_is_said_beside_its_curves(page):
+    choose_task(page, " 8 clients")
+    assert "different backends (seconds and wire bytes are not of one kind)" in page.inner_text("#curves-notes")
+    choose_task(page, "mnist")
+    assert "different backends" not in page.inner_text("#curves-notes")
+    assert "One seed only" in page.inner_text("#curves-notes")
 
 
 # ---- bytes
 def test_bytes_are_those_of_result_json(page, made):
+    choose_task(page, " 8 clients")
     choose(page, "bytes-of", "every run")
+    runs = [*made[1][:3], made[1][6]]
     for label in shown_labels(page, "bytes-view"):
         choose(page, "bytes-view", label)
         key = next(key for key, of, *_ in report.VIEWS if of == label)
         head, *rows = cells(page, "bytes-table")
         by_run = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
-        for path in made[1][:4]:
+        for path in runs:
             of = report.bytes_of(read(path))[key]
             for name, ways in of.items():
                 for way, count in ways.items():
@@ -238,7 +254,7 @@ def test_bytes_are_those_of_result_json(page, made):
         bars = {(trace["legendgroup"], trace["xaxis"]): trace["x"] for trace in drawn(page, "bytes")}
         order = [row[0] for row in rows]
         for (name, side), values in bars.items():
-            for path in made[1][:4]:
+            for path in runs:
                 way = "up" if side == "x" else "down"
                 expected = report.bytes_of(read(path))[key].get(name, {}).get(way, 0)
                 assert values[order.index(path.name)] == expected
@@ -335,11 +351,11 @@ def test_pictures_and_facts(page):
     assert page.inner_text("#pictures figure:first-child figcaption") == "<i>, round 1"
     head, *rows = cells(page, "config-table")
     assert {"Run", "seed", "rounds", "clients.num_clients", "algorithm.name", "task.data.name"} <= set(head)
-    assert [row[head.index("task.data.name")] for row in rows] == ["digits"] * 4 + ["mnist", "digits"]
+    assert [row[head.index("task.data.name")] for row in rows] == ["digits"] * 4 + ["mnist", "digits", "digits"]
     same = page.inner_text("#config-same")
     assert "local.momentum" in same
     head, *rows = cells(page, "environment-table")
-    assert [row[head.index("hostname")] for row in rows] == ["vm"] * 4 + ["other", "vm"]
+    assert [row[head.index("hostname")] for row in rows] == ["vm"] * 4 + ["other", "vm", "vm"]
 
 
 def test_a_page_about_one_run_has_no_empty_parts(watched, tmp_path):
@@ -358,13 +374,14 @@ def test_names_are_text_wherever_they_are_shown(page, watched):
     assert HOSTILE in page.inner_text("#runs-table")
     assert "<b>bold</b> %{x}" in page.inner_text("#runs-table")
     assert HOSTILE in shown_labels(page, "timeline-run")
+    choose_task(page, " 5 clients")
     choose(page, "bytes-of", "every run")
     choose(page, "timeline-run", HOSTILE)
     choose(page, "participation-run", HOSTILE)
     ticks = page.eval_on_selector_all("#bytes-plot .ytick text", "all => all.map(one => one.textContent)")
     assert HOSTILE in ticks
     legend = page.eval_on_selector_all("#curves-plot .legendtext", "all => all.map(one => one.textContent)")
-    assert "fedavg, <b>bold</b> %{x}" in legend
+    assert "<b>bold</b> %{x}" in legend
     assert page.evaluate("document.querySelectorAll('img[onerror], svg b, svg a, table b').length") == 0
     page.locator("#curves-plot").scroll_into_view_if_needed()
     choose(page, "curves-runs", "every run")

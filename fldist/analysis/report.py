@@ -5,10 +5,11 @@ Here is gathered what the page shows; page/page.js draws it.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
@@ -19,7 +20,7 @@ from urllib.parse import quote
 import numpy as np
 
 from fldist.analysis.excerpt import Excerpt, shown_rounds
-from fldist.analysis.grouping import flat, methods, not_alike, split, tasks
+from fldist.analysis.grouping import Group, group
 from fldist.analysis.html import html
 from fldist.analysis.participation import Participation
 from fldist.analysis.pictures import pictures
@@ -280,21 +281,22 @@ def _page(shown: Sequence[_Shown], unread: Sequence[str]) -> dict[str, Any]:
     runs = [of.run for of in shown]
     place = {id(run): index for index, run in enumerate(runs)}
     in_page = [of.page for of in shown]
-    of_tasks = tasks(runs)
+    of_tasks, groups = group(runs)
     of_methods = []
-    for task, (_, members) in enumerate(of_tasks):
-        for label, alike in methods(members):
-            mean = mean_over_seeds(alike)
-            notes = _doubts(alike, [shown[place[id(run)]].label for run in alike], mean)
-            of_methods.append({
-                "label": label,
-                "task": task,
-                "runs": [place[id(run)] for run in alike],
-                "mean": _thinned(mean),
-                "notes": [f"{label}: {note}" for note in notes],
-            })  # fmt: skip
-            for run in alike:
-                in_page[place[id(run)]] |= {"task": task, "method_label": label}
+    for method in groups:
+        mean = mean_over_seeds(method.runs)
+        members = [place[id(run)] for run in (*method.runs, *method.others)]
+        averaged = members[: len(method.runs)]
+        of_methods.append({
+            "label": method.label,
+            "task": method.task,
+            "runs": members,
+            "averaged": averaged,
+            "mean": _thinned(mean),
+            "notes": _ends(method, [shown[index].label for index in averaged], mean),
+        })  # fmt: skip
+        for index in members:
+            in_page[index] |= {"task": method.task, "method_label": method.label}
     images, left_out = pictures(runs)
     for of, found in zip(in_page, images, strict=True):
         of["pictures"] = found
@@ -310,12 +312,11 @@ def _page(shown: Sequence[_Shown], unread: Sequence[str]) -> dict[str, Any]:
         "made": f"{count}, read on {datetime.now(UTC):%d %B %Y at %H:%M} UTC",
         "notes": [f"not read: {text}" for text in unread],
         "axes": [{"key": axis, "label": AXIS_LABELS[axis], "bytes": "bytes" in axis} for axis in AXES],
-        "tasks": [label for label, _ in of_tasks],
+        "tasks": [{"label": label, "notes": notes} for label, notes in of_tasks],
         "methods": of_methods,
         "runs": in_page,
         "views": views,
         "byte_names": names,
-        "seconds_notes": _seconds_notes(runs),
         "pictures_hint": f"{left_out} more are in the runs' directories." if left_out else "",
         "config": _facts([run.config for run in runs]),
         "environment": _facts([_environment(run) for run in runs]),
@@ -331,37 +332,15 @@ def _byte_names(of: Sequence[dict[str, dict[str, int]]]) -> list[str]:
     return sorted(total, key=lambda name: -total[name])
 
 
-def _doubts(alike: Sequence[Run], labels: Sequence[str], mean: dict[str, Floats]) -> list[str]:
-    """Why the runs of a method are not what a mean over seeds takes them for, and where their mean ends."""
-    found = []
-    lasts = [max(series(run)["rounds"], default=0) for run in alike]
+def _ends(of: Group, labels: Sequence[str], mean: dict[str, Floats]) -> list[str]:
+    """Where a mean ends before some of its runs do."""
+    lasts = [max(series(run)["rounds"], default=0) for run in of.runs]
     shorter = [label for label, last in zip(labels, lasts, strict=True) if last < max(lasts)]
-    if shorter:
-        common = mean["rounds"]
-        until = f"ends with round {common[-1]:.0f}" if len(common) else "has no round"
-        found.append(f"the mean {until}, since not all of its runs were scored after that: {', '.join(shorter)}")
-    if keys := not_alike(alike):
-        found.append(f"its runs differ in more than their seeds: {', '.join(keys[:8])}")
-    seeds = [run.seed for run in alike]
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    if twice:
-        found.append(f"seed {', '.join(map(str, twice))} is there more than once")
-    return found
-
-
-def _seconds_notes(runs: Sequence[Run]) -> list[str]:
-    """Why the runs' seconds do not compare."""
-    what = {
-        "machines": ("hostname", "processor", "gpu_name"),
-        "devices": ("device",),
-        "numbers of ranks": ("world_size",),
-        "numbers of runs at a time": ("jobs",),
-    }
-    facts = [{**run.environment, **(run.environment.get("suite") or {})} for run in runs]
-    differing = [name for name, keys in what.items() if len({str([f.get(key) for key in keys]) for f in facts}) > 1]
-    if not differing:
+    if not shorter:
         return []
-    return [f"Seconds of these runs do not compare: they were made with different {' and '.join(differing)}."]
+    common = mean["rounds"]
+    until = f"ends with round {common[-1]:.0f}" if len(common) else "has no round"
+    return [f"{of.label}: the mean {until}, since not all runs were scored after that: {', '.join(shorter)}"]
 
 
 def _environment(run: Run) -> dict[str, Any]:
@@ -377,7 +356,20 @@ def _environment(run: Run) -> dict[str, Any]:
 
 def _facts(of: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What all have alike, and a row a run of what differs."""
-    flattened = [flat(each) for each in of]
-    same, differing = split(flattened)
+    flattened = [_flat(each) for each in of]
+    keys = list(dict.fromkeys(key for each in flattened for key in each))
+    same = [key for key in keys if len({each.get(key) for each in flattened}) == 1]
+    differing = [key for key in keys if key not in same]
     rows = [[each.get(key, "") for key in differing] for each in flattened]
-    return {"same": list(same.items()), "differing": differing, "rows": rows}
+    return {"same": [[key, flattened[0][key]] for key in same], "differing": differing, "rows": rows}
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Dotted keys, in their order, and their values as text; a list is one value."""
+    found: dict[str, str] = {}
+    for key, of in value.items():
+        if isinstance(of, Mapping) and of:
+            found |= _flat(of, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = of if isinstance(of, str) else json.dumps(of, default=str)
+    return found

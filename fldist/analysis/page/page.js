@@ -138,7 +138,7 @@ function summary() {
     { text: "Uplink bytes", number: true }, { text: "Downlink bytes", number: true }, { text: "Seconds", number: true },
     { text: "state_hash" }];
   table("runs-table", head, runs.map((run) => [
-    run.label, run.method_label, ...(several ? [report.tasks[run.task]] : []), run.seed,
+    run.label, run.method_label, ...(several ? [report.tasks[run.task].label] : []), run.seed,
     run.status + (run.ended ? ` (${run.ended})` : ""), run.rounds,
     { text: fixed(run.accuracy, 4), value: run.accuracy, title: run.accuracy === null ? "" : String(run.accuracy) },
     { text: grouped(run.uplink_bytes), value: run.uplink_bytes }, { text: grouped(run.downlink_bytes), value: run.downlink_bytes },
@@ -173,7 +173,7 @@ function curves() {
         y: [...mean[figure].map((y, i) => y + sd[i]), ...mean[figure].map((y, i) => y - sd[i]).reverse()], line: { width: 0 },
         hoverinfo: "skip", legendgroup: method.label, showlegend: false, name: "band" });
     }
-    traces.push(line(method, mean, 0, `${method.label}, mean of ${count(method.runs.length, "run")}`));
+    traces.push(line(method, mean, 0, `${method.label}, mean of ${count(method.averaged.length, "run")}`));
   }
   const { room, entry } = legendSize(chosen.map((method) => short(method.label)), widthOf("curves-plot") - 88);
   const log = $("curves-log").checked;
@@ -181,8 +181,8 @@ function curves() {
     xaxis: { ...AXIS, title: { text: axis.label, standoff: 8 }, type: log ? "log" : "linear", ticksuffix: axis.bytes ? "B" : "",
       tickformat: axis.bytes ? "~s" : "", ...(log ? { dtick: 1, minor: { ticks: "outside" } } : { rangemode: "tozero" }) },
     yaxis: { ...AXIS, title: { text: figure } } },
-  `${figure} of ${count(chosen.length, "method")} of ${report.tasks[task]} against ${axis.label}${log ? ", logarithmic" : ""}; last values are in the summary`);
-  list("curves-notes", [...chosen.flatMap((method) => method.notes), ...(axis.key === "seconds" ? report.seconds_notes : [])]);
+  `${figure} of ${count(chosen.length, "method")} of ${report.tasks[task].label} against ${axis.label}${log ? ", logarithmic" : ""}; last values are in the summary`);
+  list("curves-notes", [...chosen.flatMap((method) => method.notes), ...report.tasks[task].notes]);
 }
 
 // ---- 3. bytes
@@ -191,7 +191,7 @@ function bytes() {
   const perRun = $("bytes-of").value === "runs", ways = [["up", "up, to the server"], ["down", "down, to the hosts"]];
   const rows = ofTask(task).flatMap((method) => (perRun
     ? method.runs.map((index) => ({ label: runs[index].label, of: [runs[index]] }))
-    : [{ label: method.label, of: method.runs.map((index) => runs[index]) }]));
+    : [{ label: method.label, of: method.averaged.map((index) => runs[index]) }]));
   const names = report.byte_names[view.key].filter((name) => rows.some((row) => row.of.some((run) => run.bytes[view.key][name])));
   const value = (row, name, way) =>
     row.of.reduce((sum, run) => sum + (run.bytes[view.key][name] ? run.bytes[view.key][name][way] : 0), 0) / row.of.length;
@@ -215,7 +215,7 @@ function bytes() {
     margin: { t: 12, r: 24, l: left, b: 56 + room }, showlegend: names.length > 0, legend: { entrywidth: entry }, xaxis: x(0), xaxis2: x(1),
     yaxis: { ...AXIS, showgrid: false, autorange: "reversed", tickvals: rows.map((_, i) => i),
       ticktext: rows.map((row) => plain(short(row.label, 34))), tickangle: 0, ticks: "" } },
-  `${view.label} of ${count(rows.length, perRun ? "run" : "method")} of ${report.tasks[task]}, up and down; the table below has the numbers`);
+  `${view.label} of ${count(rows.length, perRun ? "run" : "method")} of ${report.tasks[task].label}, up and down; the table below has the numbers`);
   $("bytes-hint").textContent = view.hint;
   table("bytes-table", [{ text: perRun ? "Run" : "Method", long: true }, ...names.flatMap((name) => ["up", "down"].map((way) =>
     ({ text: `${name} ${way}`, number: true })))],
@@ -376,7 +376,7 @@ function listen(ids, then) {
 $("made").textContent = report.made;
 summary();
 for (const id of ["curves-task", "bytes-task"]) {
-  options(id, report.tasks);
+  options(id, report.tasks.map((task) => task.label));
   $(`${id}-label`).hidden = report.tasks.length < 2;
 }
 options("curves-x", report.axes.map((axis) => axis.label), report.axes.map((axis) => axis.key));
