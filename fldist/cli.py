@@ -151,7 +151,7 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or directories that hold some.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, directories that hold runs, or run.h5 files.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """One HTML file about runs, which needs no network, and their timelines as Chrome traces beside it."""

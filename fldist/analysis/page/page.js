@@ -26,7 +26,14 @@ const grouped = (n) => (n === null || n === undefined ? "" : n.toLocaleString("e
 const fixed = (x, digits) => (x === null || x === undefined ? "" : x.toFixed(digits));
 // Plotly reads a few tags and entities in its texts; so a name is escaped before it becomes one.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const short = (text, most = 44) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+// long names are cut in the middle, since either end may be what tells them apart
+const short = (text, most = 70) => (text.length > most ? `${text.slice(0, most / 2)}…${text.slice(1 - most / 2)}` : text);
+
+// a name in one line or two
+function inLines(text, most = 34) {
+  const at = text.length > most ? text.lastIndexOf(" ", most) : -1;
+  return at > 0 ? [text.slice(0, at), short(text.slice(at + 1), most)] : [short(text, most)];
+}
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -40,7 +47,7 @@ function list(id, texts) {
 
 function options(id, texts, values = texts.keys()) {
   const of = [...values];
-  $(id).replaceChildren(...texts.map((text, i) => make("option", { textContent: short(text, 70), value: of[i] })));
+  $(id).replaceChildren(...texts.map((text, i) => make("option", { textContent: short(text), value: of[i] })));
 }
 
 function durationText(seconds) {
@@ -203,18 +210,20 @@ function bytes() {
         pattern: { shape: pattern, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.6, size: 8 } },
       hovertext: rows.map((row, i) => `${plain(row.label)}<br>${plain(name)}, ${ways[side][1]}: ${grouped(x[i])} B`) };
   }));
-  const left = leftOf(rows.map((row) => short(row.label, 34))), bars = view.stacked ? 1 : Math.max(1, names.length / 2);
+  const left = leftOf(rows.flatMap((row) => inLines(row.label)));
+  const high = Math.max(30 + 8 * Math.max(...rows.map((row) => inLines(row.label).length - 1)), view.stacked ? 0 : 15 * names.length);
   const { room, entry } = legendSize(names, widthOf("bytes-plot") - left);
   const most = Math.max(1, ...rows.flatMap((row) => ways.map(([way]) => {
     const of = names.map((name) => value(row, name, way));
     return view.stacked ? of.reduce((a, b) => a + b, 0) : Math.max(0, ...of);
   })));
-  const x = (side) => ({ ...AXIS, domain: side ? [0.54, 1] : [0, 0.46], range: [0, 1.04 * most], tickformat: "~s", ticksuffix: "B", nticks: 5,
+  const x = (side) => ({ ...AXIS, domain: side ? [0.54, 1] : [0, 0.46], range: [0, 1.04 * most], tickformat: "~s", ticksuffix: "B", tickangle: 0,
+    nticks: Math.max(2, Math.floor((widthOf("bytes-plot") - left) / 180)),
     title: { text: ways[side][1], standoff: 8 } });
-  draw("bytes-plot", traces, { height: 110 + room + Math.max(2, rows.length) * 30 * bars, barmode: view.stacked ? "stack" : "group", bargap: 0.3,
+  draw("bytes-plot", traces, { height: 110 + room + Math.max(2, rows.length) * high, barmode: view.stacked ? "stack" : "group", bargap: 0.3,
     margin: { t: 12, r: 24, l: left, b: 56 + room }, showlegend: names.length > 0, legend: { entrywidth: entry }, xaxis: x(0), xaxis2: x(1),
     yaxis: { ...AXIS, showgrid: false, autorange: "reversed", tickvals: rows.map((_, i) => i),
-      ticktext: rows.map((row) => plain(short(row.label, 34))), tickangle: 0, ticks: "" } },
+      ticktext: rows.map((row) => inLines(row.label).map(plain).join("<br>")), tickangle: 0, ticks: "" } },
   `${view.label} of ${count(rows.length, perRun ? "run" : "method")} of ${report.tasks[task].label}, up and down; the table below has the numbers`);
   $("bytes-hint").textContent = view.hint;
   table("bytes-table", [{ text: perRun ? "Run" : "Method", long: true }, ...names.flatMap((name) => ["up", "down"].map((way) =>
