@@ -192,7 +192,7 @@ def test_the_page_holds_few_spans_and_sums_of_all_rounds(tmp_path, monkeypatch):
     assert [r["number"] for r in of["rounds"]][:2] == [1, 2]
     assert len(of["rounds"]) == 3
     assert all(len(r["spans"]) <= 34 for r in of["rounds"])
-    assert "spans that lie close together are drawn as one here; the trace has each of them" in of["notes"]
+    assert any("drawn as one" in note for note in of["notes"])
     rows = [json.loads(text) for text in (path / "messages.jsonl").read_text().splitlines()]
     for lane, rank in ((1, 1), (2, 2)):
         computed = [r["ready_ns"] - r["started_ns"] for r in rows if r.get("started_ns") and r["rank"] == rank]

@@ -83,7 +83,10 @@ class Excerpt:
         if left_out:
             notes.append(f"{len(left_out)} more hosts are not drawn here; all are in the trace")
         if joined:
-            notes.append("spans that lie close together are drawn as one here; the trace has each of them")
+            notes.append(
+                "bars that lie close together are drawn as one, as much lower as there was nothing between them; the "
+                "trace has each of them"
+            )
         if self._unmeasured:
             notes.append(
                 f"timeline.jsonl lacks {self._unmeasured} rounds; the server's own spans of these are not known"
@@ -102,7 +105,7 @@ class Excerpt:
 
 
 def _span(span: Span, begin_ns: int, index: dict[Lane, int]) -> list[Any]:
-    """[lane, kind, begin and length in µs, whose, wire bytes]."""
+    """[lane, kind, begin and length in µs, whose, wire bytes, and the share in which it went on where it is not 1]."""
     begin, end = (span.begin_ns - begin_ns) // 1000, (span.end_ns - begin_ns) // 1000
     whose = ""
     if len(span.clients) == 1:
@@ -112,7 +115,8 @@ def _span(span: Span, begin_ns: int, index: dict[Lane, int]) -> list[Any]:
         whose = f"{len(span.clients)} clients: {', '.join(map(str, span.clients[:8]))}{more}"
     if span.phase not in ("", "train", "evaluate"):
         whose += f" ({span.phase})"
-    return [index[span.lane], KINDS.index(span.kind), begin, end - begin, whose, span.wire_bytes]
+    told = [index[span.lane], KINDS.index(span.kind), begin, end - begin, whose, span.wire_bytes]
+    return [*told, round(1 - span.idle_ns / (span.end_ns - span.begin_ns), 3)] if span.idle_ns else told
 
 
 def _clock(clock: Clock) -> list[float | None]:

@@ -47,7 +47,10 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One thing that a lane did from begin_ns to end_ns. clients: whose; wire_bytes: of transfers."""
+    """One thing that a lane did from begin_ns to end_ns. clients: whose; wire_bytes: of transfers.
+
+    idle_ns: of a span that was joined from several, the time between these.
+    """
 
     lane: Lane
     kind: Kind
@@ -56,6 +59,7 @@ class Span:
     clients: tuple[int, ...] = ()
     phase: str = ""
     wire_bytes: int = 0
+    idle_ns: int = 0
 
 
 @dataclass
@@ -278,6 +282,7 @@ def _joined(spans: Sequence[Span], gap_ns: int) -> list[Span]:
                 clients=tuple(sorted({*before.clients, *span.clients})),
                 phase=before.phase if before.phase == span.phase else "several phases",
                 wire_bytes=before.wire_bytes + span.wire_bytes,
+                idle_ns=before.idle_ns + span.idle_ns + max(0, span.begin_ns - before.end_ns),
             )
             continue
         if before is not None:

@@ -260,15 +260,16 @@ function timeline(event) {
   }
   const shown = rounds.slice(Number($("timeline-from").value), Number($("timeline-to").value) + 1);
   const zero = $("timeline-zero").value === "run" ? 0 : shown[0].begin_us;
-  const seconds = (us) => (us - zero) / 1e6;
+  const seconds = (us) => (us - zero) / 1e6, share = (span) => (span.length > 7 ? span[7] : 1);
   const traces = Object.entries(KINDS).map(([kind, { label, colour, pattern, width, offset }]) => {
     const spans = shown.flatMap((round) => round.spans.filter((span) => run.timeline.kinds[span[1]] === kind).map((span) => [round, ...span]));
     return { type: "bar", orientation: "h", name: label, y: spans.map((span) => span[1]), base: spans.map((span) => seconds(span[0].begin_us + span[3])),
-      x: spans.map((span) => span[4] / 1e6), width, offset, hoverinfo: "text",
+      x: spans.map((span) => span[4] / 1e6), hoverinfo: "text",
+      width: spans.map((span) => width * share(span)), offset: spans.map((span) => offset + 0.5 * width * (1 - share(span))),
       marker: { color: colour, line: { width: 0 }, pattern: { shape: pattern, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.7, size: 6 } },
-      hovertext: spans.map(([round, lane, , begin, us, whose, wire]) => `${plain(lanes[lane].label)}, ${timeName(round)}<br>${label}` +
+      hovertext: spans.map(([round, lane, , begin, us, whose, wire, part]) => `${plain(lanes[lane].label)}, ${timeName(round)}<br>${label}` +
         `${whose === "" ? "" : `: ${plain(whose)}`}<br>${durationText(us / 1e6)}, from ${seconds(round.begin_us + begin).toFixed(4)} s` +
-        (wire ? `<br>${grouped(wire)} B handed to the transport` : "")) };
+        (part === undefined ? "" : `<br>in ${(100 * part).toFixed(0)} % of that time`) + (wire ? `<br>${grouped(wire)} B handed to the transport` : "")) };
   }).filter((trace) => trace.x.length);
   const named = shown.length <= 30, left = leftOf(lanes.map((lane) => short(lane.label, 30)));
   const { room, entry } = legendSize(traces.map((trace) => trace.name), widthOf("timeline-plot") - left);
