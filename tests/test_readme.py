@@ -107,7 +107,7 @@ def test_the_page_on_clusters_names_what_there_is() -> None:
     cluster = {
         f"launch/{path.name}"
         for path in (ROOT / "launch").iterdir()
-        if path.name != "cluster.sh" and ". launch/cluster.sh" in path.read_text()
+        if path.is_file() and path.name != "cluster.sh" and ". launch/cluster.sh" in path.read_text()
     }
     assert scripts == cluster, "a script is not explained, or one is that is not there"
     heads = "".join((ROOT / name).read_text().partition("\nset -euo pipefail\n")[0] for name in scripts)
