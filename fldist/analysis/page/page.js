@@ -26,8 +26,12 @@ const grouped = (n) => (n === null || n === undefined ? "" : n.toLocaleString("e
 const fixed = (x, digits) => (x === null || x === undefined ? "" : x.toFixed(digits));
 // Plotly reads a few tags and entities in its texts; so a name is escaped before it becomes one.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const chosen = (id) => Number($(id).value);
+
 // long names are cut in the middle, since either end may be what tells them apart
-const short = (text, most = 70) => (text.length > most ? `${text.slice(0, most / 2)}…${text.slice(1 - most / 2)}` : text);
+function short(text, most = 70) {
+  return text.length > most ? `${text.slice(0, most / 2)}…${text.slice(1 - most / 2)}` : text;
+}
 
 // a name in one line or two
 function inLines(text, most = 34) {
@@ -37,7 +41,7 @@ function inLines(text, most = 34) {
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children.filter((child) => child !== null && child !== undefined));
+  made.append(...children);
   return made;
 }
 
@@ -65,15 +69,15 @@ function bytesText(n) {
   return `${Number(n.toPrecision(4))} TB`;
 }
 
-// head: [{text, number?, long?}]; rows: arrays of {text, value?, title?, node?} or texts
+// head: [{text, number?, long?}]; rows: arrays of {text, value?, title?} or texts
 function table(id, head, rows, sortable = false) {
   const cell = (of, i) => {
     const value = of !== null && typeof of === "object" ? of : { text: of };
-    const kind = head[i].number ? "number" : head[i].long ? (String(value.text).length > 40 ? "long longer" : "long") : "";
-    const made = make(i ? "td" : "th", { className: kind });
+    const text = String(value.text ?? "");
+    const made = make(i ? "td" : "th", { textContent: text, className: head[i].number ? "number" : "" });
+    if (head[i].long) made.classList.add("long");
     if (!i) made.scope = "row";
-    if (value.node) made.append(value.node);
-    made.append(String(value.text ?? ""));
+    if (head[i].long && text.length > 40) made.classList.add("longer");
     if (value.title) made.title = value.title;
     made.dataset.value = value.value ?? value.text ?? "";
     return made;
@@ -103,33 +107,42 @@ let paper = null;
 const widthOf = (id) => paper || $(id).clientWidth;
 
 const FONT = { family: "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", size: 13, color: "#1b1f23" };
-const AXIS = { showgrid: true, gridcolor: "#e6e8ea", zeroline: false, linecolor: "#8b9298", showline: true, ticks: "outside" };
+const AXIS = { gridcolor: "#e6e8ea", zeroline: false, linecolor: "#8b9298", showline: true, ticks: "outside" };
+const BARE = { ...AXIS, showgrid: false };
 // only what stays on this machine: plotly.js would also offer to upload a chart
 const CONFIG = { displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
   modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] };
 
 // words: what the chart shows, for who does not see it; as long as they are the same, a zoom stays
 function draw(id, traces, layout, words) {
-  const below = { orientation: "h", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container", traceorder: "normal" };
-  const all = { font: FONT, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: "zoom", uirevision: words,
-    hoverlabel: { align: "left", namelength: -1 }, width: widthOf(id) };
+  const legend = { orientation: "h", x: 0, y: 0, yanchor: "bottom", yref: "container", traceorder: "normal", ...layout.legend };
+  const all = { font: FONT, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: "zoom",
+    hoverlabel: { align: "left", namelength: -1 }, uirevision: words, width: widthOf(id) };
   // plotly.js keeps the room of a legend that is no longer there, and moves the axis' title into the ticks
   if ($(id).layout && $(id).layout.showlegend !== layout.showlegend) Plotly.purge(id);
   $(id).setAttribute("aria-label", words);
   $(id).style.height = `${layout.height}px`;
-  return Plotly.react(id, traces, { ...all, ...layout, legend: { ...below, ...layout.legend } }, CONFIG);
+  Plotly.react(id, traces, { ...all, ...layout, legend }, CONFIG);
 }
+
+function pattern(shape, size = 8) {
+  return { shape, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.65, size };
+}
+
+const named = (text) => ({ text, standoff: 8 });
 
 function style(number) {
   return { colour: COLOURS[number % COLOURS.length], dash: DASHES[number % DASHES.length],
-    marker: MARKERS[number % MARKERS.length], pattern: PATTERNS[number % PATTERNS.length] };
+    marker: MARKERS[number % MARKERS.length], shape: PATTERNS[number % PATTERNS.length] };
 }
 
 // the same method looks the same in all charts and tasks
 const labels = [...new Set(report.methods.map((method) => method.label))];
 const look = (method) => style(labels.indexOf(method.label));
 const ofTask = (task) => report.methods.filter((method) => method.task === task);
-const faded = (colour) => `rgba(${[1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).join(",")},0.16)`;
+const faded = (colour) => `${colour}29`;  // an opacity of 0.16
+
+// the room that names need left of a chart
 const leftOf = (texts) => Math.min(260, 24 + 7.4 * Math.max(...texts.map((text) => text.length), 4));
 // the height that a legend below a chart of this width needs, and how wide its entries are
 function legendSize(texts, width) {
@@ -139,96 +152,107 @@ function legendSize(texts, width) {
 
 // ---- 1. summary
 function summary() {
-  const several = report.tasks.length > 1;
-  const head = [{ text: "Run", long: true }, { text: "Method", long: true }, ...(several ? [{ text: "Task", long: true }] : []),
-    { text: "Seed", number: true }, { text: "Status", long: true }, { text: "Rounds", number: true }, { text: "Accuracy", number: true },
-    { text: "Uplink bytes", number: true }, { text: "Downlink bytes", number: true }, { text: "Seconds", number: true },
-    { text: "state_hash" }];
-  table("runs-table", head, runs.map((run) => [
-    run.label, run.method_label, ...(several ? [report.tasks[run.task].label] : []), run.seed,
-    run.status + (run.ended ? ` (${run.ended})` : ""), run.rounds,
-    { text: fixed(run.accuracy, 4), value: run.accuracy, title: run.accuracy === null ? "" : String(run.accuracy) },
-    { text: grouped(run.uplink_bytes), value: run.uplink_bytes }, { text: grouped(run.downlink_bytes), value: run.downlink_bytes },
-    { text: fixed(run.seconds, 2), value: run.seconds },
-    { text: (run.state_hash || "").slice(0, 12), title: run.state_hash || "", value: run.state_hash || "" },
-  ]), true);
+  const columns = [
+    [{ text: "Run", long: true }, (run) => run.label],
+    [{ text: "Method", long: true }, (run) => run.method_label],
+    [{ text: "Task", long: true }, (run) => report.tasks[run.task].label],
+    [{ text: "Seed", number: true }, (run) => run.seed],
+    [{ text: "Status", long: true }, (run) => run.status + (run.ended ? ` (${run.ended})` : "")],
+    [{ text: "Rounds", number: true }, (run) => run.rounds],
+    [{ text: "Accuracy", number: true }, (run) => exact(run.accuracy, fixed(run.accuracy, 4))],
+    [{ text: "Uplink bytes", number: true }, (run) => exact(run.uplink_bytes, grouped(run.uplink_bytes))],
+    [{ text: "Downlink bytes", number: true }, (run) => exact(run.downlink_bytes, grouped(run.downlink_bytes))],
+    [{ text: "Seconds", number: true }, (run) => exact(run.seconds, fixed(run.seconds, 2))],
+    [{ text: "state_hash" }, (run) => exact(run.state_hash, (run.state_hash || "").slice(0, 12))],
+  ].filter(([head]) => head.text !== "Task" || report.tasks.length > 1);
+  table("runs-table", columns.map(([head]) => head), runs.map((run) => columns.map(([, of]) => of(run))), true);
   list("notes", [...report.notes, ...runs.flatMap((run) => run.notes.map((note) => `${run.label}: ${note}`))]);
 }
 
+function exact(value, text) {
+  return { text, value, title: value === null ? "" : String(value) };
+}
+
 // ---- 2. accuracy or loss against cost
+// of: a run's curve or a method's mean; name: whose it is
+function line(method, of, figure, axis, name) {
+  const { colour, dash, marker } = look(method), deviation = of[`${figure}_sd`];
+  const cost = (i) => (axis.bytes ? bytesText(of[axis.key][i]) : durationText(of[axis.key][i]));
+  const hover = of.rounds.map((round, i) => `${plain(name)}<br>round ${round}: ${figure} ${fixed(of[figure][i], 4)}` +
+    (deviation ? ` ± ${fixed(deviation[i], 4)}` : "") + (axis.key === "rounds" ? "" : `<br>${plain(axis.label)}: ${cost(i)}`));
+  return { type: "scatter", mode: of.rounds.length > 1 ? "lines+markers" : "markers", x: of[axis.key], y: of[figure],
+    name: plain(short(method.label)), legendgroup: method.label, line: { color: colour, dash, width: 2 },
+    marker: { color: colour, symbol: marker, size: 8, maxdisplayed: 12 }, hoverinfo: "text", hovertext: hover };
+}
+
+function band(method, figure, axis) {
+  const x = method.mean[axis.key], y = method.mean[figure], deviation = method.mean[`${figure}_sd`];
+  if (!deviation) return [];
+  const upper = y.map((value, i) => value + deviation[i]), lower = y.map((value, i) => value - deviation[i]);
+  return [{ type: "scatter", mode: "lines", name: "band", x: [...x, ...[...x].reverse()], y: [...upper, ...lower.reverse()],
+    fill: "toself", fillcolor: faded(look(method).colour), line: { width: 0 }, hoverinfo: "skip",
+    legendgroup: method.label, showlegend: false }];
+}
+
 function curves() {
-  const task = Number($("curves-task").value), figure = $("curves-y").value, every = $("curves-runs").value === "every";
-  const axis = report.axes.find((one) => one.key === $("curves-x").value);
-  const chosen = ofTask(task), traces = [];
-  const line = (method, of, number, name) => {
-    const { colour, dash, marker } = look(method);
-    return { type: "scatter", mode: of.rounds.length > 1 ? "lines+markers" : "markers", x: of[axis.key], y: of[figure],
-      name: plain(short(method.label)), legendgroup: method.label, showlegend: number === 0, line: { color: colour, dash, width: 2 },
-      marker: { color: colour, symbol: marker, size: 8, maxdisplayed: 12 }, hoverinfo: "text",
-      hovertext: of.rounds.map((round, i) => `${plain(name)}<br>round ${round}: ${figure} ${fixed(of[figure][i], 4)}` +
-        (of[`${figure}_sd`] ? ` ± ${fixed(of[`${figure}_sd`][i], 4)}` : "") +
-        (axis.key === "rounds" ? "" : `<br>${plain(axis.label)}: ${axis.bytes ? bytesText(of[axis.key][i]) : durationText(of[axis.key][i])}`)) };
-  };
-  for (const method of chosen) {
-    if (every) {
-      method.runs.forEach((index, number) => traces.push(line(method, runs[index].curve, number, runs[index].label)));
-      continue;
-    }
-    const { mean } = method, sd = mean[`${figure}_sd`], x = mean[axis.key];
-    if (sd) {
-      traces.push({ type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], fill: "toself", fillcolor: faded(look(method).colour),
-        y: [...mean[figure].map((y, i) => y + sd[i]), ...mean[figure].map((y, i) => y - sd[i]).reverse()], line: { width: 0 },
-        hoverinfo: "skip", legendgroup: method.label, showlegend: false, name: "band" });
-    }
-    traces.push(line(method, mean, 0, `${method.label}, mean of ${count(method.averaged.length, "run")}`));
-  }
-  const { room, entry } = legendSize(chosen.map((method) => short(method.label)), widthOf("curves-plot") - 88);
-  const log = $("curves-log").checked;
-  draw("curves-plot", traces, { height: 430 + room, margin: { t: 16, r: 24, l: 64, b: 58 + room }, showlegend: true, legend: { entrywidth: entry },
-    xaxis: { ...AXIS, title: { text: axis.label, standoff: 8 }, type: log ? "log" : "linear", ticksuffix: axis.bytes ? "B" : "",
-      tickformat: axis.bytes ? "~s" : "", ...(log ? { dtick: 1, minor: { ticks: "outside" } } : { rangemode: "tozero" }) },
-    yaxis: { ...AXIS, title: { text: figure } } },
-  `${figure} of ${count(chosen.length, "method")} of ${report.tasks[task].label} against ${axis.label}${log ? ", logarithmic" : ""}; last values are in the summary`);
-  list("curves-notes", [...chosen.flatMap((method) => method.notes), ...report.tasks[task].notes]);
+  const task = report.tasks[chosen("curves-task")], methods = ofTask(chosen("curves-task"));
+  const axis = report.axes.find((one) => one.key === $("curves-x").value), figure = $("curves-y").value;
+  const every = $("curves-runs").value === "every", log = $("curves-log").checked;
+  const traces = methods.flatMap((method) => (every
+    ? method.runs.map((index, i) => ({ ...line(method, runs[index].curve, figure, axis, runs[index].label), showlegend: !i }))
+    : [...band(method, figure, axis),
+      line(method, method.mean, figure, axis, `${method.label}, mean of ${count(method.averaged.length, "run")}`)]));
+  const { room, entry } = legendSize(methods.map((method) => short(method.label)), widthOf("curves-plot") - 88);
+  const scale = log ? { type: "log", dtick: 1, minor: { ticks: "outside" } } : { type: "linear", rangemode: "tozero" };
+  const units = axis.bytes ? { ticksuffix: "B", tickformat: "~s" } : {};
+  draw("curves-plot", traces, {
+    height: 430 + room, margin: { t: 16, r: 24, l: 64, b: 58 + room }, showlegend: true, legend: { entrywidth: entry },
+    xaxis: { ...AXIS, ...scale, ...units, title: named(axis.label) }, yaxis: { ...AXIS, title: { text: figure } },
+  }, `${figure} of ${count(methods.length, "method")} of ${task.label} against ${axis.label}${log ? ", logarithmic" : ""}; ` +
+    "last values are in the summary");
+  list("curves-notes", [...methods.flatMap((method) => method.notes), ...task.notes]);
 }
 
 // ---- 3. bytes
+const WAYS = [["up", "up, to the server"], ["down", "down, to the hosts"]];
+
 function bytes() {
-  const task = Number($("bytes-task").value), view = report.views.find((one) => one.key === $("bytes-view").value);
-  const perRun = $("bytes-of").value === "runs", ways = [["up", "up, to the server"], ["down", "down, to the hosts"]];
-  const rows = ofTask(task).flatMap((method) => (perRun
-    ? method.runs.map((index) => ({ label: runs[index].label, of: [runs[index]] }))
-    : [{ label: method.label, of: method.averaged.map((index) => runs[index]) }]));
-  const names = report.byte_names[view.key].filter((name) => rows.some((row) => row.of.some((run) => run.bytes[view.key][name])));
-  const value = (row, name, way) =>
-    row.of.reduce((sum, run) => sum + (run.bytes[view.key][name] ? run.bytes[view.key][name][way] : 0), 0) / row.of.length;
-  const traces = names.flatMap((name) => ways.map(([way], side) => {
-    const { colour, pattern } = style(report.byte_names[view.key].indexOf(name));
-    const x = rows.map((row) => value(row, name, way));
-    return { type: "bar", orientation: "h", y: rows.map((_, i) => i), x, name: plain(name), legendgroup: name, showlegend: side === 0,
-      xaxis: side ? "x2" : "x", yaxis: "y", hoverinfo: "text", marker: { color: colour, line: { width: 0 },
-        pattern: { shape: pattern, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.6, size: 8 } },
-      hovertext: rows.map((row, i) => `${plain(row.label)}<br>${plain(name)}, ${ways[side][1]}: ${grouped(x[i])} B`) };
+  const task = report.tasks[chosen("bytes-task")], perRun = $("bytes-of").value === "runs";
+  const view = report.views.find((one) => one.key === $("bytes-view").value);
+  const rows = ofTask(chosen("bytes-task")).flatMap((method) => (perRun
+    ? method.runs.map((index) => ({ label: runs[index].label, of: [runs[index].bytes[view.key]] }))
+    : [{ label: method.label, of: method.averaged.map((index) => runs[index].bytes[view.key]) }]));
+  const names = report.byte_names[view.key].filter((name) => rows.some((row) => row.of.some((bytes) => bytes[name])));
+  const mean = (row, name, way) => row.of.reduce((sum, bytes) => sum + (bytes[name] ? bytes[name][way] : 0), 0) / row.of.length;
+  const traces = names.flatMap((name) => WAYS.map(([way, words], side) => {
+    const { colour, shape } = style(report.byte_names[view.key].indexOf(name));
+    const x = rows.map((row) => mean(row, name, way));
+    return { type: "bar", orientation: "h", x, y: rows.map((_, i) => i), xaxis: side ? "x2" : "x", name: plain(name),
+      legendgroup: name, showlegend: side === 0, marker: { color: colour, pattern: pattern(shape) }, hoverinfo: "text",
+      hovertext: rows.map((row, i) => `${plain(row.label)}<br>${plain(name)}, ${words}: ${grouped(x[i])} B`) };
   }));
-  const left = leftOf(rows.flatMap((row) => inLines(row.label)));
-  const high = Math.max(30 + 8 * Math.max(...rows.map((row) => inLines(row.label).length - 1)), view.stacked ? 0 : 15 * names.length);
-  const { room, entry } = legendSize(names, widthOf("bytes-plot") - left);
-  const most = Math.max(1, ...rows.flatMap((row) => ways.map(([way]) => {
-    const of = names.map((name) => value(row, name, way));
+  const longest = Math.max(1, ...rows.flatMap((row) => WAYS.map(([way]) => {
+    const of = names.map((name) => mean(row, name, way));
     return view.stacked ? of.reduce((a, b) => a + b, 0) : Math.max(0, ...of);
   })));
-  const x = (side) => ({ ...AXIS, domain: side ? [0.54, 1] : [0, 0.46], range: [0, 1.04 * most], tickformat: "~s", ticksuffix: "B", tickangle: 0,
-    nticks: Math.max(2, Math.floor((widthOf("bytes-plot") - left) / 180)),
-    title: { text: ways[side][1], standoff: 8 } });
-  draw("bytes-plot", traces, { height: 110 + room + Math.max(2, rows.length) * high, barmode: view.stacked ? "stack" : "group", bargap: 0.3,
-    margin: { t: 12, r: 24, l: left, b: 56 + room }, showlegend: names.length > 0, legend: { entrywidth: entry }, xaxis: x(0), xaxis2: x(1),
-    yaxis: { ...AXIS, showgrid: false, autorange: "reversed", tickvals: rows.map((_, i) => i),
-      ticktext: rows.map((row) => inLines(row.label).map(plain).join("<br>")), tickangle: 0, ticks: "" } },
-  `${view.label} of ${count(rows.length, perRun ? "run" : "method")} of ${report.tasks[task].label}, up and down; the table below has the numbers`);
+  const ticks = rows.map((row) => inLines(row.label)), left = leftOf(ticks.flat()), width = widthOf("bytes-plot") - left;
+  const high = Math.max(22 + 8 * Math.max(...ticks.map((tick) => tick.length)), view.stacked ? 0 : 15 * names.length);
+  const { room, entry } = legendSize(names, width);
+  const axis = (side) => ({ ...AXIS, domain: side ? [0.54, 1] : [0, 0.46], range: [0, 1.04 * longest], tickangle: 0,
+    tickformat: "~s", ticksuffix: "B", nticks: Math.max(2, Math.floor(width / 180)), title: named(WAYS[side][1]) });
+  draw("bytes-plot", traces, {
+    height: 110 + room + Math.max(2, rows.length) * high, margin: { t: 12, r: 24, l: left, b: 56 + room },
+    barmode: view.stacked ? "stack" : "group", bargap: 0.3, showlegend: true, legend: { entrywidth: entry },
+    xaxis: axis(0), xaxis2: axis(1),
+    yaxis: { ...BARE, autorange: "reversed", tickvals: rows.map((_, i) => i), ticks: "",
+      ticktext: ticks.map((tick) => tick.map(plain).join("<br>")) },
+  }, `${view.label} of ${count(rows.length, perRun ? "run" : "method")} of ${task.label}, up and down; ` +
+    "the table below has the numbers");
   $("bytes-hint").textContent = view.hint;
-  table("bytes-table", [{ text: perRun ? "Run" : "Method", long: true }, ...names.flatMap((name) => ["up", "down"].map((way) =>
-    ({ text: `${name} ${way}`, number: true })))],
-  rows.map((row) => [row.label, ...names.flatMap((name) => ["up", "down"].map((way) => grouped(value(row, name, way))))]));
+  const columns = names.flatMap((name) => WAYS.map(([way]) => [name, way]));
+  table("bytes-table",
+    [{ text: perRun ? "Run" : "Method", long: true }, ...columns.map((column) => ({ text: column.join(" "), number: true }))],
+    rows.map((row) => [row.label, ...columns.map(([name, way]) => grouped(mean(row, name, way)))]));
 }
 
 // ---- 4. timeline
@@ -236,7 +260,7 @@ const timed = runs.filter((run) => run.timeline);
 const timeName = (round) => (round.number ? `round ${round.number}` : "setup");
 
 function timelineRun() {
-  const { rounds } = timed[Number($("timeline-run").value)].timeline;
+  const { rounds } = timed[chosen("timeline-run")].timeline;
   for (const id of ["timeline-from", "timeline-to"]) options(id, rounds.map(timeName));
   const first = Math.max(0, rounds.findIndex((round) => round.number > 0));
   $("timeline-from").value = first;
@@ -245,69 +269,91 @@ function timelineRun() {
 }
 
 function moveTimeline(step) {
-  const { length } = $("timeline-from").options, from = Number($("timeline-from").value), to = Number($("timeline-to").value);
-  const by = Math.max(-from, Math.min(step * (to - from + 1), length - 1 - to));
+  const from = chosen("timeline-from"), to = chosen("timeline-to"), last = $("timeline-to").options.length - 1;
+  const by = Math.max(-from, Math.min(step * (to - from + 1), last - to));
   $("timeline-from").value = from + by;
   $("timeline-to").value = to + by;
   timeline();
 }
 
-function timeline(event) {
-  const run = timed[Number($("timeline-run").value)], { lanes, rounds } = run.timeline;
-  if (Number($("timeline-from").value) > Number($("timeline-to").value)) {
-    const other = event && event.target.id === "timeline-from" ? "timeline-to" : "timeline-from";
-    $(other).value = $(other === "timeline-to" ? "timeline-from" : "timeline-to").value;
+// a span: [lane, kind, begin and length in µs, whose, wire bytes, share of the time in which it went on (absent: all)]
+function bars(run, shown, kind, zero) {
+  const { label, colour, pattern: shape, width, offset } = KINDS[kind], number = run.timeline.kinds.indexOf(kind);
+  const trace = { type: "bar", orientation: "h", name: label, marker: { color: colour, pattern: pattern(shape, 6) },
+    hoverinfo: "text", x: [], base: [], y: [], width: [], offset: [], hovertext: [] };
+  for (const round of shown) {
+    for (const [lane, , begin, length, whose, wire, share = 1] of round.spans.filter((span) => span[1] === number)) {
+      const from = (round.begin_us + begin - zero) / 1e6;
+      trace.x.push(length / 1e6);
+      trace.base.push(from);
+      trace.y.push(lane);
+      trace.width.push(width * share);
+      trace.offset.push(offset + 0.5 * width * (1 - share));
+      trace.hovertext.push([
+        `${plain(run.timeline.lanes[lane].label)}, ${timeName(round)}`,
+        label + (whose ? `: ${plain(whose)}` : ""),
+        `${durationText(length / 1e6)}, from ${from.toFixed(4)} s`,
+        ...(share < 1 ? [`in ${(100 * share).toFixed(0)} % of that time`] : []),
+        ...(wire ? [`${grouped(wire)} B handed to the transport`] : []),
+      ].join("<br>"));
+    }
   }
-  const shown = rounds.slice(Number($("timeline-from").value), Number($("timeline-to").value) + 1);
-  const zero = $("timeline-zero").value === "run" ? 0 : shown[0].begin_us;
-  const seconds = (us) => (us - zero) / 1e6, share = (span) => (span.length > 7 ? span[7] : 1);
-  const traces = Object.entries(KINDS).map(([kind, { label, colour, pattern, width, offset }]) => {
-    const spans = shown.flatMap((round) => round.spans.filter((span) => run.timeline.kinds[span[1]] === kind).map((span) => [round, ...span]));
-    return { type: "bar", orientation: "h", name: label, y: spans.map((span) => span[1]), base: spans.map((span) => seconds(span[0].begin_us + span[3])),
-      x: spans.map((span) => span[4] / 1e6), hoverinfo: "text",
-      width: spans.map((span) => width * share(span)), offset: spans.map((span) => offset + 0.5 * width * (1 - share(span))),
-      marker: { color: colour, line: { width: 0 }, pattern: { shape: pattern, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.7, size: 6 } },
-      hovertext: spans.map(([round, lane, , begin, us, whose, wire, part]) => `${plain(lanes[lane].label)}, ${timeName(round)}<br>${label}` +
-        `${whose === "" ? "" : `: ${plain(whose)}`}<br>${durationText(us / 1e6)}, from ${seconds(round.begin_us + begin).toFixed(4)} s` +
-        (part === undefined ? "" : `<br>in ${(100 * part).toFixed(0)} % of that time`) + (wire ? `<br>${grouped(wire)} B handed to the transport` : "")) };
-  }).filter((trace) => trace.x.length);
-  const named = shown.length <= 30, left = leftOf(lanes.map((lane) => short(lane.label, 30)));
+  return trace;
+}
+
+function timeline(event) {
+  const run = timed[chosen("timeline-run")], { lanes, rounds } = run.timeline;
+  if (chosen("timeline-from") > chosen("timeline-to")) {  // the end that was not chosen follows
+    const [kept, moved] = event && event.target.id === "timeline-to" ? ["to", "from"] : ["from", "to"];
+    $(`timeline-${moved}`).value = $(`timeline-${kept}`).value;
+  }
+  const shown = rounds.slice(chosen("timeline-from"), chosen("timeline-to") + 1);
+  const zero = $("timeline-zero").value === "run" ? 0 : shown[0].begin_us, seconds = (us) => (us - zero) / 1e6;
+  const since = `seconds from ${$("timeline-zero").selectedOptions[0].textContent}`;
+  const traces = Object.keys(KINDS).map((kind) => bars(run, shown, kind, zero)).filter((trace) => trace.x.length);
+  const ticks = lanes.map((lane) => short(lane.label, 30)), left = leftOf(ticks);
   const { room, entry } = legendSize(traces.map((trace) => trace.name), widthOf("timeline-plot") - left);
-  const ends = shown.flatMap((round) => [round.begin_us, round.end_us, ...round.spans.map((span) => round.begin_us + span[2] + span[3])]);
-  const range = [Math.min(...ends), Math.max(...ends)].map(seconds), air = 0.01 * (range[1] - range[0]);
-  draw("timeline-plot", traces, { height: 110 + room + 54 * lanes.length, barmode: "overlay", showlegend: true, legend: { entrywidth: entry },
-    margin: { t: 30, r: 20, l: left, b: 56 + room },
-    xaxis: { ...AXIS, title: { text: `seconds from ${$("timeline-zero").selectedOptions[0].textContent}`, standoff: 8 }, range: [range[0] - air, range[1] + air] },
-    yaxis: { ...AXIS, showgrid: false, fixedrange: true, range: [lanes.length - 0.45, -0.55], tickvals: lanes.map((_, i) => i),
-      ticktext: lanes.map((lane) => plain(short(lane.label, 30))), ticks: "" },
-    shapes: shown.flatMap((round) => [round.begin_us, round.end_us].map((us) => ({ type: "line", x0: seconds(us), x1: seconds(us), yref: "paper",
-      y0: 0, y1: 1, line: { color: "#8b9298", width: 1, dash: "dot" }, layer: "below" }))),
-    annotations: named ? shown.map((round) => ({ text: timeName(round), x: seconds((round.begin_us + round.end_us) / 2), yref: "paper", y: 1,
-      yanchor: "bottom", showarrow: false })) : [] },
-  `what ${lanes.map((lane) => lane.label).join(", ")} did in ${timeName(shown[0])} to ${timeName(shown[shown.length - 1])} of ${run.label}, ` +
-    `in seconds from ${$("timeline-zero").selectedOptions[0].textContent}; seconds of all rounds are in the table below`);
+  const edges = shown.flatMap((round) => [round.begin_us, round.end_us]).map(seconds);
+  const begin = Math.min(...edges, ...traces.flatMap((trace) => trace.base));
+  const end = Math.max(...edges, ...traces.flatMap((trace) => trace.base.map((from, i) => from + trace.x[i])));
+  const air = 0.01 * (end - begin);
+  draw("timeline-plot", traces, {
+    height: 110 + room + 54 * lanes.length, margin: { t: 30, r: 20, l: left, b: 56 + room },
+    barmode: "overlay", showlegend: true, legend: { entrywidth: entry },
+    xaxis: { ...AXIS, title: named(since), range: [begin - air, end + air] },
+    yaxis: { ...BARE, fixedrange: true, range: [lanes.length - 0.45, -0.55], tickvals: lanes.map((_, i) => i), ticks: "",
+      ticktext: ticks.map(plain) },
+    shapes: edges.map((x) => ({ type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, layer: "below",
+      line: { color: "#8b9298", width: 1, dash: "dot" } })),
+    annotations: shown.slice(0, 30).map((round) => ({ text: timeName(round), showarrow: false, yref: "paper", y: 1,
+      yanchor: "bottom", x: seconds((round.begin_us + round.end_us) / 2) })),
+  }, `what ${lanes.map((lane) => lane.label).join(", ")} did in ${timeName(shown[0])} to ${timeName(shown.at(-1))} of ` +
+    `${run.label}, in ${since}; seconds of all rounds are in the table below`);
   aboutTimeline(run, shown);
 }
 
 function aboutTimeline(run, shown) {
-  const { lanes, rounds, busy, seconds, hint, notes } = run.timeline;
-  const where = run.trace ? make("a", { href: run.trace.href, textContent: run.trace.path }) : "";
-  $("timeline-hint").replaceChildren(hint, run.trace ? " The whole timeline is in " : "", where,
-    run.trace ? ", which ui.perfetto.dev and chrome://tracing open as it is." : "");
-  const last = rounds.indexOf(shown[shown.length - 1]), first = rounds.indexOf(shown[0]);
-  const holes = rounds.slice(first + 1, last + 1).filter((round, i) => round.number > rounds[first + i].number + 1);
-  list("timeline-notes", [...notes, ...(holes.length ? [`Between the shown rounds are some that this page does not hold: before ${holes.map(timeName).join(", ")}.`] : [])]);
+  const { lanes, rounds, busy, seconds, hint, notes } = run.timeline, { clocks } = shown.at(-1);
+  $("timeline-hint").replaceChildren(hint, ...(run.trace ? [" The whole timeline is in ",
+    make("a", { href: run.trace.href, textContent: run.trace.path }),
+    ", which ui.perfetto.dev and chrome://tracing open as it is."] : []));
+  const holes = shown.slice(1).filter((round, i) => round.number > shown[i].number + 1).map(timeName).join(", ");
+  const hole = `Between the shown rounds are some that this page does not hold: before ${holes}.`;
+  list("timeline-notes", [...notes, ...(holes ? [hole] : [])]);
   const kinds = Object.keys(KINDS).filter((kind) => lanes.some((_, i) => busy[i][kind]));
-  table("timeline-busy", [{ text: "Rank" }, ...kinds.map((kind) => ({ text: KINDS[kind].label.replace(/ \(.*/, ""), number: true }))],
-    lanes.map((lane, i) => [lane.label, ...kinds.map((kind) =>
-      (busy[i][kind] ? `${busy[i][kind].toFixed(3)} s (${(100 * busy[i][kind] / seconds).toFixed(0)} %)` : ""))]));
-  const { clocks } = shown[shown.length - 1];
-  $("timeline-clock-hint").textContent = Object.keys(clocks).length
-    ? `A host's times are moved to the server's clock, by the offset as it was estimated with each message (in the table: at the end of ${timeName(shown[shown.length - 1])}). Its bars may be off by the uncertainty.`
-    : "All times are of one clock.";
+  const spent = (of) => (of ? `${of.toFixed(3)} s (${(100 * of / seconds).toFixed(0)} %)` : "");
+  table("timeline-busy",
+    [{ text: "Rank" }, ...kinds.map((kind) => ({ text: KINDS[kind].label.replace(/ \(.*/, ""), number: true }))],
+    lanes.map((lane, i) => [lane.label, ...kinds.map((kind) => spent(busy[i][kind]))]));
   $("timeline-clocks").hidden = !Object.keys(clocks).length;
-  table("timeline-clocks", [{ text: "Rank" }, { text: "Server's clock minus this one's", number: true }, { text: "Uncertain by", number: true }],
-    Object.entries(clocks).map(([rank, [offset, unsure]]) => [rank === "0" ? "host, in the same process" : `host ${rank}`, `${(offset / 1e6).toFixed(6)} s`,
+  $("timeline-clock-hint").textContent = Object.keys(clocks).length
+    ? "A host's times are moved to the server's clock by the offset as it was estimated with each message; in the table: " +
+      `at the end of ${timeName(shown.at(-1))}. Its bars may be off by the uncertainty.`
+    : "All times are of one clock.";
+  table("timeline-clocks",
+    [{ text: "Rank" }, { text: "Server's clock minus this one's", number: true }, { text: "Uncertain by", number: true }],
+    Object.entries(clocks).map(([rank, [offset, unsure]]) => [
+      rank === "0" ? "host, in the same process" : `host ${rank}`, `${(offset / 1e6).toFixed(6)} s`,
       unsure === null ? "not known" : `± ${durationText(unsure / 1e6)}`]));
 }
 
@@ -315,53 +361,82 @@ function aboutTimeline(run, shown) {
 const taking = runs.filter((run) => run.participation);
 
 function participation() {
-  const run = taking[Number($("participation-run").value)], of = run.participation, { bins, histogram } = of;
-  const what = $("participation-what").value, sense = what === "used" ? "called, and replied" : "called, and not used";
-  $("participation-what-label").hidden = !bins;
-  const frame = { margin: { t: 16, r: 20, l: 64, b: 54 }, showlegend: false };
-  const axes = (height) => ({ ...frame, height, xaxis: { ...AXIS, showgrid: false, title: { text: "round", standoff: 8 } },
-    yaxis: { ...AXIS, showgrid: false, title: { text: "client" }, autorange: "reversed" } });
-  if (bins) {
-    const size = (edges, i) => edges[i + 1] - edges[i], span = (edges, i) => (size(edges, i) > 1 ? `${edges[i]} to ${edges[i + 1] - 1}` : `${edges[i]}`);
-    const z = bins[what].map((row, c) => row.map((n, r) => n / (size(bins.clients, c) * size(bins.rounds, r))));
-    draw("participation-plot", [{ type: "heatmap", x: bins.rounds, y: bins.clients, z, zmin: 0, zmax: Math.max(1e-9, ...z.flat()), hoverinfo: "text",
-      colorscale: [[0, "#ffffff"], [0.5, "#56b4e9"], [1, "#00324e"]], colorbar: { title: { text: "share" }, tickformat: ".0%" },
-      hovertext: z.map((row, c) => row.map((share, r) => `clients ${span(bins.clients, c)}, rounds ${span(bins.rounds, r)}<br>` +
-        `${(100 * share).toFixed(1)} % ${sense}`)) }],
-    { ...axes(420), margin: { ...frame.margin, r: 90 } }, `${run.label}: the share of rounds in which clients were ${sense}, in bins of rounds and clients`);
-  } else {
-    const states = ["not called", "called, not used", "called, and replied"], scale = ["#eceef0", "#d55e00", "#0072b2"];
-    draw("participation-plot", [{ type: "heatmap", x0: 1, dx: 1, y0: 0, dy: 1, z: of.cells.map((row) => [...row].map(Number)), zmin: -0.5, zmax: 2.5,
-      xgap: of.rounds <= 120 ? 1 : 0, ygap: of.clients <= 60 ? 1 : 0, hoverinfo: "text",
-      colorscale: scale.flatMap((colour, i) => [[i / 3, colour], [(i + 1) / 3, colour]]),
-      colorbar: { tickvals: [0, 1, 2], ticktext: states.map((text) => text.replace(", ", ",<br>")), len: 0.9, thickness: 18 },
-      hovertext: of.cells.map((row, client) => [...row].map((state, i) => `client ${client}, round ${i + 1}<br>${states[state]}`)) }],
-    { ...axes(Math.min(560, 130 + 14 * of.clients)), margin: { ...frame.margin, r: 130 } }, `${run.label}: which client was called in which round, and whether its reply was used`);
-  }
-  const bar = (name, y, colour, pattern) => ({ type: "bar", name, y, marker: { color: colour, pattern: { shape: pattern, fillmode: "overlay", fgcolor: "#fff", fgopacity: 0.75, size: 7 } } });
-  const often = histogram ? [{ ...bar("clients", histogram.clients, COLOURS[0], ""), x: histogram.clients.map((_, i) => i * histogram.step), width: 0.94 * histogram.step, offset: 0 }]
-    : [bar("replied", of.by_client.used, COLOURS[0], ""), bar("not used", of.by_client.unused, COLOURS[1], "/")];
-  draw("often-plot", often, { height: 270, margin: { t: 12, r: 20, l: 64, b: 54 + (histogram ? 0 : 30) }, showlegend: !histogram, barmode: "stack", bargap: 0.2,
-    xaxis: { ...AXIS, showgrid: false, title: { text: histogram ? "rounds in which a client took part" : "client", standoff: 8 } },
-    yaxis: { ...AXIS, title: { text: histogram ? "clients" : "rounds" } } }, `${run.label}: how often each client took part`);
-  $("participation-hint").textContent = `${run.label}: ${grouped(of.called)} calls of ${count(of.clients, "client")} in ${count(of.rounds, "round")}; ` +
-    `${of.unused ? `${grouped(of.unused)} of them brought no reply that was used` : "each brought a reply that was used"}. A client took part in ${of.least} to ${of.most} rounds, the median is ${of.median}.`;
+  const run = taking[chosen("participation-run")], of = run.participation;
+  $("participation-what-label").hidden = !of.bins;
+  if (of.bins) shares(run, $("participation-what").value);
+  else cells(run);
+  often(run);
+  const unused = of.unused ? `${grouped(of.unused)} of them brought no reply that was used` : "each brought a reply that was used";
+  $("participation-hint").textContent = `${run.label}: ${grouped(of.called)} calls of ${count(of.clients, "client")} in ` +
+    `${count(of.rounds, "round")}; ${unused}. A client took part in ${of.least} to ${of.most} rounds, the median is ${of.median}.`;
+}
+
+function heatmap(map, height, right, words) {
+  draw("participation-plot", [{ type: "heatmap", hoverinfo: "text", ...map }], {
+    height, margin: { t: 16, r: right, l: 64, b: 54 }, showlegend: false,
+    xaxis: { ...BARE, title: named("round") }, yaxis: { ...BARE, title: { text: "client" }, autorange: "reversed" },
+  }, words);
+}
+
+function cells({ label, participation: of }) {
+  const states = ["not called", "called, not used", "called, and replied"], colours = ["#eceef0", "#d55e00", "#0072b2"];
+  heatmap({
+    x0: 1, dx: 1, y0: 0, dy: 1, z: of.cells.map((row) => [...row].map(Number)), zmin: -0.5, zmax: 2.5,
+    xgap: of.rounds <= 120 ? 1 : 0, ygap: of.clients <= 60 ? 1 : 0,
+    colorscale: colours.flatMap((colour, i) => [[i / 3, colour], [(i + 1) / 3, colour]]),
+    colorbar: { tickvals: [0, 1, 2], ticktext: states.map((text) => text.replace(", ", ",<br>")), len: 0.9, thickness: 18 },
+    hovertext: of.cells.map((row, client) => [...row].map((state, i) => `client ${client}, round ${i + 1}<br>${states[state]}`)),
+  }, Math.min(560, 130 + 14 * of.clients), 130,
+  `${label}: which client was called in which round, and whether its reply was used`);
+}
+
+function shares({ label, participation: { bins } }, what) {
+  const sense = what === "used" ? "called, and replied" : "called, and not used";
+  const size = (edges, i) => edges[i + 1] - edges[i];
+  const span = (edges, i) => (size(edges, i) > 1 ? `${edges[i]} to ${edges[i + 1] - 1}` : `${edges[i]}`);
+  const z = bins[what].map((row, c) => row.map((n, r) => n / (size(bins.clients, c) * size(bins.rounds, r))));
+  heatmap({
+    x: bins.rounds, y: bins.clients, z, zmin: 0, zmax: Math.max(1e-9, ...z.flat()),
+    colorscale: [[0, "#ffffff"], [0.5, "#56b4e9"], [1, "#00324e"]], colorbar: { title: { text: "share" }, tickformat: ".0%" },
+    hovertext: z.map((row, c) => row.map((share, r) =>
+      `clients ${span(bins.clients, c)}, rounds ${span(bins.rounds, r)}<br>${(100 * share).toFixed(1)} % ${sense}`)),
+  }, 420, 90, `${label}: the share of rounds in which clients were ${sense}, in bins of rounds and clients`);
+}
+
+function often({ label, participation: { by_client: byClient, histogram } }) {
+  const bar = (name, y, colour, shape) => ({ type: "bar", name, y, marker: { color: colour, pattern: pattern(shape) } });
+  const traces = histogram
+    ? [{ ...bar("clients", histogram.clients, COLOURS[0], ""), x: histogram.clients.map((_, i) => i * histogram.step),
+      width: 0.94 * histogram.step, offset: 0 }]
+    : [bar("replied", byClient.used, COLOURS[0], ""), bar("not used", byClient.unused, COLOURS[1], "/")];
+  draw("often-plot", traces, {
+    height: 270, margin: { t: 12, r: 20, l: 64, b: histogram ? 54 : 84 }, showlegend: !histogram, barmode: "stack", bargap: 0.2,
+    xaxis: { ...BARE, title: named(histogram ? "rounds in which a client took part" : "client") },
+    yaxis: { ...AXIS, title: { text: histogram ? "clients" : "rounds" } },
+  }, `${label}: how often each client took part`);
 }
 
 // ---- 6. and 7. pictures, configuration, environment
+function picture(run, { name, round, source }) {
+  return make("figure", {}, make("img", { src: source, alt: `${name} after round ${round} of ${run.label}` }),
+    make("figcaption", { textContent: `${name}, round ${round}` }));
+}
+
 function pictures() {
   const having = runs.filter((run) => run.pictures.length);
-  $("pictures-list").replaceChildren(...having.flatMap((run) => [make("h3", { textContent: run.label }), make("div", { className: "pictures" },
-    ...run.pictures.map(({ name, round, source }) => make("figure", {}, make("img", { src: source, alt: `${name} after round ${round} of ${run.label}` }),
-      make("figcaption", { textContent: `${name}, round ${round}` }))))]));
+  $("pictures-list").replaceChildren(...having.flatMap((run) => [
+    make("h3", { textContent: run.label }),
+    make("div", { className: "pictures" }, ...run.pictures.map((one) => picture(run, one)))]));
   $("pictures-hint").textContent = report.pictures_hint;
   return having.length > 0;
 }
 
 function facts(id, { same, differing, rows }) {
-  $(`${id}-same`).replaceChildren(...same.map(([key, text]) => make("div", {}, make("dt", { textContent: key }), make("dd", { textContent: text }))));
+  $(`${id}-same`).replaceChildren(...same.map(([key, text]) =>
+    make("div", {}, make("dt", { textContent: key }), make("dd", { textContent: text }))));
   $(`${id}-differing`).hidden = !differing.length;
-  table(`${id}-table`, [{ text: "Run", long: true }, ...differing.map((text) => ({ text, long: true }))], rows.map((row, i) => [runs[i].label, ...row]));
+  table(`${id}-table`, [{ text: "Run", long: true }, ...differing.map((text) => ({ text, long: true }))],
+    rows.map((row, i) => [runs[i].label, ...row]));
 }
 
 // ---- all of it
