@@ -153,8 +153,18 @@ def compare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs' directories, directories that hold runs, or run.h5 files.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    check: Annotated[bool, typer.Option("--check", help="Only say whether each run's files agree.")] = False,
 ) -> None:
     """One HTML file about runs, which needs no network, and their timelines as Chrome traces beside it."""
+    if check:
+        from fldist.analysis.check import check as look
+        from fldist.analysis.runs import find
+
+        found = [look(path) for path in find(runs)]
+        typer.echo("\n".join(of.text() for of in found))
+        if any(of.failed for of in found):
+            raise typer.Exit(1)
+        return
     from fldist.analysis.report import write
     from fldist.units import bytes_text
 

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,14 @@ def test_what_cannot_be_checked_is_refused(copy, tmp_path):
     (copy / "rounds.jsonl").write_text("")
     with pytest.raises(ValueError, match="no round was finished"):
         check(copy)
+
+
+def test_the_command_says_what_differs_and_ends_with_1(whole, copy):
+    command = [sys.executable, "-m", "fldist", "report", "--check"]
+    good = subprocess.run([*command, str(whole)], capture_output=True, text=True, timeout=60, check=True)
+    assert good.stdout.splitlines()[0] == str(whole)
+    edit_lines(copy / "messages.jsonl", change_a_row)
+    bad = subprocess.run([*command, str(whole), str(copy)], capture_output=True, text=True, timeout=60)
+    assert bad.returncode == 1
+    assert bad.stdout.count("DIFFERS") == 4
+    assert not Path("report.html").exists()

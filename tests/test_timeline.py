@@ -71,9 +71,11 @@ def test_rows_and_lines_become_spans_of_lanes_in_one_time():
         Span(SERVER, "encode", 50, 100),
         Span(SERVER, "evaluate", 700, 900),
         Span(ONE, "down", 110, 150, (4, 5), "train", 57),
+        Span(ONE, "encode", 150, 200),
         Span(ONE, "compute", 200, 300, (4,), "train"),
         Span(ONE, "compute", 300, 500, (5,), "train"),
         Span(ONE, "up", 310, 400, (4,), "train", 50),
+        Span(ONE, "encode", 500, 510),
         Span(ONE, "up", 510, 600, (5,), "train", 50),
         Span(TWO, "evaluate", 250, 350, (9,), "evaluate"),
         Span(TWO, "up", 350, 450, (9,), "evaluate", 50),
@@ -82,7 +84,7 @@ def test_rows_and_lines_become_spans_of_lanes_in_one_time():
                for lane in (SERVER, ONE, TWO)}  # fmt: skip
     assert waiting == {
         SERVER: [(100, 700), (900, 1000)],
-        ONE: [(0, 200), (500, 1000)],
+        ONE: [(0, 150), (510, 1000)],
         TWO: [(0, 250), (350, 1000)],
     }
     assert got.clocks == {1: Clock(-7, 3), 2: Clock(1, None)}
@@ -121,7 +123,9 @@ def test_rounds_without_messages_and_messages_without_a_line():
 
 def test_without_any_line_times_count_from_the_first_message():
     got = list(timeline([message(1, 0, 1, "up", 5000, 5100, 5110, 5200)], []))
-    assert [(s.kind, s.begin_ns, s.end_ns) for s in got[0].spans] == [("compute", 0, 100), ("up", 110, 200)]
+    assert [(s.kind, s.begin_ns, s.end_ns) for s in got[0].spans] == [
+        ("compute", 0, 100), ("encode", 100, 110), ("up", 110, 200),
+    ]  # fmt: skip
 
 
 def test_messages_that_are_settled_later_come_as_the_same_round_again():
@@ -133,7 +137,39 @@ def test_messages_that_are_settled_later_come_as_the_same_round_again():
     got = list(timeline(rows, [line(1, 1000, 1500), line(2, 2000, 2500)]))
     assert [of.number for of in got] == [1, 2, 1]
     assert (got[2].begin_ns, got[2].end_ns) == (0, 500)
-    assert [(s.kind, s.begin_ns, s.end_ns) for s in got[2].spans] == [("compute", 0, 1050), ("up", 1060, 1070)]
+    assert [(s.kind, s.begin_ns, s.end_ns) for s in got[2].spans] == [
+        ("compute", 0, 1050), ("encode", 1050, 1060), ("up", 1060, 1070),
+    ]  # fmt: skip
+
+
+def packed(*rows):
+    (got,) = timeline(rows, [line(1, 0, 1000)])
+    return [(s.begin_ns, s.end_ns) for s in got.spans if s.kind == "encode" and s.lane == ONE]
+
+
+def test_a_host_packs_between_the_times_of_its_messages():
+    calls = [message(1, client, 1, "down", None, 5, 10, 20) for client in (4, 5)]
+    # the reply of 4 is packed before 5 begins, and waits for that of 5, with which it leaves
+    assert packed(*calls, message(1, 4, 1, "up", 30, 50, 90, 99), message(1, 5, 1, "up", 52, 80, 90, 99)) == [
+        (20, 30), (50, 52), (80, 90),
+    ]  # fmt: skip
+    # the reply of 4 leaves at once
+    assert packed(*calls, message(1, 4, 1, "up", 30, 50, 55, 60), message(1, 5, 1, "up", 57, 80, 90, 99)) == [
+        (20, 30), (50, 55), (55, 57), (80, 90),
+    ]  # fmt: skip
+
+
+def test_a_host_that_waits_for_its_next_portion_packs_nothing():
+    first, second = message(1, 4, 1, "down", None, 5, 10, 20), message(1, 5, 1, "down", None, 200, 210, 220)
+    replies = [message(1, 4, 1, "up", 30, 50, 55, 60), message(1, 5, 1, "up", 225, 250, 255, 260)]
+    assert packed(first, replies[0], second, replies[1]) == [(20, 30), (50, 55), (220, 225), (250, 255)]
+
+
+def test_calls_of_a_round_are_apart():
+    """A second call does not make what lies between it and the first one packing."""
+    one = message(1, 4, 1, "up", 30, 50, 55, 60)
+    two = message(1, 4, 1, "up", 300, 350, 355, 360, call=2)
+    assert packed(one, two) == [(50, 55), (350, 355)]
 
 
 # ---- clocks of several server processes

@@ -1,8 +1,9 @@
 """What every rank of a run was doing when, from messages.jsonl and timeline.jsonl; and the same as a Chrome trace.
 
 All times are nanoseconds from the run's begin, on the server's clock. The server's spans are what it has measured; a
-host's are the times that its messages carry, moved by the offset of the clocks as it was estimated then. What is in no
-span is waiting: for a host, that includes its own packing and unpacking, of which only the end is told.
+host's are the times that its messages carry, moved by the offset of the clocks as it was estimated then. A host packs
+and unpacks from a call's arrival to the first client's begin, from each client's end to the next one's begin, and from
+the last end until the reply begins to leave. What is in no span is waiting.
 """
 
 from __future__ import annotations
@@ -169,9 +170,12 @@ class _Placing:
 
 
 def _of_rows(rows: Iterable[dict[str, Any]]) -> Iterator[Span]:
-    """A host's computing, a span a message; transfers, a span a frame: messages that left and arrived together."""
+    """A host's computing, a span a message; transfers, a span a frame: messages that left and arrived together; and
+    its packing and unpacking."""
     frames: dict[tuple[int, Kind, int, int], list[dict[str, Any]]] = defaultdict(list)
+    calls: dict[tuple[int, int, int], _HostsCall] = defaultdict(_HostsCall)
     for row in rows:
+        calls[row["rank"], row.get("attempt", 0), row.get("call", 0)].see(row)
         rank, direction, started = row["rank"], row["direction"], row["started_ns"]
         if direction == "up" and started and row["ready_ns"] > started:
             kind: Kind = "evaluate" if row["phase"] == "evaluate" else "compute"
@@ -181,6 +185,40 @@ def _of_rows(rows: Iterable[dict[str, Any]]) -> Iterator[Span]:
     for (rank, way, sent, done), of in frames.items():
         clients = tuple(sorted({row["client"] for row in of}))
         yield Span(Lane(rank, True), way, sent, done, clients, of[0]["phase"], sum(row["wire_bytes"] for row in of))
+    for (rank, _, _), call in calls.items():
+        for begin, end in call.packing():
+            yield Span(Lane(rank, True), "encode", begin, end)
+
+
+class _HostsCall:
+    """The messages of one call on one host."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[int, int] = {}
+        self._worked: list[tuple[int, int, int, int]] = []  # began, ended, began to leave, client
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Take a message into account."""
+        if row["direction"] == "down":
+            if row["done_ns"]:
+                self._arrived[row["client"]] = row["done_ns"]
+        elif row["started_ns"]:
+            self._worked.append((row["started_ns"], row["ready_ns"], row["sent_ns"], row["client"]))
+
+    def packing(self) -> Iterator[tuple[int, int]]:
+        """When the host packed and unpacked, in order, no two overlapping."""
+        worked = sorted(self._worked)
+        free: int | None = None  # the host was at work until then
+        for index, (began, ended, left, client) in enumerate(worked):
+            arrived = self._arrived.get(client)
+            begin = max((at for at in (arrived, free) if at is not None), default=began)
+            if begin < began:
+                yield begin, began
+            following = worked[index + 1][0] if index + 1 < len(worked) else left
+            end = min(left, following)
+            if end > ended:
+                yield ended, end
+            free = max(ended, end)
 
 
 def _is_message(row: dict[str, Any]) -> bool:

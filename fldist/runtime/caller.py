@@ -535,7 +535,8 @@ class Caller:
             fresh = [c for c, calls in self._accepted.items() if calls]
             self._reasons[event.rank] = self._hosts.lost(event.rank, event.reason, fresh)
         elif isinstance(event, Joined):
-            self.clocks[event.rank] = Clock(event.offset_ns, at=time.monotonic_ns())
+            if event.rank:
+                self.clocks[event.rank] = Clock(event.offset_ns, at=time.monotonic_ns())
             self._machines[event.rank] = str(event.info.get("hostname"))
             self._hosts.joined(event)
         elif isinstance(event, Received):
@@ -549,9 +550,11 @@ class Caller:
 
     def _book_up(self, event: Received, spec: ClientMethod, phase: str) -> list[Booked]:
         head = event.frame.head
-        clock = self.clocks.setdefault(event.rank, Clock(event.done_ns - head.sent_ns))
-        clock.received(head.sent_ns, event.done_ns)
-        offset = clock.offset_ns
+        offset = 0
+        if event.rank:  # rank 0 is this process
+            clock = self.clocks.setdefault(event.rank, Clock(event.done_ns - head.sent_ns))
+            clock.received(head.sent_ns, event.done_ns)
+            offset = clock.offset_ns
         times = [
             (m.started_ns + offset, m.ready_ns + offset, head.sent_ns + offset, event.done_ns)
             for m in event.frame.messages
@@ -576,13 +579,13 @@ class Caller:
         began = time.monotonic()
         frame, rank = event.frame, event.rank
         for message in frame.messages:
-            if running.outstanding.get(message.client) == rank:
+            if rank and running.outstanding.get(message.client) == rank:
                 clock = self.clocks.setdefault(rank, Clock(event.done_ns - frame.head.sent_ns))
                 clock.posted(running.posted[message.client], message.received_ns, event.done_ns)
         entries = self._book_up(event, running.spec, running.phase)
         told = frame.note.get("wrote")
         wrote = {c for c in told if isinstance(c, int)} if isinstance(told, list) else set()
-        wire_s = (event.done_ns - frame.head.sent_ns - self.clocks[rank].offset_ns) / 1e9
+        wire_s = (event.done_ns - entries[0].sent_ns) / 1e9 if entries else 0.0
         self.facts.wire_s[rank] = self.facts.wire_s.get(rank, 0.0) + wire_s
         for message, booked in zip(frame.messages, entries, strict=True):
             client = message.client
