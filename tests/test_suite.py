@@ -229,6 +229,16 @@ def test_what_is_wrong_with_one_runs_files_stops_no_other(tmp_path, damage, mess
     assert re.search(message, runs["fedavg-s0"].reason)
 
 
+def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path):
+    path = written(tmp_path, seeds=[0], methods={"broken": {"algorithm": {"name": f"{__name__}:Broken"}}, "fedavg": {}})
+    (tmp_path / "out").mkdir()
+    for name in ("broken-s0", "fedavg-s0"):
+        (tmp_path / "out" / f"{name}.log").symlink_to("/dev/full")
+    runs = done(tmp_path, path, jobs=1)
+    assert {name: run.state for name, run in runs.items()} == {"broken-s0": "failed", "fedavg-s0": "finished"}
+    assert runs["broken-s0"].reason == "RuntimeError: the algorithm is broken (exit code 1)"
+
+
 def test_a_run_that_another_suite_has_finished_meanwhile_is_not_run_again(tmp_path):
     path = written(tmp_path, seeds=[0], jobs=1)
 

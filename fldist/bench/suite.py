@@ -19,6 +19,7 @@ what it prints to the same name with `.log`. What is compared of the runs is `fl
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -199,6 +200,15 @@ def _settle(run: Planned) -> None:
 
 
 # ---- a run's process
+class _Log(io.FileIO):
+    """What a run prints. On a full disk it is lost; the run goes on, and says in its own files what it cannot write."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
 def _be_run(
     config: dict[str, Any], directory: str, log: str, nproc: int, about: dict[str, Any], resumes: bool, wire: Connection
 ) -> None:
@@ -207,9 +217,10 @@ def _be_run(
     from fldist.runner import run_here
 
     threading.Thread(target=_end_with, args=(wire,), daemon=True).start()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    file = _Log(log, "ab")
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", line_buffering=True)
     os.environ["FLDIST_SUITE"] = json.dumps(about)
 
     class Telling(Progress):
@@ -221,7 +232,6 @@ def _be_run(
 
         def round(self, line: dict[str, Any]) -> None:
             super().round(line)
-            sys.stdout.flush()
             _tell(wire, round=line["round"], accuracy=line["accuracy"])
 
     settings = load(config)
@@ -229,8 +239,9 @@ def _be_run(
         run_here(settings, nproc=nproc, output=directory, observer=Telling(), resume=resumes)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        _tell(wire, reason=" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 
@@ -357,6 +368,7 @@ def _hear(process: _Process, shown: Shown) -> None:
             told = json.loads(process.wire.recv_bytes())
             run.of = int(told.get("of", run.of))
             run.rounds = int(told.get("round", run.rounds))
+            run.reason = str(told.get("reason", ""))
             shown.changed(run)
     except (EOFError, OSError):
         return
@@ -374,7 +386,7 @@ def _ended(process: _Process, asked: bool = False) -> None:
         run.state = "finished"
         return
     run.state = "ended" if asked or status_of(run.directory) == "interrupted" else "failed"
-    run.reason = f"{_last_words(run.log)} ({_code_text(code)})"
+    run.reason = f"{run.reason or _last_words(run.log)} ({_code_text(code)})"
 
 
 def _code_text(code: int) -> str:
