@@ -244,6 +244,8 @@ def meaning_changed(before: Settings, now: Settings) -> list[str]:
 
 def still_ended(result: Mapping[str, Any], now: Settings) -> tuple[str, Any] | None:
     """The key and value in a configuration that end a finished run where it has ended; None when it would go on."""
+    if "stop" not in result:
+        raise ConfigError("result.json was written by a version of fldist that did not say `stop`; begin a new run")
     stop = result["stop"]
     rule = str(stop["rule"])
     limits = {f"stop.{rule}": getattr(now.stop, rule)}

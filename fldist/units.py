@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -34,4 +35,7 @@ def to_bytes(value: Any) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE]\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
     if match is None or match[2] not in _UNITS:
         raise ValueError("it must be a number of bytes, such as 1500000 or 1.5 MB (units: B, kB, MB, GB, TB, KiB ...)")
-    return round(float(match[1]) * _UNITS[match[2]])
+    count = float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(count):
+        raise ValueError("it must be a number of bytes, such as 1500000 or 1.5 MB; this one is too large")
+    return round(count)

@@ -163,6 +163,41 @@ def test_damaged_lines_are_found(copy):
     assert "timeline.jsonl: 1 line is damaged and skipped (line 5)" in failed
 
 
+def change_the_form_of_a_row(rows):
+    a_row(rows, row="message")["direction"] = "sideways"
+
+
+def take_a_kind_away(rows):
+    del a_row(rows, row="kind")["kind"]
+
+
+@pytest.mark.parametrize("edit", [change_the_form_of_a_row, take_a_kind_away])
+def test_rows_of_another_form_are_found(copy, edit):
+    edit_lines(copy / "messages.jsonl", edit)
+    assert any("messages.jsonl, rounds.jsonl or result.json: it has not the form" in f for f in check(copy).failed)
+
+
+def test_a_result_of_another_form_is_found(copy):
+    result = json.loads((copy / "result.json").read_text())
+    del result["final"], result["bytes"]["wire"]
+    (copy / "result.json").write_text(json.dumps(result))
+    failed = check(copy).failed
+    assert any(line.startswith("rounds.jsonl or result.json: it has not the form") for line in failed)
+    assert any(line.startswith("messages.jsonl, rounds.jsonl or result.json: it has not the form") for line in failed)
+
+
+def test_a_round_of_another_form_is_found(copy):
+    edit_lines(copy / "rounds.jsonl", lambda lines: lines[1].update(spent=None))
+    failed = check(copy).failed
+    assert "rounds.jsonl: 1 line has not what a round's line has: damaged and skipped" in failed
+    assert "rounds.jsonl: 1 rounds are missing (2)" in failed
+
+
+def test_a_number_of_rounds_that_cannot_be_takes_no_memory(copy):
+    edit_lines(copy / "rounds.jsonl", lambda lines: lines[-1].update(round=10**15))
+    assert any("999999999999997 rounds are missing (3, 4, 5 and 999999999999994 more)" in f for f in check(copy).failed)
+
+
 def test_a_lost_file_is_found(copy):
     (copy / "model" / "model.safetensors").unlink()
     (copy / "timeline.jsonl").unlink()

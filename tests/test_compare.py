@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -860,6 +862,122 @@ def test_runs_that_were_cut_off_or_damaged_count_with_what_they_have(tmp_path: P
     assert "rounds=3 (set by fedavg, seed 0)" in text
 
 
+def spent_of(line: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**line, "spent": {**line["spent"], **changes}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: {**line, "spent": None},
+        lambda line: {**line, "spent": {"seconds": 1.0}},
+        lambda line: spent_of(line, uplink_bytes="300"),
+        lambda line: spent_of(line, seconds=None),
+        lambda line: spent_of(line, seconds=math.inf),
+        lambda line: spent_of(line, uplink_bytes=10**400),
+        lambda line: {**line, "accuracy": "0.9"},
+        lambda line: {**line, "accuracy": [0.9]},
+        lambda line: {**line, "accuracy": math.nan},
+        lambda line: {k: v for k, v in line.items() if k != "loss"},
+        lambda line: {**line, "round": True},
+        lambda line: {**line, "scores": "none"},
+    ],
+)
+def test_a_line_that_has_not_what_a_rounds_line_has_is_skipped_and_told(tmp_path: Path, change: Any) -> None:
+    run = run_of([0.1, 0.2, 0.3])
+    directory = written(replace(run, rounds=[*run.rounds[:2], change(run.rounds[2])]), tmp_path / "run")
+    (read,), left_out = gather([directory])
+    assert left_out == []
+    assert list(read.accuracy) == [0.1, 0.2]
+    assert "rounds.jsonl: 1 line has not what a round's line has: damaged and skipped" in read.notes
+    assert "damaged and skipped" in " ".join(text_of([read]).split())
+
+
+def nested(depth: int = 100_000) -> str:
+    return "[" * depth
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        yaml.safe_dump({**config_of(), "seed": "first"}),
+        yaml.safe_dump({**config_of(), "seed": None}),
+        yaml.safe_dump({**config_of(), "algorithm": "fedavg"}),
+        yaml.safe_dump({**config_of(), "algorithm": {}}),
+        yaml.safe_dump({**config_of(), "eval": None}),
+        yaml.safe_dump(config_of(clients__models="mlp")),
+        yaml.safe_dump(config_of(clients__models=[{}])),
+        nested(),
+    ],
+)
+def test_a_configuration_of_another_form_leaves_its_run_out_and_no_other(tmp_path: Path, config: str) -> None:
+    for run in SMALL[:2]:
+        written(run, tmp_path / run.name)
+    (tmp_path / SMALL[0].name / "config.yaml").write_text(config)
+    runs, (left_out,) = gather([tmp_path])
+    assert [run.seed for run in runs] == [1]
+    assert str(tmp_path / SMALL[0].name / "config.yaml") in left_out
+    assert text_of(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("result.json", '{"stop": null}'),
+        ("result.json", '{"status": "finished", "stop": "rounds"}'),
+        ("result.json", nested()),
+        ("environment.json", '{"suite": "mine"}'),
+        ("environment.json", '{"suite": {"jobs": null}}'),
+        ("environment.json", "[]"),
+    ],
+)
+def test_files_of_another_form_are_named_and_left_out(tmp_path: Path, name: str, text: str) -> None:
+    directory = written(SMALL[0], tmp_path / "run")
+    (directory / name).write_text(text)
+    (run,), _ = gather([directory])
+    (note,) = run.notes
+    assert note.startswith(f"{name}: it is damaged and was left out (")
+    assert text_of([run])
+
+
+def test_links_to_runs_count_and_others_are_not_followed(tmp_path: Path) -> None:
+    for run in SMALL[:3]:
+        written(run, tmp_path / "made" / run.name)
+    picked = tmp_path / "picked"
+    picked.mkdir()
+    (picked / "one").symlink_to(tmp_path / "made" / SMALL[0].name)
+    (picked / "same").symlink_to(tmp_path / "made" / SMALL[0].name)
+    (picked / "around").symlink_to(picked)
+    (picked / "all").symlink_to(tmp_path / "made")
+    runs, _ = gather([picked])
+    assert [run.path for run in runs] == [picked / "one"]
+
+
+def test_a_directory_that_may_not_be_read_leaves_out_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in SMALL[:2]:
+        written(run, tmp_path / run.name)
+    barred = str(tmp_path / SMALL[0].name)
+    before = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if os.fspath(path).startswith(f"{barred}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return before(path, **options)
+
+    def barred_text(path: Path, **options: Any) -> str:
+        stat(path)
+        with path.open(**options) as file:
+            return file.read()
+
+    monkeypatch.setattr(os, "stat", stat)  # root, as whom tests may be run, is let in everywhere
+    monkeypatch.setattr(Path, "read_text", barred_text)
+    runs, (left_out,) = gather([tmp_path])
+    assert [run.seed for run in runs] == [1]
+    assert f"{barred}/config.yaml: it cannot be read: [Errno 13] Permission denied" in left_out
+
+
 def test_a_run_is_read_from_its_arrays_alone(tmp_path: Path) -> None:
     run = SMALL[0]
     with h5py.File(tmp_path / "run.h5", "w") as file:
@@ -868,6 +986,18 @@ def test_a_run_is_read_from_its_arrays_alone(tmp_path: Path) -> None:
         file["rounds/lines"] = [json.dumps(line) for line in run.rounds]
     runs, _ = gather([tmp_path / "run.h5"])
     assert text_of(runs) == text_of([run])
+
+
+def test_arrays_of_another_form_are_no_run(tmp_path: Path) -> None:
+    run = SMALL[0]
+    lines = [{k: v for k, v in line.items() if k != "loss"} for line in run.rounds]
+    for name, rounds, config in (("lines", lines, run.config), ("config", run.rounds, {"seed": 0})):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            for key, value in (("config", config), ("result", run.result), ("environment", run.environment)):
+                file[key] = json.dumps(value)
+            file["rounds/lines"] = [json.dumps(line) for line in rounds]
+        with pytest.raises(ValueError, match=r"it is damaged|it is no run's configuration"):
+            gather([tmp_path / f"{name}.h5"])
 
 
 # ---- the command

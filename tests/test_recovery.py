@@ -693,3 +693,14 @@ run_here(load(json.loads(Path({str(tmp_path / "config.json")!r}).read_text())), 
     assert in_a_process(program) != 0
     assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
     assert_as_if_nothing_had_happened(run_here(load(config("scaffold")), output=run), expected)
+
+
+def test_a_run_of_another_version_is_refused_before_anything_of_it_is_changed(tmp_path, monkeypatch):
+    """Its checkpoints do not say what the run had spent."""
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    fldist.run(small(), output=tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"round-000002\.safetensors has format 1; this version reads 2"):
+        go_on(tmp_path / "run", "rounds=4")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2

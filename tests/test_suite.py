@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +77,7 @@ def test_a_suites_own_keys_may_be_given_as_overrides(tmp_path):
         ({"methods": {}}, r"little\.yaml: methods: .*at least 1 item.*got \{\}"),
         ({"seed": 1}, r"little\.yaml: seed: unknown key; a suite has: name, base, tasks, methods, seeds, jobs, nproc"),
         ({"seeds": [-1]}, r"seeds\.0: .*greater than or equal to 0; got -1"),
+        ({"seeds": [2, 0, 2]}, r"seeds: a seed is named twice, and a run of a method and seed has one directory; got"),
         ({"methods": {"a/b": {}}}, r"methods\.a/b.*: .*match pattern"),
     ],
 )
@@ -87,6 +90,20 @@ def test_every_runs_configuration_is_checked_before_any_runs(tmp_path):
     suite = read(written(tmp_path, methods={"good": {}, "bad": {"algorithm": {"name": "fedprox", "nu": 1}}}))
     with pytest.raises(ConfigError, match=r"little: bad-s0: algorithm\.nu: fedprox has no such field; its fields: mu"):
         plan(suite, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("methods", "overrides", "message"),
+    [
+        ({"a": {}}, ["seed=5"], r"seed=5: a suite gives every run its seed, by seeds: \[\.\.\.\]; remove it"),
+        ({"a": {}}, ["name=b"], r"name=b: a suite gives every run its name, by the names of the methods; remove it"),
+        ({"a": {}, "b": {"seed": 3}}, [], r"methods\.b\.seed: a suite gives every run its seed"),
+    ],
+)
+def test_what_says_which_run_it_is_cannot_be_given_for_several(tmp_path, methods, overrides, message):
+    """Else runs of one seed would lie in directories that say another."""
+    with pytest.raises(ConfigError, match=message):
+        plan(read(written(tmp_path, methods=methods), overrides), tmp_path / "out", overrides)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "bench").glob("*.yaml")), ids=lambda p: p.stem)
@@ -178,6 +195,66 @@ def test_a_directory_with_another_run_is_left_alone(tmp_path):
     assert "holds a run with another configuration (local.lr); remove it, or give --output" in runs["prox-s0"].reason
 
 
+def damage_config(directory):
+    (directory / "config.yaml").write_text("{{{")
+
+
+def take_out_stop(directory):
+    result = json.loads((directory / "result.json").read_text())
+    del result["stop"]
+    (directory / "result.json").write_text(json.dumps(result))
+
+
+def bar_the_log(directory):
+    (directory / "result.json").unlink()
+    directory.with_name("fedavg-s0.log").unlink()
+    directory.with_name("fedavg-s0.log").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_config, r"cannot be read: .* is not valid YAML"),
+        (take_out_stop, r"written by a version .* did not say `stop`"),
+        (bar_the_log, r"fedavg-s0\.log cannot be written: Is a directory"),
+    ],
+)
+def test_what_is_wrong_with_one_runs_files_stops_no_other(tmp_path, damage, message):
+    path = written(tmp_path, seeds=[0], jobs=1)
+    done(tmp_path, path)
+    shutil.rmtree(tmp_path / "out" / "prox-s0")
+    damage(tmp_path / "out" / "fedavg-s0")
+    runs = done(tmp_path, path)
+    assert {name: run.state for name, run in runs.items()} == {"fedavg-s0": "failed", "prox-s0": "finished"}
+    assert re.search(message, runs["fedavg-s0"].reason)
+
+
+def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path):
+    path = written(tmp_path, seeds=[0], methods={"broken": {"algorithm": {"name": f"{__name__}:Broken"}}, "fedavg": {}})
+    (tmp_path / "out").mkdir()
+    for name in ("broken-s0", "fedavg-s0"):
+        (tmp_path / "out" / f"{name}.log").symlink_to("/dev/full")
+    runs = done(tmp_path, path, jobs=1)
+    assert {name: run.state for name, run in runs.items()} == {"broken-s0": "failed", "fedavg-s0": "finished"}
+    assert runs["broken-s0"].reason == "RuntimeError: the algorithm is broken (exit code 1)"
+
+
+def test_a_run_that_another_suite_has_finished_meanwhile_is_not_run_again(tmp_path):
+    path = written(tmp_path, seeds=[0], jobs=1)
+
+    prox = {**small(algorithm={"name": "fedprox", "mu": 0.1}), "name": "prox"}
+
+    class Other(Shown):
+        def changed(self, run: Planned) -> None:
+            if (run.name, run.state) == ("fedavg-s0", "finished"):
+                run_one(prox, output=run.directory.with_name("prox-s0"))
+
+    runs = done(tmp_path, path, shown=Other())
+    assert {name: (run.state, run.skipped) for name, run in runs.items()} == {
+        "fedavg-s0": ("finished", False), "prox-s0": ("finished", True),
+    }  # fmt: skip
+
+
 def test_runs_of_several_ranks(tmp_path):
     runs = done(tmp_path, written(tmp_path, seeds=[0], nproc=2, methods={"fedavg": {}}), jobs=1)
     assert runs["fedavg-s0"].result["backend"] == "gloo"
@@ -195,24 +272,34 @@ def wait_for(condition, limit_s=60.0):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_suite_that_is_ended_leaves_no_process_and_goes_on(tmp_path, number):
-    """Also one whose own process is killed outright: its runs notice that, and write what they have."""
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGINT, True), (signal.SIGTERM, True)],
+    ids=["SIGTERM", "SIGKILL", "Ctrl-C", "timeout"],
+)
+def test_a_suite_that_is_ended_leaves_no_process_and_goes_on(tmp_path, number, to_all):
+    """Also one whose own process is killed outright: its runs notice that, and write what they have. A terminal, a
+    scheduler and `timeout` send the signal to all processes at once."""
     path = written(tmp_path, seeds=[0], base=small(rounds=150), jobs=2)
     out = tmp_path / "out"
-    process = subprocess.Popen(command(tmp_path, path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(tmp_path, path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     lines = [out / name / "rounds.jsonl" for name in ("fedavg-s0", "prox-s0")]
     wait_for(lambda: all(line.is_file() and line.read_text().count("\n") > 2 for line in lines))
     owners = [int((out / name / "owner.lock").read_text().rpartition(" ")[2]) for name in ("fedavg-s0", "prox-s0")]
-    process.send_signal(number)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     text, _ = process.communicate(timeout=60)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in owners))
-    if number == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM
-        assert "fedavg-s0: " in text
-        assert "the same command goes on with it" in text
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        for name in ("fedavg-s0", "prox-s0"):
+            assert re.search(rf"{name}: \d+ of 150 rounds; the same command goes on with it", text)
+        assert "failed" not in text
     for name in ("fedavg-s0", "prox-s0"):
         assert json.loads((out / name / "result.json").read_text())["status"] == "interrupted"
+    listed = [of_suite.settle(run) or run.rounds for run in plan(read(path), out)]
+    assert all(2 < rounds < 150 for rounds in listed)
     shorter = done(tmp_path, path, jobs=2)
     assert {run.state for run in shorter.values()} == {"finished"}
     assert {run.result["rounds"] for run in shorter.values()} == {150}

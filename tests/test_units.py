@@ -15,7 +15,7 @@ def test_bytes_are_read(given, bytes_):
     assert to_bytes(given) == bytes_
 
 
-@pytest.mark.parametrize("given", ["much", "1 MBit", "-3", "", None, True, [1], "nan", "inf"])
+@pytest.mark.parametrize("given", ["much", "1 MBit", "-3", "", None, True, [1], "nan", "inf", "1e400", "1e308 TB"])
 def test_what_is_no_number_of_bytes_is_refused(given):
     with pytest.raises(ValueError, match=r"number of bytes, such as 1500000 or 1\.5 MB"):
         to_bytes(given)

@@ -12,10 +12,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fldist.analysis.runs import Run, json_lines, messages, read
+from fldist.analysis.runs import SPENT, Run, json_lines, messages, read
 
 _UNTRAINED = frozenset({"setup", "select", "evaluate"})
 _TABLES = ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase")
@@ -100,12 +101,23 @@ def check(path: Path) -> Checked:
         raise ValueError(f"{path}: what is checked is a run's directory; run.h5 alone has nothing to agree with")
     run = read(path)
     found = Checked(run)
-    _check_lines(run, found)
-    _check_config(run, found)
-    _check_rounds(run, found)
-    _check_bytes(run, found)
-    _check_arrays(run, found)
+    steps: list[tuple[str, Callable[[Run, Checked], None]]] = [
+        ("clients.jsonl or timeline.jsonl", _check_lines),
+        ("config.yaml", _check_config),
+        ("rounds.jsonl or result.json", _check_rounds),
+        ("messages.jsonl, rounds.jsonl or result.json", _check_bytes),
+        ("run.h5", _check_arrays),
+    ]
+    for files, step in steps:
+        try:
+            step(run, found)
+        except (LookupError, TypeError, AttributeError) as error:
+            found.failed.append(f"{files}: it has not the form that this version writes ({_words(error)})")
     return found
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _check_lines(run: Run, found: Checked) -> None:
@@ -134,15 +146,17 @@ def _check_config(run: Run, found: Checked) -> None:
 
 def _check_rounds(run: Run, found: Checked) -> None:
     numbers = [line["round"] for line in run.rounds]
-    lacking = sorted(set(range(1, numbers[-1] + 1)) - set(numbers))
+    lacking = numbers[-1] - len(numbers)
     if lacking:
-        found.failed.append(f"rounds.jsonl: {len(lacking)} rounds are missing ({_some(lacking)})")
+        between = (n for before, after in zip([0, *numbers], numbers, strict=False) for n in range(before + 1, after))
+        named = _some(list(islice(between, _NAMED)), lacking)
+        found.failed.append(f"rounds.jsonl: {lacking} rounds are missing ({named})")
     else:
         found.passed.append(f"rounds.jsonl has every round from 1 to {numbers[-1]}")
     shrinking = [
         line["round"]
         for before, line in zip(run.rounds, run.rounds[1:], strict=False)
-        if any(line["spent"][name] < before["spent"][name] for name in line["spent"])
+        if any(line["spent"][name] < before["spent"][name] for name in SPENT)
     ]
     if shrinking:
         found.failed.append(f"rounds.jsonl: less is spent after a round than before it ({_some(shrinking)})")
@@ -276,6 +290,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _some(numbers: list[int]) -> str:
+def _some(numbers: list[int], count: int | None = None) -> str:
+    """The first of some numbers; count: how many there are, where not all are given."""
+    count = len(numbers) if count is None else count
     named = ", ".join(map(str, numbers[:_NAMED]))
-    return f"{named} and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else named
+    return f"{named} and {count - _NAMED} more" if count > _NAMED else named

@@ -6,6 +6,7 @@ A run is read from its directory, or from its `run.h5` alone, which holds what t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -125,12 +126,21 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    if (path.is_file() and path.suffix == ".h5") or (path / "config.yaml").is_file():
+    """Links to runs count; other links are not followed, since they may lead anywhere, and round in circles."""
+    try:
+        is_run = (path.is_file() and path.suffix == ".h5") or _holds_run(path)
+        below = sorted(path.iterdir(), key=_natural) if path.is_dir() and not is_run else []
+    except OSError:  # what it is, and why it cannot be read, is told when that is tried
+        is_run, below = True, []
+    if is_run:
         yield path
-    elif path.is_dir():
-        for below in sorted(path.iterdir(), key=_natural):
-            if below.is_dir() and not below.is_symlink():
-                yield from _runs_in(below)
+    for each in below:
+        if each.is_dir() and (not each.is_symlink() or _holds_run(each)):
+            yield from _runs_in(each)
+
+
+def _holds_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -155,7 +165,11 @@ def read(path: Path) -> Run:
         return _from_h5(path)
     notes: list[str] = []
     config = _config(path / "config.yaml")
-    lines = [line for line in json_lines(path / "rounds.jsonl", notes) if _is_round(line, path)]
+    told = list(json_lines(path / "rounds.jsonl", notes))
+    lines = [line for line in told if _is_round(line, path)]
+    if len(lines) < len(told):
+        word = "line has" if len(told) - len(lines) == 1 else "lines have"
+        notes.append(f"rounds.jsonl: {len(told) - len(lines)} {word} not what a round's line has: damaged and skipped")
     by_number = {line["round"]: line for line in lines}
     if len(by_number) < len(lines):
         notes.append(f"rounds.jsonl: {len(lines) - len(by_number)} rounds are there twice; the later lines are used")
@@ -165,10 +179,10 @@ def read(path: Path) -> Run:
     lacking = rounds[-1]["round"] - len(rounds)
     if lacking > 0:
         notes.append(f"rounds.jsonl: {lacking} of {rounds[-1]['round']} rounds are missing")
-    result = _json(path / "result.json", notes)
-    if result is None:
+    result = _json(path / "result.json", notes, _is_result)
+    if result is None and not (path / "result.json").is_file():
         notes.append(f"it was cut off after round {rounds[-1]['round']}, or is still going: there is no result.json")
-    return Run(path, config, rounds, result, _json(path / "environment.json", notes) or {}, notes)
+    return Run(path, config, rounds, result, _json(path / "environment.json", notes, _is_environment) or {}, notes)
 
 
 def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -180,7 +194,7 @@ def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(file, start=1):
                 try:
                     value = json.loads(line)
-                except ValueError:  # half a line, or no text at all
+                except (ValueError, RecursionError):  # half a line, or no text at all
                     value = None
                 unended = not line.endswith(b"\n")
                 if isinstance(value, dict):
@@ -205,37 +219,84 @@ def messages(run: Run, notes: list[str]) -> Iterator[dict[str, Any]]:
         yield from json_lines(path, notes)
 
 
-def _is_round(line: dict[str, Any], path: Path) -> bool:
+SPENT = ("uplink_bytes", "downlink_bytes", "wire_uplink_bytes", "wire_downlink_bytes", "seconds")
+"""What `spent` of a round says."""
+
+
+def _is_round(line: Any, path: Path) -> bool:
     """Whether a line has what is read of it; a run of another version is refused."""
-    if not isinstance(line.get("round"), int) or "accuracy" not in line:
+    if not isinstance(line, dict) or not _is_number(line.get("round")) or "accuracy" not in line:
         return False
     if "spent" not in line:
         raise UnreadableRun(f"{path}: its rounds.jsonl was written by a version of fldist that did not say `spent`")
-    return True
+    spent = line["spent"]
+    return (
+        isinstance(line["round"], int)
+        and line["round"] > 0
+        and all(name in line and (line[name] is None or _is_number(line[name])) for name in ("accuracy", "loss"))
+        and isinstance(line.get("scores"), dict | None)
+        and isinstance(spent, dict)
+        and all(_is_number(spent.get(name)) and spent[name] >= 0 for name in SPENT)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that arrays hold: finite, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_result(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("status"), str) and isinstance(value.get("stop"), dict | None)
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UnreadableRun(f"{path}: it cannot be read: {error}") from None
-    if not isinstance(config, dict) or "seed" not in config or not isinstance(config.get("algorithm"), dict):
+    return _checked(config, path)
+
+
+def _checked(config: Any, path: Path) -> dict[str, Any]:
+    """A resolved configuration, as far as runs are told apart by it; UnreadableRun for anything else."""
+    sections = isinstance(config, dict) and all(
+        isinstance(config.get(name, {}), dict) for name in ("task", "clients", "eval", "algorithm")
+    )
+    if not sections or type(config.get("seed")) is not int or not isinstance(_name_of(config.get("algorithm")), str):
         raise UnreadableRun(f"{path}: it is no run's configuration")
-    return config
+    models = config.get("clients", {}).get("models") or []
+    if not isinstance(models, list) or not all(isinstance(_name_of(model), str) for model in models):
+        raise UnreadableRun(f"{path}: clients.models: it must be a list of models with a name each")
+    checked: dict[str, Any] = config
+    return checked
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _name_of(component: Any) -> Any:
+    return component.get("name") if isinstance(component, dict) else None
+
+
+def _json(path: Path, notes: list[str], fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name}: it is damaged and was left out ({error})")
         return None
-    if not isinstance(value, dict):
-        notes.append(f"{path.name}: it is damaged and was left out (no object)")
+    if not isinstance(value, dict) or not fits(value):
+        notes.append(f"{path.name}: it is damaged and was left out (it has not what is read of it)")
         return None
     return value
+
+
+def _is_environment(value: dict[str, Any]) -> bool:
+    suite = value.get("suite")
+    return suite is None or (isinstance(suite, dict) and _is_number(suite.get("jobs", 1)))
 
 
 def _from_h5(path: Path) -> Run:
@@ -245,9 +306,12 @@ def _from_h5(path: Path) -> Run:
         with h5py.File(path) as file:
             text = {name: str(file[name].asstr()[()]) for name in ("config", "result", "environment")}
             lines = [json.loads(line) for line in file["rounds/lines"].asstr()]
-    except (OSError, KeyError, ValueError) as error:
+        config, result, environment = (json.loads(text[name]) for name in ("config", "result", "environment"))
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         raise UnreadableRun(f"{path}: it is no run's run.h5, or damaged: {error}") from None
     if not lines:
         raise UnreadableRun(f"{path}: no round was finished")
-    result, environment = json.loads(text["result"]), json.loads(text["environment"])
-    return Run(path, json.loads(text["config"]), lines, result, environment)
+    fit = all(_is_round(line, path) for line in lines) and isinstance(result, dict) and _is_result(result)
+    if not fit or not isinstance(environment, dict) or not _is_environment(environment):
+        raise UnreadableRun(f"{path}: it is damaged: it has not what is read of a run")
+    return Run(path, _checked(config, path), lines, result, environment)

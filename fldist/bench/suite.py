@@ -18,6 +18,8 @@ what it prints to the same name with `.log`. What is compared of the runs is `fl
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -33,17 +35,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fldist.config import ConfigError, Settings, load, meaning_changed, read_file, still_ended
 from fldist.runtime.output import finished_result, status_of
-from fldist.runtime.signals import Interrupted, interruptible
+from fldist.runtime.signals import Interrupted, interruptible, undisturbed
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _END_S = 60.0
 """How long runs may take to write their checkpoints when the suite is ended."""
 
 Name = Annotated[str, Field(pattern=_NAME)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed is named twice, and a run of a method and seed has one directory")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Suite(BaseModel):
@@ -55,7 +66,7 @@ class Suite(BaseModel):
     base: dict[str, Any] = {}
     tasks: dict[Name, dict[str, Any]] = {}
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    seeds: Seeds = [0, 1, 2]
     jobs: Annotated[int, Field(ge=1)] | None = None
     nproc: Annotated[int, Field(ge=1)] = 1
 
@@ -104,7 +115,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Suite:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         known = ", ".join(Suite.model_fields)
-        hint = f"unknown key; a suite has: {known}" if problem["type"] == "extra_forbidden" else problem["msg"]
+        unknown = problem["type"] == "extra_forbidden"
+        hint = f"unknown key; a suite has: {known}" if unknown else problem["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{path}: {key}: {hint}; got {problem['input']!r}") from None
 
 
@@ -121,6 +133,7 @@ def _opened(given: Any, key: str, suite: Path) -> Any:
 def plan(suite: Suite, output: Path, overrides: Sequence[str] = ()) -> list[Planned]:
     """All runs, in the order seed by seed, so that a suite that is ended has comparable ones. Every one is checked."""
     of_runs = [text for text in overrides if text.partition("=")[0] not in ("seeds", "jobs", "nproc")]
+    _refuse_labels(suite, of_runs)
     runs = []
     for seed in suite.seeds:
         for task, of_task in (suite.tasks or {"": {}}).items():
@@ -136,6 +149,15 @@ def plan(suite: Suite, output: Path, overrides: Sequence[str] = ()) -> list[Plan
     return runs
 
 
+def _refuse_labels(suite: Suite, overrides: Sequence[str]) -> None:
+    """A run's seed and name say which one it is: ConfigError where they are given for several."""
+    remedy = {"seed": "seeds: [...]", "name": "the names of the methods"}
+    given = [(key, text) for text in overrides if (key := text.partition("=")[0]) in remedy]
+    given += [(key, f"methods.{method}.{key}") for method, of in suite.methods.items() for key in remedy if key in of]
+    for key, where in given:
+        raise ConfigError(f"{suite.name}: {where}: a suite gives every run its {key}, by {remedy[key]}; remove it")
+
+
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The upper mapping's keys replace the lower one's, mappings key by key; one with a `name` is taken whole."""
     merged = dict(below)
@@ -148,7 +170,14 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 def settle(run: Planned) -> None:
     """Find out what is there of a run: nothing, a part that can go on, or all of it."""
-    directory = run.directory
+    try:
+        _settle(run)
+    except (ValueError, OSError) as error:  # what is wrong with one directory stops no other run
+        run.state, run.reason = "failed", f"{run.directory} cannot be read: {' '.join(str(error).split())}"
+
+
+def _settle(run: Planned) -> None:
+    directory, run.resumes, run.rounds = run.directory, False, 0
     if not (directory / "config.yaml").is_file():
         return
     before = load(directory / "config.yaml")
@@ -165,9 +194,21 @@ def settle(run: Planned) -> None:
     if result is not None and still_ended(result, run.settings) is not None:
         run.state, run.skipped, run.result = "finished", True, result
         run.rounds = run.of = int(result["rounds"])
+    elif (directory / "rounds.jsonl").is_file():
+        with (directory / "rounds.jsonl").open("rb") as lines:
+            run.rounds = min(run.of, sum(line.endswith(b"\n") for line in lines))
 
 
 # ---- a run's process
+class _Log(io.FileIO):
+    """What a run prints. On a full disk it is lost; the run goes on, and says in its own files what it cannot write."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
 def _be_run(
     config: dict[str, Any], directory: str, log: str, nproc: int, about: dict[str, Any], resumes: bool, wire: Connection
 ) -> None:
@@ -176,9 +217,10 @@ def _be_run(
     from fldist.runner import run_here
 
     threading.Thread(target=_end_with, args=(wire,), daemon=True).start()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    file = _Log(log, "ab")
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", line_buffering=True)
     os.environ["FLDIST_SUITE"] = json.dumps(about)
 
     class Telling(Progress):
@@ -190,7 +232,6 @@ def _be_run(
 
         def round(self, line: dict[str, Any]) -> None:
             super().round(line)
-            sys.stdout.flush()
             _tell(wire, round=line["round"], accuracy=line["accuracy"])
 
     settings = load(config)
@@ -198,8 +239,9 @@ def _be_run(
         run_here(settings, nproc=nproc, output=directory, observer=Telling(), resume=resumes)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        _tell(wire, reason=" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 
@@ -257,14 +299,19 @@ def execute(suite: Suite, runs: Sequence[Planned], shown: Shown, jobs: int | Non
     going: list[_Process] = []
     try:
         with interruptible():
-            while waiting or going:
-                while waiting and len(going) < jobs:
-                    going.append(_start(context, waiting.pop(0), suite.nproc, about))
-                    shown.changed(going[-1].run)
-                _watch(going, shown)
-    except Interrupted:
-        _end(going)
-        raise
+            try:
+                while waiting or going:
+                    while waiting and len(going) < jobs:
+                        run = waiting.pop(0)
+                        settle(run)  # another suite may have been at it meanwhile
+                        if run.state == "waiting" and _make_place(run):
+                            going.append(_start(context, run, suite.nproc, about))
+                        shown.changed(run)
+                    _watch(going, shown)
+            except Interrupted:
+                with undisturbed():
+                    _end(going)
+                raise
     finally:
         shown.close()
         for left in going:  # an error of this process's own
@@ -276,8 +323,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _make_place(run: Planned) -> bool:
+    """See to it that a run can write its log, where it says what else is wrong; the run has failed where not."""
+    try:
+        run.directory.parent.mkdir(parents=True, exist_ok=True)
+        run.log.open("ab").close()
+    except OSError as error:
+        run.state, run.reason = "failed", f"{run.log} cannot be written: {error.strerror}"
+    return run.state == "waiting"
+
+
 def _start(context: Any, run: Planned, nproc: int, about: dict[str, Any]) -> _Process:
-    run.directory.parent.mkdir(parents=True, exist_ok=True)
     ours, its = context.Pipe()
     config, about = run.settings.resolved(), {**about, "method": run.method}
     arguments = (config, str(run.directory), str(run.log), nproc, about, run.resumes, its)
@@ -312,23 +368,25 @@ def _hear(process: _Process, shown: Shown) -> None:
             told = json.loads(process.wire.recv_bytes())
             run.of = int(told.get("of", run.of))
             run.rounds = int(told.get("round", run.rounds))
+            run.reason = str(told.get("reason", ""))
             shown.changed(run)
     except (EOFError, OSError):
         return
 
 
-def _ended(process: _Process) -> None:
+def _ended(process: _Process, asked: bool = False) -> None:
+    """Note how a run's process has ended. asked: it was told to."""
     run = process.run
     process.process.join()
     process.wire.close()
     run.seconds = time.monotonic() - process.began
     code = process.process.exitcode
     run.result = finished_result(run.directory)
-    if code == 0 and run.result is not None:
+    if run.result is not None and (code == 0 or still_ended(run.result, run.settings) is not None):
         run.state = "finished"
         return
-    run.state = "ended" if status_of(run.directory) == "interrupted" else "failed"
-    run.reason = f"{_last_words(run.log)} ({_code_text(code)})"
+    run.state = "ended" if asked or status_of(run.directory) == "interrupted" else "failed"
+    run.reason = f"{run.reason or _last_words(run.log)} ({_code_text(code)})"
 
 
 def _code_text(code: int) -> str:
@@ -350,11 +408,22 @@ def _end(going: list[_Process]) -> None:
             process.process.terminate()
     deadline = time.monotonic() + _END_S
     for process in going:
-        process.process.join(max(0.1, deadline - time.monotonic()))
-        if process.process.is_alive():
+        if not _gone(process, deadline):
             process.process.kill()
-        _ended(process)
+        _ended(process, asked=True)
     going.clear()
+
+
+def _gone(process: _Process, deadline: float) -> bool:
+    """Wait until a process has ended, and with it its end of the wire; False when it has not by the deadline.
+
+    Of the end of a run `multiprocessing` knows from the forkserver, which a signal to all processes has ended, too.
+    """
+    with contextlib.suppress(EOFError, OSError):
+        while process.wire.poll(max(0.0, deadline - time.monotonic())):
+            process.wire.recv_bytes()
+        return False
+    return True
 
 
 def lines_of(runs: Sequence[Planned]) -> Iterator[str]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; schedulers that end a job; schedulers that announce the end (`sbatch --signal=B:USR1@60`)."""
+
+_ONE_END_S = 2.0
+"""Signals this soon after another are about the same end: Ctrl-C reaches a run from the terminal, and once more as
+SIGTERM from a suite or a launcher that it has reached, too."""
 
 
 class Interrupted(BaseException):
@@ -26,13 +32,21 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 raise `Interrupted` inside (in the main thread; elsewhere nothing changes)."""
+    """SIGINT, SIGTERM and SIGUSR1 raise `Interrupted` inside (in the main thread; elsewhere nothing changes).
+
+    A second one soon after the first raises nothing: it would interrupt what the first one has set going.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    latest = -math.inf
 
     def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(number)
+        nonlocal latest
+        now = time.monotonic()
+        if now - latest > _ONE_END_S:
+            latest = now
+            raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in ENDING}
     try:
