@@ -18,6 +18,7 @@ from fldist import run
 from fldist.analysis.check import check
 from fldist.config import load, load_resumed
 from fldist.runner import run_here
+from fldist.runtime.keeper import Keeper
 from fldist.runtime.signals import Interrupted
 from tests.conftest import Hosts, Recorder, small
 
@@ -75,6 +76,32 @@ def test_the_files_of_a_run_that_was_interrupted_agree(tmp_path):
     found = check(tmp_path / "run")
     assert found.failed == []
     assert "rounds.jsonl has every round from 1 to 3" in found.passed
+
+
+def test_the_files_of_a_run_that_ended_again_before_its_next_round_agree(tmp_path):
+    """Also run.h5, which was that of the end before."""
+    run(small(rounds=2), output=tmp_path / "run")
+
+    def interrupt(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_here(
+            load_resumed(tmp_path / "run", ["rounds=4"]), output=tmp_path / "run", resume=True,
+            observer=Recorder(interrupt),
+        )  # fmt: skip
+    found = check(tmp_path / "run")
+    assert (found.failed, found.unknown) == ([], [])
+    assert found.run.status == "interrupted"
+
+
+def test_the_files_of_a_run_that_was_killed_when_it_went_on_agree(tmp_path):
+    run(small(rounds=2), output=tmp_path / "run")
+    going_on = Keeper(tmp_path / "run", every=1, keep=2)
+    going_on.resume([])  # what is left if the process is killed then
+    found = check(tmp_path / "run")
+    assert found.failed == []
+    assert "run.h5: it is not there; it is written when a run ends" in found.unknown
 
 
 def test_a_run_that_was_cut_off_is_checked_as_far_as_it_goes(copy):

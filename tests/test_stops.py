@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 
 from fldist import run
+from fldist.algorithms.fedavg import FedAvg
 from fldist.config import ConfigError, load, load_resumed
+from fldist.fold import collect
 from fldist.runner import run_here
 from fldist.runtime.stops import Stop, reason_text
 from tests.conftest import small
@@ -128,6 +131,25 @@ def test_scoring_at_clients_is_no_part_of_what_is_spent(tmp_path):
     assert of[0]["wire_uplink_bytes"] == of[1]["wire_uplink_bytes"]
     assert 0 <= of[0]["wire_downlink_bytes"] - of[1]["wire_downlink_bytes"] < 100
     assert of[0]["uplink_bytes"] == silent["bytes"]["logical"]["up"]
+
+
+@dataclass(frozen=True)
+class Scores(FedAvg):
+    """Scores in its own way, and names no phase."""
+
+    def evaluate(self, server, clients):
+        return clients.all().call(self.evaluate_client, model=server.x, fold={"scores": collect()})
+
+
+def test_scoring_in_a_way_of_ones_own_is_no_part_of_what_is_spent_either(tmp_path):
+    usual = run(small(eval={"where": "both"}), output=tmp_path / "usual")
+    own = run(small(algorithm=f"{__name__}:Scores", eval={"where": "both"}), output=tmp_path / "own")
+    assert own["bytes"]["by_phase"] == usual["bytes"]["by_phase"]
+    spent = [
+        [{k: v for k, v in line["spent"].items() if k != "seconds"} for line in lines_of(tmp_path / name)]
+        for name in ("usual", "own")
+    ]
+    assert spent[0] == spent[1]
 
 
 def test_a_run_that_ended_at_a_budget_is_extended_to_the_same_bits(tmp_path):

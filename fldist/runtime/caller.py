@@ -171,8 +171,9 @@ class Caller:
     def begin_evaluation(self) -> None:
         """Go over to the calls of the round's evaluation, which change no state and have facts of their own.
 
-        They decide nothing, so whoever answers is enough.
+        They decide nothing, so whoever answers is enough. Those that name no phase are booked under `evaluate`.
         """
+        self._default_phase = "evaluate"
         self._faults = Faults()
         limit = self.job.round_deadline_s
         self._deadline = time.monotonic() + limit if limit is not None else None

@@ -85,7 +85,8 @@ class Keeper:
             found = self._checkpoints.newest(layouts, lambda facts: too_short(self.directory, facts["files"]))
             assert found is not None
             found[3].append(str(error))
-        (self.directory / "result.json").unlink(missing_ok=True)
+        for name in ("result.json", "run.h5"):  # of an end that is none any more
+            (self.directory / name).unlink(missing_ok=True)
         if found is None:
             for name in LINES:
                 (self.directory / name).unlink(missing_ok=True)

@@ -124,7 +124,8 @@ class ServerLoop:
         self._clients = ClientsView(job, self._caller)
         self._waiting: list[str] = []  # what keeps lines from being written
         self._total = 0  # rounds of all stages
-        self._committed: State | None = None  # after the last finished round
+        # after the last finished round
+        self._committed = State(**resumed.values) if resumed is not None and resumed.round else None
         self._transport = (0, 0)
         self._began = time.monotonic()
 
