@@ -82,9 +82,10 @@ class Progress:
         final = result["final"]
         if final["accuracy"] is not None:
             best = result["best"]
+            loss = float("nan") if final["loss"] is None else final["loss"]  # as a file has it: of a run that went on
             self._console.print(
                 f"accuracy {final['accuracy']:.4f} (best {best['accuracy']:.4f} in round {best['round']}), "
-                f"loss {final['loss']:.4f}"
+                f"loss {loss:.4f}"
             )
         self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 
 import fldist
 from fldist.algorithm import Algorithm, Clients, Me, Server, State, TooFewReplies, on_client
+from fldist.bench.round import Answered, Ask
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
@@ -283,3 +286,25 @@ def test_a_round_deadline_holds_in_one_process_too(tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     assert all('"replied": 3' in line or '"replied": 2' in line for line in lines)
     assert all('"deadline"' in line for line in lines)
+
+
+@dataclass(frozen=True)
+class Hiccups(Ask):
+    """One client of round 1 takes 80 ms, as on a machine that does something else meanwhile."""
+
+    @on_client
+    def answer(self, me: Me, data: ClientData, value: Scalar) -> Answered:
+        if (data.round, data.client) == (1, 7):
+            time.sleep(0.08)
+        return Answered(value)
+
+
+def test_one_slow_client_does_not_keep_small_replies_apart_for_ever(tmp_path: Path) -> None:
+    settings = small(algorithm=f"{__name__}:Hiccups", rounds=8, clients={"num_clients": 200}, eval={"every": 0})
+    fldist.run(settings, output=tmp_path / "run")
+    frames = [0] * 9
+    for line in (tmp_path / "run" / "messages.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        frames[row["round"]] += row["row"] == "message" and row["direction"] == "up" and row["framing_bytes"] > 0
+    assert frames[2] == 200, "as long as the next client may take as long"
+    assert frames[8] < 100

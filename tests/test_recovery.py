@@ -20,6 +20,7 @@ import torch
 import fldist
 from fldist.algorithm import State
 from fldist.config import ConfigError, load, load_resumed
+from fldist.console import Progress
 from fldist.params import Layout, Params
 from fldist.runner import run_here
 from fldist.runtime import checkpoint, keeper, output
@@ -704,3 +705,14 @@ def test_a_run_of_another_version_is_refused_before_anything_of_it_is_changed(tm
         go_on(tmp_path / "run", "rounds=4")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_without_a_finite_loss_goes_on_to_its_end(tmp_path, capsys):
+    """Its files have null in place of NaN."""
+    settings = small(algorithm="centralised", local={"epochs": 1, "batch_size": 64, "lr": 1e38})
+    first = fldist.run(settings, output=tmp_path / "run")
+    assert math.isnan(first["final"]["loss"])
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed at its end
+    again = go_on(tmp_path / "run", seen=Progress())
+    assert (again["status"], again["state_hash"]) == ("finished", first["state_hash"])
+    assert "loss nan" in capsys.readouterr().out

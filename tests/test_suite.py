@@ -229,6 +229,19 @@ def test_what_is_wrong_with_one_runs_files_stops_no_other(tmp_path, damage, mess
     assert re.search(message, runs["fedavg-s0"].reason)
 
 
+def test_a_run_without_checkpoints_that_would_have_to_go_on_is_told_of(tmp_path):
+    path = written(tmp_path, seeds=[0], base=small(checkpoint={"every": 0}), methods={"fedavg": {}})
+    assert done(tmp_path, path)["fedavg-s0"].state == "finished"
+    assert done(tmp_path, path)["fedavg-s0"].skipped
+    longer = done(tmp_path, path, ["rounds=4"])["fedavg-s0"]
+    assert (longer.state, longer.rounds) == ("failed", 2)
+    assert f"{longer.directory} holds a run that has no checkpoints; remove it to run it" in longer.reason
+    longer.state = "ended"
+    (line,) = of_suite.lines_of([longer])
+    assert "fedavg-s0: 2 of 4 rounds; " in line
+    assert "has no checkpoints; remove it" in line
+
+
 def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path):
     path = written(tmp_path, seeds=[0], methods={"broken": {"algorithm": {"name": f"{__name__}:Broken"}}, "fedavg": {}})
     (tmp_path / "out").mkdir()

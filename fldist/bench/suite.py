@@ -176,6 +176,13 @@ def settle(run: Planned) -> None:
         run.state, run.reason = "failed", f"{run.directory} cannot be read: {' '.join(str(error).split())}"
 
 
+_BEGIN_ANEW = "remove it to run it from its beginning, and set checkpoint.every to 1 or more to have it go on"
+
+
+def _cannot_go_on(run: Planned) -> bool:
+    return (run.directory / "config.yaml").is_file() and not (run.directory / "checkpoints").is_dir()
+
+
 def _settle(run: Planned) -> None:
     directory, run.resumes, run.rounds = run.directory, False, 0
     if not (directory / "config.yaml").is_file():
@@ -194,7 +201,10 @@ def _settle(run: Planned) -> None:
     if result is not None and still_ended(result, run.settings) is not None:
         run.state, run.skipped, run.result = "finished", True, result
         run.rounds = run.of = int(result["rounds"])
-    elif (directory / "rounds.jsonl").is_file():
+        return
+    if _cannot_go_on(run):
+        run.state, run.reason = "failed", f"{directory} holds a run that has no checkpoints; {_BEGIN_ANEW}"
+    if (directory / "rounds.jsonl").is_file():
         with (directory / "rounds.jsonl").open("rb") as lines:
             run.rounds = min(run.of, sum(line.endswith(b"\n") for line in lines))
 
@@ -385,7 +395,8 @@ def _ended(process: _Process, asked: bool = False) -> None:
     if run.result is not None and (code == 0 or still_ended(run.result, run.settings) is not None):
         run.state = "finished"
         return
-    run.state = "ended" if asked or status_of(run.directory) == "interrupted" else "failed"
+    by_signal = code not in (0, 1) and status_of(run.directory) == "interrupted"
+    run.state = "ended" if asked or by_signal else "failed"
     run.reason = f"{run.reason or _last_words(run.log)} ({_code_text(code)})"
 
 
@@ -433,4 +444,6 @@ def lines_of(runs: Sequence[Planned]) -> Iterator[str]:
             log = f"; see {run.log}" if run.log.is_file() else ""
             yield f"{run.name} failed: {run.reason}{log}"
         elif run.state in ("ended", "waiting", "running"):
-            yield f"{run.name}: {run.rounds} of {run.of} rounds; the same command goes on with it"
+            lost = f"{run.directory} has no checkpoints; {_BEGIN_ANEW}"
+            how = lost if _cannot_go_on(run) else "the same command goes on with it"
+            yield f"{run.name}: {run.rounds} of {run.of} rounds; {how}"

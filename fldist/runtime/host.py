@@ -45,6 +45,8 @@ log = logging.getLogger("fldist.host")
 FLUSH_BYTES = 1 << 16
 FLUSH_S = 0.05
 """Small replies wait for each other this long at most, so that many ride in one frame."""
+_FORGET = 0.999
+"""What one client after another leaves of the longest time that one took: a hiccup is no rule for ever."""
 
 
 class Host:
@@ -65,7 +67,7 @@ class Host:
         self._streams: dict[int, Streams] = {}
         self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
-        self._longest_s: dict[int, float] = {}  # by method
+        self._longest_s: dict[int, float] = {}  # by method: what a client took at most, lately
         self._sent: dict[int, Params] = {}  # by client: the weights it was sent in this round, where these are scored
         self._copied: tuple[Params, Params] | None = None  # weights of a message, and the copy that outlives it
         self._kept: dict[str, Any] = {}  # arguments of the call under way, for its later frames
@@ -170,7 +172,8 @@ class Host:
     def _due(self, method: ClientMethod, reply: Message, frame: Frame, opened: float) -> bool:
         """Whether a frame should go now: it is large, has waited, or the next client may take long."""
         took_s = (reply.ready_ns - reply.started_ns) / 1e9
-        longest_s = self._longest_s[method.number] = max(took_s, self._longest_s.get(method.number, 0.0))
+        longest_s = max(took_s, _FORGET * self._longest_s.get(method.number, 0.0))
+        self._longest_s[method.number] = longest_s
         large = bool(frame.bodies or frame.world) or sum(p.bytes for p in frame.parts) > FLUSH_BYTES
         return large or longest_s > FLUSH_S or time.monotonic() - opened > FLUSH_S
 
