@@ -148,7 +148,7 @@ class Server(Protocol):
         """Save pictures of this round to look at, as images/round-000010-NAME.png: one, or up to 64 as a grid.
 
         Each [channels, height, width] or [number, channels, height, width], with 1 or 3 channels; floats are clipped to
-        0..1, uint8 is taken as it is.
+        0..1, uint8 is taken as it is. Those of `setup` are of round 0.
         """
 
     def __getattr__(self, name: str) -> Any: ...

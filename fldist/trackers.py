@@ -6,6 +6,7 @@ gives an observer (`fldist.runtime.server.Observer`). A tracker that fails is na
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,10 @@ class Tracker(Protocol):
 
 
 class Together:
-    """Several observers as one. The first one is the run's own; of the others none may end the run."""
+    """Several observers as one. The first one is the run's own; of the others none may end the run.
+
+    What they are given is theirs: the run goes on with its own.
+    """
 
     def __init__(self, first: Observer, others: Sequence[Observer]) -> None:
         self._first = first
@@ -39,12 +43,12 @@ class Together:
     def started(self, facts: dict[str, Any]) -> None:
         """All hosts have joined."""
         self._first.started(facts)
-        self._tell(lambda observer: observer.started(facts))
+        self._tell(lambda observer: observer.started(copy.deepcopy(facts)))
 
     def round(self, line: dict[str, Any]) -> None:
         """A round has been committed."""
         self._first.round(line)
-        self._tell(lambda observer: observer.round(line))
+        self._tell(lambda observer: observer.round(copy.deepcopy(line)))
 
     def warning(self, text: str) -> None:
         """Something a user should know."""
@@ -53,7 +57,7 @@ class Together:
 
     def finished(self, result: dict[str, Any]) -> None:
         """The run has ended."""
-        self._tell(lambda observer: observer.finished(result))
+        self._tell(lambda observer: observer.finished(copy.deepcopy(result)))
         self._first.finished(result)
 
     def stopped(self, text: str) -> None:

@@ -190,6 +190,17 @@ def test_damaged_lines_are_found(copy):
     assert "timeline.jsonl: 1 line is damaged and skipped (line 5)" in failed
 
 
+@pytest.mark.parametrize("missing", [{}, {"3": "deadline"}])
+def test_a_call_may_be_known_to_have_arrived_after_the_last_round_where_a_client_was_missing(copy, missing):
+    def change(lines):
+        lines[0]["missing"] = missing
+        lines[-1]["spent"]["downlink_bytes"] -= 1
+
+    edit_lines(copy / "rounds.jsonl", change)
+    found = [line for line in check(copy).failed if "spent.downlink_bytes of the last round is" in line]
+    assert len(found) == (not missing)
+
+
 def change_the_form_of_a_row(rows):
     a_row(rows, row="message")["direction"] = "sideways"
 

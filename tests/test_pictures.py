@@ -75,3 +75,16 @@ def test_pictures_of_a_round_are_files_of_the_run(tmp_path):
     with Image.open(tmp_path / "run" / "images" / "round-000004-ramp.png") as picture:
         assert picture.size == (3, 2)
         assert list(np.asarray(picture).ravel()) == [0, 51, 102, 153, 204, 255]
+
+
+@dataclass(frozen=True)
+class Early(FedAvg):
+    """Shows what it begins with."""
+
+    def setup(self, server, clients):
+        server.images(first=torch.zeros(1, 2, 3))
+
+
+def test_pictures_of_the_setup_are_those_of_round_0(tmp_path):
+    run(small(algorithm={"name": "tests.test_pictures:Early"}), output=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "images").iterdir()] == ["round-000000-first.png"]

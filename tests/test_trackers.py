@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fldist import run
+from fldist.analysis.check import check
 from fldist.config import ConfigError, load, load_resumed
 from fldist.runner import run_here
 from fldist.trackers import scalars
@@ -119,3 +120,31 @@ def test_trackers_may_change_in_a_run_that_goes_on(tmp_path):
     settings = load_resumed(tmp_path / "run", ["rounds=3", "output.trackers=[tensorboard]"])
     run_here(settings, output=tmp_path / "run", resume=True)
     assert [step for step, _ in scalar(events(tmp_path / "run" / "tensorboard"), "accuracy")] == [3]
+
+
+@dataclass(frozen=True)
+class Emptying:
+    """Takes what it is told apart."""
+
+    def open(self, directory, config):
+        return self
+
+    def started(self, facts):
+        facts.clear()
+
+    def round(self, line):
+        line["bytes"].clear()
+        line.clear()
+
+    def warning(self, text): ...
+    def stopped(self, text): ...
+
+    def finished(self, result):
+        result.clear()
+
+
+def test_what_a_tracker_does_to_what_it_is_told_changes_nothing(tmp_path):
+    result = run(small(output={"trackers": [f"{__name__}:Emptying"]}), output=tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["final"]["accuracy"] is not None
+    assert check(tmp_path / "run").failed == []

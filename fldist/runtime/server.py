@@ -294,6 +294,8 @@ class ServerLoop:
         self._ledger.take_round()
         caller = self._caller
         self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
+        if view.pictures:
+            self._save(lambda: self.output.images(0, view.pictures))
         self._keep(0, view)
 
     def _attempt(
