@@ -212,7 +212,10 @@ def test_replies_after_the_round_deadline_are_booked_as_late(tmp_path: Path, hos
 def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
     tmp_path: Path, hosts: Hosts, delay_s: float, number: signal.Signals
 ) -> None:
-    """37 MB down and up: whatever moment is met, the round ends and every thread comes back (see conftest)."""
+    """37 MB down and up: whatever moment is met, the round ends and every thread comes back (see conftest).
+
+    Rounds enough that the last one begins after the loss.
+    """
     timers: list[threading.Timer] = []
 
     def after(number_of_round: int) -> None:
@@ -223,7 +226,7 @@ def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
     seen = Recorder(after)
     config = own(
         "Base",
-        rounds=2,
+        rounds=5,
         clients__num_clients=4,
         task__model={"name": "mlp", "hidden": [3000, 3000]},
         eval__every=0,
