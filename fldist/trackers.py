@@ -89,7 +89,6 @@ class TensorBoard:
                 f"output.trackers: tensorboard needs the package of that name ({error}); "
                 "pip install 'fldist[tensorboard]', or remove it"
             ) from None
-        # what an earlier process of this run wrote of rounds that are done again is hidden
         writer = functools.partial(SummaryWriter, str(directory / "tensorboard"), flush_secs=30)
         return _Written(writer, config)
 
@@ -108,6 +107,7 @@ class _Written:
     def round(self, line: dict[str, Any]) -> None:
         """Every number of the line that is no list: accuracy, loss, scores, bytes, seconds, what was logged."""
         if self._writer is None:
+            # what an earlier process of this run wrote of rounds that are done again is hidden
             self._writer = self._make(purge_step=line["round"])
             text = yaml.safe_dump(self._config, sort_keys=False).replace("\n", "\n    ")
             self._writer.add_text("config", f"    {text}", line["round"])  # indented: shown as it is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -45,10 +45,6 @@ class Stop:
             if limit is not None and value is not None and value >= limit:
                 return {"rule": rule, "limit": limit, "value": value, "round": number}
         return None
-
-    def __bool__(self) -> bool:
-        """Whether there is any limit."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
 
 
 def reason_text(stop: Mapping[str, Any]) -> str:
