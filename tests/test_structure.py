@@ -23,16 +23,18 @@ ALLOWED: dict[str, set[str]] = {
     "units": set(),
     "analysis": {"units"},
     "kinds": {"params"},
+    "sparse": {"blocks", "params"},
     "fold": {"blocks", "params"},
-    "wire": {"blocks", "kinds", "lines", "params"},
+    "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
-    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning", "sparse"},
+    "pruning": {"algorithm", "data", "models", "fold", "kinds", "params", "seeding", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["runtime"] |= {"blocks", "units"}
+ALLOWED["runtime"] |= {"blocks", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
