@@ -109,6 +109,8 @@ class Task:
         self.split = split or ClientSplit()
         self.seed = seed
         self.travel: Travel = travel
+        if dataset.kind == "tokens":
+            self.preparation.refuse_tokens()
         self.shape = self.preparation.shape(dataset.shape)
         self.notes: list[str] = list(dataset.notes)
         scale = self.preparation.scale(dataset)
@@ -173,6 +175,11 @@ class Task:
             if not len(pool):
                 raise ValueError(f"task.public.n: {public.n} public rows leave none to train on; lower it")
         else:
+            if public_dataset.kind != data.kind:
+                raise ValueError(
+                    f"task.public.data: its samples are {public_dataset.kind}, the task's {data.kind}; "
+                    "choose a data set of the same kind"
+                )
             shape = self.preparation.shape(public_dataset.shape)
             if shape != self.shape:
                 raise ValueError(
@@ -194,6 +201,11 @@ class Task:
         noise_of = getattr(partition, "noise_of", None)
         self._noise: list[Noise] | None = None
         if noise_of is not None:
+            if data.kind == "tokens":
+                raise ValueError(
+                    "task.partition: feature_noise adds noise to values, and the samples are tokens; use iid, which "
+                    "divides the rows alike"
+                )
             self._noise = [noise_of(client, self.num_clients) for client in range(self.num_clients)]
         self._note_unused(pool, whole)
 
@@ -230,12 +242,12 @@ class Task:
         return (x - mean) / std
 
     def unit_rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """A client's samples x [n, ...] in 0..1 and labels y [n], before augmentation and normalisation."""
+        """A client's samples x [n, ...] in 0..1 (or tokens) and labels y [n], before augmentation and normalisation."""
         return self._given_out(self._splits[client][split])
 
     def _given_out(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Samples in 0..1 and labels of rows, on the task's device."""
-        x, y = self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+        """Samples in 0..1 (or tokens) and labels of rows, on the task's device."""
+        x, y = self.preparation.read(self._raw(rows), self.dataset.kind), torch.from_numpy(self._labels[rows])
         return x.to(self.device), y.to(self.device)
 
     def rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
@@ -281,7 +293,7 @@ class Task:
             x, y = self._given_out(rows)
             return self.normal(x), y
         other = self._public_from
-        x = self.preparation.unit(np.asarray(other.train_x[rows])).to(self.device)
+        x = self.preparation.read(np.asarray(other.train_x[rows]), other.kind).to(self.device)
         return self.normal(x), torch.from_numpy(np.asarray(other.train_y[rows])).to(self.device)
 
     @property
@@ -306,6 +318,10 @@ class Task:
                 if noise is not None:
                     x = add_noise(x, noise.std, noise.cell, rng)
                 yield self.normal(x), y
+
+    def blank(self, n: int) -> Tensor:
+        """n samples of zeros, of the shape and type that a model takes, on the task's device."""
+        return torch.zeros(n, *self.shape, dtype=sample_type(self.dataset), device=self.device)
 
     @property
     def num_classes(self) -> int:
@@ -399,6 +415,11 @@ class Task:
         with self.architecture(client).module() as module:
             self.full(model, client).bind(module)
             return evaluate(module, batches, self.evaluation)
+
+
+def sample_type(dataset: Dataset) -> torch.dtype:
+    """The type of what a model takes: int64 tokens, or float32."""
+    return torch.int64 if dataset.kind == "tokens" else torch.float32
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:

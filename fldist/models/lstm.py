@@ -50,7 +50,7 @@ class NextCharLstm:
         if len(shape) != 1:
             raise ValueError(
                 f"task.model: next_char_lstm needs sequences of tokens [length]; the data's shape is {tuple(shape)}; "
-                "choose another model, such as cnn"
+                "choose another model: mlp, or cnn for images"
             )
         symbols = classes if self.symbols is None else self.symbols
         return initialised(NextChar(symbols, self.embedding, self.hidden, self.layers, classes), self.init)
