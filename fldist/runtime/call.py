@@ -72,6 +72,8 @@ class Call:
                     values[index] = HELD
             given[client] = kinds
             builder.add(Message(client), spec.call, values, {name: a.version for name, a in once.items()})
+        if not clients:  # such a host takes part in the broadcast, and has no use for what rides in the head
+            builder.frame.parts = builder.frame.world
         return builder.frame, given
 
 
