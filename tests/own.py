@@ -350,3 +350,22 @@ class Double(Base):
     @on_client
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
         return Update(Params(x.layout, x.floats.double(), x.ints), data.n)
+
+
+@dataclass(frozen=True)
+class FailsLate(Base):
+    """Clients train; in round 2 one of them fails in a second call."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        server.x = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")}).y
+        clients.selected().call(self.tally, round=server.round)
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        return Update(data.train(x).params, data.n)
+
+    @on_client
+    def tally(self, me: Me, data: ClientData, round: Scalar) -> Nothing:
+        if round == 2 and data.client == 1:
+            raise ZeroDivisionError("late")
+        return Nothing(data.n)

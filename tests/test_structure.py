@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "kinds", "lines", "params"},
     "models": {"blocks", "params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
-    "algorithm": {"data", "fold", "kinds", "models", "params"},
+    "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
