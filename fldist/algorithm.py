@@ -8,6 +8,7 @@ nobody's business here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -20,6 +21,7 @@ from fldist.fold import Fold, collect
 from fldist.kinds import MaxBytes, Report, Weights
 from fldist.models.evaluate import Evaluation
 from fldist.params import Params
+from fldist.seeding import generator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -238,13 +240,27 @@ class Algorithm:
 
     def evaluate(self, server: Server, clients: Clients) -> Replies:
         """Let clients score a model as the section `eval` says; its bytes are booked under `evaluate`."""
+        model = self.model(server) if self.scoring(server.task).model == "global" else None
+        cohort = self.scored_clients(server, clients)
+        return cohort.call(self.evaluate_client, model=model, fold={"scores": collect()}, phase="evaluate")
+
+    def scored_clients(self, server: Server, clients: Clients) -> Cohort:
+        """Who scores a model in this round, as the section `eval` says: none that lacks samples of the split.
+
+        Of the clients that were not selected, `max(floor(eval.fraction * their number), 1)` are drawn without
+        replacement from a stream of its own; where all were selected, it is all.
+        """
         how = self.scoring(server.task)
         cohort = clients.selected() if how.clients == "selected" or how.model == "sent" else clients.all()
         assert how.split != "auto"
-        if how.split != "global":
-            cohort = clients.only([c for c in cohort.ids if server.task.count(c, how.split)])
-        model = self.model(server) if how.model == "global" else None
-        return cohort.call(self.evaluate_client, model=model, fold={"scores": collect()}, phase="evaluate")
+        ids = [c for c in cohort.ids if how.split == "global" or server.task.count(c, how.split)]
+        if how.clients == "unselected":
+            chosen = set(clients.selected().ids)
+            left = [c for c in ids if c not in chosen]
+            count = max(math.floor(how.fraction * len(left) + 1e-9), 1)  # as with clients.fraction
+            order = torch.randperm(len(left), generator=generator(server.task.seed, "evaluate", server.round))
+            ids = [left[i] for i in order[:count].tolist()] or ids
+        return clients.only(ids)
 
     @on_client
     def evaluate_client(self, me: Me, data: ClientData, model: Weights | None) -> ClientScores:
@@ -278,7 +294,8 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
     """Decide every `auto` of the section `eval` for an algorithm and a task; ValueError for what cannot be."""
     name = algorithm.__name__
     server = algorithm.has_global_model and task.num_test > 0
-    asked = [k for k, plain in (("clients", "all"), ("split", "auto")) if getattr(how, k) != plain]
+    asked = ["clients"] if how.clients != "all" else []
+    asked += ["split"] if how.split != "auto" and not how.own else []  # else it says on what clients score their own
     asked += ["model"] if how.model in ("personal", "sent") else []
     if how.where == "server" and asked:
         raise ValueError(f"eval.{asked[0]}: {getattr(how, asked[0])} is about scoring at clients; use eval.where: both")
@@ -297,8 +314,15 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
         raise ValueError(f"eval.model: global, but {name} has no global model; use personal")
     if model == "global" and where != "server" and len(task.architectures) > 1:
         raise ValueError("eval.model: global, but clients.models gives clients other architectures; use where: server")
+    if model == "sent" and how.clients == "unselected":
+        raise ValueError("eval.model: sent, but clients that are not selected are sent no model; use global")
     split = how.split if how.split != "auto" else "test" if task.has_part("test") else "global"
-    if where != "server":
+    if how.own and split == "global":
+        raise ValueError(
+            f"eval.own: clients score what they train on a part of their own, and eval.split is {how.split}"
+            f"{' (global)' if how.split == 'auto' else ''}; set task.split.test=0.2, or eval.split: train"
+        )
+    if where != "server" or how.own:
         if split == "global" and not task.num_test:
             raise ValueError(
                 "eval: with task.merged there is no global test set; give clients one: task.split.test=0.25"

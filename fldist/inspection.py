@@ -33,7 +33,7 @@ from fldist.resolve import from_package
 from fldist.runtime.call import argument_for
 from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import plain
-from fldist.runtime.job import REPORT, ClientMethod, Job
+from fldist.runtime.job import OWN, REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of
 from fldist.runtime.output import nccl_version
@@ -168,6 +168,8 @@ class _Tracer:
             return 1
         if field is REPORT:
             return torch.ones(len(ClientReport._fields), dtype=torch.float64)
+        if field is OWN:
+            return torch.ones(1 + 2 * len(self.job.evaluation.names), dtype=torch.float64)
         if spec.name == "evaluate_client":
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)

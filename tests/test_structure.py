@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "data": {"models", "params", "seeding", "vision"},
-    "algorithm": {"data", "fold", "kinds", "models", "params"},
+    "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning", "sparse"},
     "pruning": {"algorithm", "data", "models", "fold", "kinds", "params", "seeding", "sparse"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,7 +44,9 @@ class Trained:
     included; steps: optimizer steps made, T_i;
     lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
     last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
-    (0 unless the selector wants reports); progress: to go on.
+    (0 unless the selector wants reports); outputs: what the model gave for each batch of the last epoch before its
+    step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without `eval.own`); progress:
+    to go on.
     """
 
     params: Params
@@ -54,22 +56,36 @@ class Trained:
     loss: float
     progress: Progress
     squares: float = 0.0
+    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lr_sum: float = 0.0
     rng: torch.Generator | None = None  # draws augmentation
 
 
 class ClientData:
-    """One client's samples and services during one call."""
+    """One client's samples and services during one call.
+
+    sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
+    that it has trained is to be scored, and its outputs are wanted.
+    """
 
     def __init__(
-        self, task: Task, client: int, streams: Streams, *, sent: Params | None = None, reports: bool = False
+        self,
+        task: Task,
+        client: int,
+        streams: Streams,
+        *,
+        sent: Params | None = None,
+        reports: bool = False,
+        own: bool = False,
     ) -> None:
         self.task = task
         self.client = client
         self.streams = streams
         self.sent = sent
         self.trained: Trained | None = None
+        self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
         self._reports = reports
+        self._own = own
         self._unit: tuple[Tensor, Tensor] | None = None
         self._normal: Tensor | None = None
 
@@ -237,11 +253,15 @@ class ClientData:
         constant = local.schedule == "constant"
         lr_sum = 0.0 if resume_from is None else resume_from.lr_sum
         lr = local.lr_at(self.round, 0, epochs)
-        watched = _Squares(0.0 if resume_from is None else resume_from.squares)
+        watched = _Outputs(resume_from)
+        cumulative = self.task.evaluation.cumulative_train
 
         def before_epoch(number: int) -> None:
             nonlocal lr
-            watched.on = self._reports and number == 0
+            watched.sums = self._reports and number == 0
+            watched.keeps = self._own and (cumulative or number == epochs - 1)
+            if not cumulative:
+                watched.kept.clear()
             lr = local.lr_at(self.round, number, epochs)
             for group in optimizers[0].param_groups:
                 group["lr"] = lr
@@ -253,7 +273,7 @@ class ClientData:
             else:
                 value = loss(network.module, batch)
             if watched.on:
-                watched.add(batch.y)
+                watched.take(batch.y)
             return value
 
         def before_step() -> None:
@@ -272,7 +292,7 @@ class ClientData:
                 if keep is not None:
                     trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
-        with watched.watching(network.module, self._reports):
+        with watched.watching(network.module, self._reports or self._own):
             progress = train(
                 [network],
                 step_loss,
@@ -290,8 +310,9 @@ class ClientData:
         last = progress.losses[-1] if progress.losses else float("nan")
         mean_lr = lr if constant or not progress.steps else lr_sum / progress.steps
         self.trained = Trained(
-            trained, network.params, progress.steps, mean_lr, last, progress, watched.sum, lr_sum, rng
+            trained, network.params, progress.steps, mean_lr, last, progress, watched.squares, watched.kept, lr_sum, rng
         )
+        self.own_model = network.params.clone() if self._own else None
         return self.trained
 
     def frozen_copy(self, model: Params) -> nn.Module:
@@ -303,13 +324,21 @@ class ClientData:
         return self.task.evaluate_client(model, self.client, split)
 
 
-class _Squares:
-    """Sums the squared cross-entropy of every sample of a training's batches, whatever loss is trained."""
+class _Outputs:
+    """Watches what a training's module gives for the batches, whatever loss is trained: sums the squared cross-entropy
+    of their samples, or keeps them with the labels."""
 
-    def __init__(self, so_far: float) -> None:
-        self.sum = so_far
-        self.on = False
+    def __init__(self, so_far: Trained | None) -> None:
+        self.squares = 0.0 if so_far is None else so_far.squares
+        self.kept = [] if so_far is None else list(so_far.outputs)
+        self.sums = False
+        self.keeps = False
         self._outputs: Tensor | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the outputs of this epoch are wanted."""
+        return self.sums or self.keeps
 
     @contextlib.contextmanager
     def watching(self, module: nn.Module, wanted: bool) -> Iterator[None]:
@@ -325,11 +354,18 @@ class _Squares:
         if self.on and self._outputs is None:  # the first pass of a step is the one on the client's samples
             self._outputs = outputs.detach()
 
-    def add(self, labels: Tensor) -> None:
-        """Add a step's batch."""
-        assert self._outputs is not None, "the loss did not run the module"
-        self.sum += float(cross_entropy(self._outputs, labels, reduction="none").double().square().sum())
-        self._outputs = None
+    def take(self, labels: Tensor) -> None:
+        """Take a step's batch. ValueError when its loss did not run the module."""
+        outputs, self._outputs = self._outputs, None
+        if outputs is None or len(outputs) != len(labels):
+            raise ValueError(
+                "eval.own and selectors that want reports need the model's outputs for each batch, which this "
+                "training's loss does not compute; let it call module(batch.x), or do without them"
+            )
+        if self.sums:
+            self.squares += float(cross_entropy(outputs, labels, reduction="none").double().square().sum())
+        if self.keeps:
+            self.kept.append((outputs, labels))
 
 
 class PooledData(ClientData):
