@@ -26,10 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params"},
     "models": {"blocks", "params", "seeding", "vision"},
-    "data": {"models", "params", "seeding", "vision"},
+    "pruning": {"blocks", "models", "params"},
+    "data": {"models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
-    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["runtime"] |= {"blocks", "units"}
@@ -38,7 +39,7 @@ ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
-ALLOWED["bench"] = {"runner", "inspection", "console", *ALLOWED["config"], "config"}
+ALLOWED["bench"] = {"runner", "inspection", "console", "pruning", *ALLOWED["config"], "config"}
 ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}
