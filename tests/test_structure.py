@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params"},
     "models": {"blocks", "params", "seeding", "vision"},
-    "pruning": {"blocks", "models", "params"},
+    "pruning": {"blocks", "params"},
     "data": {"models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
