@@ -27,11 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
+    "pruning": {"params"},
     "data": {"models", "params", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning", "sparse"},
-    "pruning": {"algorithm", "data", "models", "fold", "kinds", "params", "seeding", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["runtime"] |= {"blocks", "sparse", "units"}
@@ -40,7 +40,7 @@ ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
-ALLOWED["bench"] = {"runner", "inspection", "console", *ALLOWED["config"], "config"}
+ALLOWED["bench"] = {"runner", "inspection", "console", "pruning", *ALLOWED["config"], "config"}
 ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}

@@ -1,0 +1,1 @@
+"""Pruning: which parameters and units of a model are kept, the smaller model that remains, and what it costs."""
