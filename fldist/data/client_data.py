@@ -202,6 +202,8 @@ class ClientData:
         frozen: Sequence[str] = (),
         batch_norm: Literal["batch", "running"] = "batch",
         loss: Loss | None = None,
+        clip: float | None = None,
+        after_step: Callable[[Tensor], None] | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
         """Train a copy of `start` on the client's samples as the section `local` says.
@@ -210,7 +212,8 @@ class ClientData:
         parameters; drift: d [P], y <- y - eta d after every step, frozen parameters excepted; mask: [P], 1 where a
         parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
         frozen: names of parameters or modules that are not trained; batch_norm: see `Network`; loss: instead of
-        cross-entropy;
+        cross-entropy; clip: largest gradient norm (default `local.clip`, 0: any);
+        after_step: gets the parameters [P] after every step, to change them in place;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
@@ -225,7 +228,8 @@ class ClientData:
                 if keep.shape != trainable.shape:
                     raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{len(trainable)}], the parameters")
                 trainable.mul_(keep)
-            return self._train(network, start, epochs, proximal, drift, keep, loss, resume_from)
+            clip = local.clip if clip is None else clip
+            return self._train(network, start, epochs, proximal, drift, keep, loss, clip, after_step, resume_from)
 
     def _train(
         self,
@@ -236,6 +240,8 @@ class ClientData:
         drift: Params | None,
         keep: Tensor | None,
         loss: Loss | None,
+        clip: float,
+        hook: Callable[[Tensor], None] | None,
         resume_from: Trained | None,
     ) -> Trained:
         local = self.task.local
@@ -289,6 +295,8 @@ class ClientData:
                 if drift is not None:
                     for (begin, end), weights in zip(network.runs, network.weights, strict=True):
                         weights.add_(drift.floats[begin:end], alpha=-lr)
+                if hook is not None:
+                    hook(trainable)
                 if keep is not None:
                     trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
@@ -299,10 +307,10 @@ class ClientData:
                 optimizers,
                 epochs=epochs,
                 order=order,
-                clip=local.clip,
+                clip=clip,
                 before_epoch=before_epoch,
                 before_step=before_step if proximal or keep is not None else None,
-                after_step=None if constant and drift is None and keep is None else after_step,
+                after_step=None if constant and drift is None and keep is None and hook is None else after_step,
                 resume_from=resume_from.progress if resume_from else None,
             )
         part = start.layout
