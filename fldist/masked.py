@@ -75,6 +75,7 @@ class MaskedAveraging(Algorithm):
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # beta, server momentum as a moving average; 0: FedAvg
     encoding: Choice = "values"  # of masked models; see `fldist/sparse.py`
     mask_delivery: Literal["broadcast", "first_contact"] = "broadcast"  # to all clients at once, or to who takes part
+    compact: bool = False  # clients train the network that is left when units without weights are taken out
 
     def init_server(self, task: Task) -> State:
         """The model x, velocity v = 0, no mask yet."""
@@ -135,7 +136,7 @@ class MaskedAveraging(Algorithm):
     def update(self, me: Me, data: ClientData, x: MaskedWeights, mask: Masks | None) -> Update:
         """E epochs under the mask: gradients and, after every step, parameters are multiplied by it."""
         keep = None if mask is None else unpack(mask, x.layout.num_params)
-        y = data.train(x, mask=keep).params
+        y = data.train(x, mask=keep, compact=self.compact and keep is not None).params
         return Update(self.kept(y, mask), data.n)
 
     def kept(self, y: Params, mask: Tensor | None) -> Any:

@@ -32,7 +32,7 @@ from fldist.params import Layout, Params, Slot
 from fldist.pruning.masks import Eligible, above, by_quantile, quantile, random_mask, refuse_empty
 from fldist.runner import run_here
 from fldist.seeding import Streams
-from fldist.sparse import encoded_bytes
+from fldist.sparse import encoded_bytes, unpack
 from tests.conftest import Hosts
 from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model
 
@@ -590,3 +590,28 @@ def test_weights_of_clients_scale(seed: int, beta: float) -> None:
             mean.add(k, reply, scale * (k + 1.0))
         means.append(server_step(x, mean.result(), x.zeros_like(), beta, None)[0])
     torch.testing.assert_close(means[0].floats, means[1].floats, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_compacted_training_gives_what_masked_training_gives(tmp_path: Path, model: str, hosts: Hosts) -> None:
+    sections = {"model": MODELS[model], "eval": {"split": "test", "own": True}, "local": {"clip": 0.5}}
+    found = {}
+    for compact in (False, True):
+        algorithm = {"name": "autoflip", "explore_epochs": 2, "T": 0.3, "T_s": 0.5, "beta": 0.5, "compact": compact}
+        settings_ = config(algorithm, rounds=3, **sections)
+        settings_["task"]["split"] = {"test": 0.2}
+        found[compact] = fldist.run(settings_, output=tmp_path / str(compact))
+    whole, small = (model_of(tmp_path / name) for name in ("False", "True"))
+    state = server_state(tmp_path / "True", settings_)
+    task = build(load(settings_)).task
+    compacted = task.compacted(unpack(state["mask"], task.layout_of(0).num_params))
+    assert compacted.compaction.num_removed > 0
+    if model == "mlp":  # statistics of units that are taken out stay
+        assert distance(whole, small) < 1e-6
+    else:
+        kept = [name for name in whole if "running" not in name and "num_batches" not in name]
+        assert distance({n: whole[n] for n in kept}, {n: small[n] for n in kept}) < 1e-6
+    assert found[True]["bytes"]["by_kind"] == found[False]["bytes"]["by_kind"]
+    many = run_here(load(settings_), nproc=3, output=tmp_path / "many", spawn=hosts)
+    assert many["state_hash"] == found[True]["state_hash"]
+    assert lines(tmp_path / "many")[-1]["scores"] == lines(tmp_path / "True")[-1]["scores"]

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "pruning": {"blocks", "params"},
-    "data": {"models", "params", "seeding", "vision"},
+    "data": {"models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse"},

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fldist.algorithm import Clients, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
-from fldist.data.task import Task, sample_type
+from fldist.data.task import Task
 from fldist.fold import Accumulator, Collect, FixedPoint, Fold, FoldContext, Mean, Refused, collect
 from fldist.kinds import Kind, MaxBytes, Scalar, Weights
 from fldist.masked import MaskedAveraging, pruned
@@ -203,7 +203,7 @@ class AutoFlip(MaskedAveraging):
 
     def structure(self, task: Task) -> Structure:
         """The hidden units of the task's model, without those that touch what is kept whole."""
-        return Structure.of(task.architecture().template, task.shape, sample_type(task.dataset)).without(self.exclude)
+        return task.structure().without(self.exclude)
 
     def init_server(self, task: Task) -> State:
         """Model and velocity; what explorers found, where each round makes a mask of it; what exploring cost."""

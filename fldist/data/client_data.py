@@ -7,6 +7,7 @@ the algorithm's own) only set its hooks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,19 @@ class Trained:
     outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lr_sum: float = 0.0
     rng: torch.Generator | None = None  # draws augmentation
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `ClientData.train` was asked for, on the client's device; keep: 1 and 0 by parameter."""
+
+    epochs: int
+    proximal: float
+    drift: Params | None
+    keep: Tensor | None
+    loss: Loss | None
+    clip: float
+    after_step: Callable[[Tensor], None] | None
 
 
 class ClientData:
@@ -204,6 +218,7 @@ class ClientData:
         loss: Loss | None = None,
         clip: float | None = None,
         after_step: Callable[[Tensor], None] | None = None,
+        compact: bool = False,
         resume_from: Trained | None = None,
     ) -> Trained:
         """Train a copy of `start` on the client's samples as the section `local` says.
@@ -213,38 +228,56 @@ class ClientData:
         parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
         frozen: names of parameters or modules that are not trained; batch_norm: see `Network`; loss: instead of
         cross-entropy; clip: largest gradient norm (default `local.clip`, 0: any);
-        after_step: gets the parameters [P] after every step, to change them in place;
+        after_step: gets the parameters [P] after every step, to change them in place; compact: train the network that
+        is left when the hidden units are taken out of which the mask keeps nothing;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
-        epochs = local.epochs if epochs is None else epochs
         start = start.to(self.device)
-        drift = None if drift is None else drift.to(self.device)
-        keep = None if mask is None else mask.to(self.device, torch.float32)
+        plan = _Plan(
+            local.epochs if epochs is None else epochs,
+            proximal,
+            None if drift is None else drift.to(self.device),
+            None if mask is None else mask.to(self.device, torch.float32),
+            loss,
+            local.clip if clip is None else clip,
+            after_step,
+        )
+        if plan.keep is not None and plan.keep.shape != (start.layout.num_params,):
+            raise ValueError(f"mask: shape {tuple(plan.keep.shape)}, not [{start.layout.num_params}], the parameters")
+        if compact:
+            if plan.keep is None or resume_from is not None:
+                raise ValueError("compact needs a mask, and cannot go on with an earlier training")
+            return self._train_compacted(start, plan, frozen, batch_norm)
         from_here = start if resume_from is None else resume_from.whole
         with task.network(from_here, self._model_of, frozen, batch_norm) as network:
-            if keep is not None:
-                trainable = network.params.trainable.floats
-                if keep.shape != trainable.shape:
-                    raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{len(trainable)}], the parameters")
-                trainable.mul_(keep)
-            clip = local.clip if clip is None else clip
-            return self._train(network, start, epochs, proximal, drift, keep, loss, clip, after_step, resume_from)
+            if plan.keep is not None:
+                network.params.trainable.floats.mul_(plan.keep)
+            return self._train(network, start, plan, resume_from)
 
-    def _train(
-        self,
-        network: Network,
-        start: Params,
-        epochs: int,
-        proximal: float,
-        drift: Params | None,
-        keep: Tensor | None,
-        loss: Loss | None,
-        clip: float,
-        hook: Callable[[Tensor], None] | None,
-        resume_from: Trained | None,
+    def _train_compacted(
+        self, start: Params, plan: _Plan, frozen: Sequence[str], batch_norm: Literal["batch", "running"]
     ) -> Trained:
-        local = self.task.local
+        """Train the compacted network; its outcome in the layout of the whole one."""
+        assert plan.keep is not None
+        compacted = self.task.compacted(plan.keep != 0, self._model_of)
+        compaction = compacted.compaction
+        whole = self.task.full(start, self._model_of)
+        whole.trainable.floats.mul_(plan.keep)
+        small = compaction.shrink(whole)
+        drift = None if plan.drift is None else compaction.shrink(plan.drift)
+        plan = dataclasses.replace(plan, keep=compaction.shrink_mask(plan.keep), drift=drift)
+        with self.task.network(small, self._model_of, frozen, batch_norm, compacted) as network:
+            trained = self._train(network, small, plan, None)
+        trained.whole = compaction.expand(trained.whole, whole)
+        part = start.layout
+        trained.params = Params(part, trained.whole.floats[: part.num_floats], trained.whole.ints[: part.num_ints])
+        if self.own_model is not None:
+            self.own_model = trained.whole.clone()
+        return trained
+
+    def _train(self, network: Network, start: Params, plan: _Plan, resume_from: Trained | None) -> Trained:
+        local, epochs, drift, keep = self.task.local, plan.epochs, plan.drift, plan.keep
         if resume_from is None:
             optimizers = [local.make_optimizer(network.weights)]
             order = self.order()
@@ -274,17 +307,17 @@ class ClientData:
 
         def step_loss(rows: Tensor) -> Tensor:
             batch = read(rows)
-            if loss is None:
+            if plan.loss is None:
                 value: Tensor = cross_entropy(network.module(batch.x), batch.y)
             else:
-                value = loss(network.module, batch)
+                value = plan.loss(network.module, batch)
             if watched.on:
                 watched.take(batch.y)
             return value
 
         def before_step() -> None:
-            if proximal:
-                network.gradient.add_(trainable - anchor, alpha=proximal)
+            if plan.proximal:
+                network.gradient.add_(trainable - anchor, alpha=plan.proximal)
             if keep is not None:
                 network.gradient.mul_(keep)
 
@@ -295,11 +328,12 @@ class ClientData:
                 if drift is not None:
                     for (begin, end), weights in zip(network.runs, network.weights, strict=True):
                         weights.add_(drift.floats[begin:end], alpha=-lr)
-                if hook is not None:
-                    hook(trainable)
+                if plan.after_step is not None:
+                    plan.after_step(trainable)
                 if keep is not None:
                     trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
+        hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
         with watched.watching(network.module, self._reports or self._own):
             progress = train(
                 [network],
@@ -307,10 +341,10 @@ class ClientData:
                 optimizers,
                 epochs=epochs,
                 order=order,
-                clip=clip,
+                clip=plan.clip,
                 before_epoch=before_epoch,
-                before_step=before_step if proximal or keep is not None else None,
-                after_step=None if constant and drift is None and keep is None and hook is None else after_step,
+                before_step=before_step if plan.proximal or keep is not None else None,
+                after_step=after_step if hooked else None,
                 resume_from=resume_from.progress if resume_from else None,
             )
         part = start.layout
