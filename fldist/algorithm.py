@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -190,6 +190,32 @@ class Stage:
     step: Callable[[Any, Any], None]
 
 
+@dataclass(frozen=True)
+class Books:
+    """What a run has exchanged by its end, for `Algorithm.summary`.
+
+    rounds: those that are finished; replied: by round, how many clients' replies were used; bytes: logical bytes of
+    delivered messages by phase, kind (`weights`, `masks` ...) and direction (`up`, `down`), all phases: `setup` and
+    `evaluate` as well.
+    """
+
+    rounds: int
+    replied: Sequence[int]
+    bytes: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+    def total(self, *phases: str, kind: str | None = None, way: Literal["up", "down"] | None = None) -> int:
+        """Bytes of these phases (none named: of all), of one kind or of all, in one direction or in both."""
+        return sum(
+            number
+            for phase, kinds in self.bytes.items()
+            if not phases or phase in phases
+            for name, ways in kinds.items()
+            if kind in (None, name)
+            for direction, number in ways.items()
+            if way in (None, direction)
+        )
+
+
 class ClientScores(NamedTuple):
     """How a model did on a client's samples."""
 
@@ -275,6 +301,14 @@ class Algorithm:
         assert how.split != "auto"
         scores = data.evaluate(model, how.split)
         return ClientScores(torch.tensor([scores.n, *(scores.values[m] for m in how.names)], dtype=torch.float64))
+
+    def summary(self, server: Server, books: Books) -> dict[str, float]:
+        """Figures of the whole run, for `summary` of result.json; the default has none.
+
+        Called once, when the run ends, also before its time if a round was committed. `server` is as after the last
+        finished round; what is done to it changes nothing. NaN and infinity are written as null.
+        """
+        return {}
 
     def scoring(self, task: Task) -> Evaluation:
         """The section `eval` with every `auto` decided; ValueError for what cannot be."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fldist
-from fldist.algorithm import Stage, State, TooFewReplies
+from fldist.algorithm import Books, Stage, State, TooFewReplies
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime import timeline
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
@@ -600,6 +600,23 @@ class ServerLoop:
         self._caller.send_verdicts()
         return hash_state({"server": view.state, "clients": clients})
 
+    def _summary(self) -> dict[str, float]:
+        """The algorithm's own figures of the run; none where no round was committed, or where it fails over them."""
+        if self._committed is None or not any(line["committed"] for line in self._lines):
+            return {}
+        view = ServerView(self.job, self._committed.copy())
+        view.enter(self._lines[-1]["round"], self.job.seed)
+        replied = [line["replied"] for line in self._lines]
+        books = Books(len(self._lines), replied, self._ledger.totals.nested())
+        try:
+            with forked(self.job.seed, "summary"):
+                told = self.job.algorithm.summary(view, books)
+            return {str(name): value if type(value) is int else float(value) for name, value in told.items()}
+        except Exception as error:  # the rounds are done, and their results must be written
+            log.exception("the algorithm's summary failed")
+            self.observer.warning(f"no summary of the run: {type(error).__name__}: {error}")
+            return {}
+
     def _result(self, status: str, reason: str | None, state_hash: str | None) -> dict[str, Any]:
         job = self.job
         scored = [line for line in self._lines if line["accuracy"] is not None]
@@ -615,6 +632,7 @@ class ServerLoop:
             "num_clients": job.task.num_clients,
             "final": final,
             "best": self._best or None,
+            "summary": self._summary(),
             "bytes": self._ledger.totals.as_dict(),
             "seconds": {
                 **{k: round(v, 6) for k, v in self._seconds.items()},
