@@ -19,6 +19,8 @@ Bytes (N parameters, z of them kept, B buffer entries that travel, S clients tha
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,12 +28,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fldist.algorithm import Algorithm, Clients, ClientScores, Me, Replies, Server, State, on_client
+from fldist.algorithm import Algorithm, Books, Clients, ClientScores, Me, Replies, Server, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, collect
 from fldist.kinds import MaskedWeights, Masks, Once, Scalar
 from fldist.params import Params
+from fldist.pruning.flops import TrainingFlops
 from fldist.pruning.masks import num_zeros
 from fldist.sparse import Choice, Kept, pack, unpack
 
@@ -61,6 +64,14 @@ def server_step(x: Params, mean: Params, v: Params, beta: float, keep: Tensor | 
     return new, Params(v.layout, velocity)
 
 
+def break_even(before: float, dense: float, sent: float) -> float:
+    """R* = before / (dense - sent): rounds until what was sent before them is saved; infinite where nothing is saved.
+
+    All in bytes: before round 1, of a round of FedAvg, of a round.
+    """
+    return before / (dense - sent) if dense > sent else math.inf
+
+
 def pruned(x: Params, keep: Tensor) -> Params:
     """The model with 0 where a mask bool [N] does not keep."""
     made = x.clone()
@@ -80,7 +91,7 @@ class MaskedAveraging(Algorithm):
     def init_server(self, task: Task) -> State:
         """The model x, velocity v = 0, no mask yet."""
         x = task.init_params()
-        return State(x=x, v=x.trainable.zeros_like(), mask=None, version=0)
+        return State(x=x, v=x.trainable.zeros_like(), mask=None, version=0, flops={})
 
     def round(self, server: Server, clients: Clients) -> None:
         """A round under the mask of the setup."""
@@ -120,6 +131,7 @@ class MaskedAveraging(Algorithm):
         )
         server.x, server.v = server_step(server.x, got.y, server.v, self.beta, self.keep_of(server))
         self.log_sparsity(server)
+        self.count_flops(server, sum(int(n) for n in got.n.values()))
         return got
 
     def log_sparsity(self, server: Server) -> None:
@@ -127,6 +139,45 @@ class MaskedAveraging(Algorithm):
         total, zeros, keep = server.x.layout.num_params, num_zeros(self.model(server)), self.keep_of(server)
         density = 1.0 if keep is None else int(keep.sum()) / total
         server.log(density=density, sparsity=zeros / total, compression_rate=total / max(1, total - zeros))
+
+    def count_flops(self, server: Server, samples: int) -> None:
+        """Log what a round of training on so many samples costs, and add it up."""
+        task, keep = server.task, self.keep_of(server)
+        compacted = task.macs(keep) if self.compact and keep is not None else None
+        cost = TrainingFlops.of(task.macs(), keep, compacted).times(samples, task.local.epochs)
+        told = {f"flops_{name}": value for name, value in dataclasses.asdict(cost).items()}
+        server.log(**told)
+        server.flops = {name: value + server.flops.get(name, 0) for name, value in told.items()}
+
+    def summary(self, server: Server, books: Books) -> dict[str, float]:
+        """What the masks cost and save, in bytes of weights and masks, and the operations of all training.
+
+        break_even_round: after how many rounds less was sent than by FedAvg with as many replies; beyond the last
+        round it is where the run would have come to. flops_*: see `fldist/pruning/flops.py`; exploration is in them.
+        """
+        masks, weights = books.total("train", kind="masks"), books.total("train", kind="weights")
+        before = books.total("explore", kind="weights") + books.total("mask", kind="masks")
+        rounds = max(1, books.rounds)
+        each = weights + (masks if self.mask_each_round else 0)
+        before += masks if not self.mask_each_round else 0
+        dense = 2 * server.x.nbytes * sum(books.replied)
+        return {
+            "bytes_before_rounds": before,
+            "bytes_per_round": each / rounds,
+            "fedavg_bytes_per_round": dense / rounds,
+            "break_even_round": break_even(before, dense / rounds, each / rounds),
+            **{name: value + self.flops_before(server) for name, value in server.flops.items()},
+            "flops_exploration": self.flops_before(server),
+        }
+
+    @property
+    def mask_each_round(self) -> bool:
+        """Whether masks are part of what a round sends."""
+        return False
+
+    def flops_before(self, server: Server) -> int:
+        """Operations of training before round 1."""
+        return 0
 
     @on_client
     def hold(self, me: Me, data: ClientData, mask: Masks) -> None:

@@ -26,7 +26,7 @@ from fldist.algorithms.autoflip import (
 from fldist.algorithms.random_pruning import zeroed
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
-from fldist.masked import server_step
+from fldist.masked import break_even, server_step
 from fldist.models.train import LocalTraining
 from fldist.params import Layout, Params, Slot
 from fldist.pruning.masks import Eligible, above, by_quantile, quantile, random_mask, refuse_empty
@@ -615,3 +615,47 @@ def test_compacted_training_gives_what_masked_training_gives(tmp_path: Path, mod
     many = run_here(load(settings_), nproc=3, output=tmp_path / "many", spawn=hosts)
     assert many["state_hash"] == found[True]["state_hash"]
     assert lines(tmp_path / "many")[-1]["scores"] == lines(tmp_path / "True")[-1]["scores"]
+
+
+# ---- what a run says of itself
+@pytest.mark.parametrize(("density", "rounds"), [(0.7, 13.5), (0.5, 8.1), (0.1, 4.5)])
+def test_the_round_from_which_bytes_are_saved(density: float, rounds: float) -> None:
+    n, k, s = 1_664_970, 20, 5
+    assert break_even(8 * n * k + k * n / 8, 8 * n * s, 8 * density * n * s) == pytest.approx(rounds, abs=0.1)
+    assert break_even(1.0, 5.0, 5.0) == math.inf
+
+
+@pytest.mark.parametrize("delivery", ["broadcast", "first_contact"])
+def test_a_runs_own_figures_come_from_the_ledger(tmp_path: Path, delivery: str) -> None:
+    fields = {"T": 0.8, "rho": 0.6, "warmup_epochs": 1, "mask_delivery": delivery, "compact": True, "T_s": 0.4}
+    changes = {"clients": {"fraction": 0.6}, "local": {"epochs": 3}}
+    result = autoflip(tmp_path / "run", rounds=2, changes=changes, **fields)
+    told = result["summary"]
+    z = round(lines(tmp_path / "run")[0]["log"]["density"] * N)
+    masks = result["bytes"]["by_kind"]["masks"]["down"]
+    assert told["bytes_before_rounds"] == 3 * 8 * N + masks
+    assert told["bytes_per_round"] == 3 * 8 * z
+    assert told["fedavg_bytes_per_round"] == 3 * 8 * N
+    assert told["break_even_round"] == pytest.approx((3 * 8 * N + masks) / (3 * 8 * (N - z)))
+    rows = [line["log"] for line in lines(tmp_path / "run")]
+    macs = 64 * 8 + 80
+    assert rows[0]["flops_dense"] % (6 * macs * 3) == 0
+    assert told["flops_exploration"] % (6 * macs * 3) == 0  # a warm-up epoch and two more
+    for name in ("dense", "theoretical", "realised"):
+        total = sum(row[f"flops_{name}"] for row in rows)
+        assert told[f"flops_{name}"] == total + told["flops_exploration"]
+    assert told["flops_theoretical"] < told["flops_realised"] < told["flops_dense"]
+
+
+def test_masks_of_every_round_count_with_the_rounds(tmp_path: Path) -> None:
+    result = autoflip(tmp_path / "run", rounds=2, T=0.5, mask_schedule="per_round")
+    told = result["summary"]
+    by_kind = result["bytes"]["by_kind"]
+    assert told["bytes_before_rounds"] == NUM_CLIENTS * 8 * N
+    everything = by_kind["masks"]["down"] + by_kind["weights"]["up"] + by_kind["weights"]["down"]
+    assert told["bytes_per_round"] == (everything - NUM_CLIENTS * 8 * N) / 2
+
+
+def test_nothing_saved_is_no_round(tmp_path: Path) -> None:
+    autoflip(tmp_path / "run", T=0)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"]["break_even_round"] is None

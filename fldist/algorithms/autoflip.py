@@ -44,6 +44,7 @@ from fldist.fold import Accumulator, Collect, FixedPoint, Fold, FoldContext, Mea
 from fldist.kinds import Kind, MaxBytes, Scalar, Weights
 from fldist.masked import MaskedAveraging, pruned
 from fldist.params import Layout, Params
+from fldist.pruning.flops import TrainingFlops
 from fldist.pruning.masks import Eligible, by_quantile, quantile, refuse_empty
 from fldist.pruning.structure import Structure, close_dead_units, prune_units
 
@@ -197,6 +198,11 @@ class AutoFlip(MaskedAveraging):
         return Eligible(self.prune_1d, self.exclude)
 
     @property
+    def mask_each_round(self) -> bool:
+        """Whether masks are part of what a round sends."""
+        return self.mask_schedule == "per_round"
+
+    @property
     def explores(self) -> bool:
         """Whether anything depends on an exploration."""
         return self.T > 0.0 or self.T_s > 0.0 or self.start == "chain"
@@ -291,6 +297,15 @@ class AutoFlip(MaskedAveraging):
                 server.x = pruned(server.x, keep)
             self.mask_for_round(server, keep)
         self.masked_round(server, clients)
+
+    def flops_before(self, server: Server) -> int:
+        """Of the exploration and its warm-ups, which train the dense network."""
+        task = server.task
+        epochs = {k: e + self.warmup_epochs for k, e in server.explored_epochs.items()}
+        if self.start == "chain" and not self.prune_rounds:
+            epochs = {k: epochs.get(k, 0) + self.chain_epochs for k in range(task.num_clients) if task.sizes[k]}
+        one = TrainingFlops.of(task.macs())
+        return sum(one.times(task.sizes[k], e).dense for k, e in epochs.items())
 
     # ---- clients
     @on_client

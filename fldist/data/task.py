@@ -21,6 +21,7 @@ from fldist.models.evaluate import Evaluation, Scores, evaluate
 from fldist.models.train import LocalTraining, Network, has_batch_norm
 from fldist.params import Layout, Params, Travel
 from fldist.pruning.compact import Compaction
+from fldist.pruning.flops import Macs
 from fldist.pruning.structure import Structure
 from fldist.seeding import forked, generator, numpy_generator
 
@@ -143,6 +144,7 @@ class Task:
         self.own_init = own_init
         self._structures: dict[Architecture, Structure] = {}
         self._compacted: dict[Architecture, Compacted] = {}
+        self._macs: dict[Architecture, Macs] = {}
         self._try_out()
 
     def _try_out(self) -> None:
@@ -440,6 +442,15 @@ class Task:
         if made not in self._structures:
             self._structures[made] = Structure.of(made.template, self.shape, sample_type(self.dataset))
         return self._structures[made]
+
+    def macs(self, keep: Tensor | None = None) -> Macs:
+        """The multiply-accumulates of the server's model; of the compacted one, where a mask bool [P] is given."""
+        made = self.architecture() if keep is None else self.compacted(keep).architecture
+        if made not in self._macs:
+            while len(self._macs) > 1:  # a compacted one goes with its mask
+                self._macs.popitem()
+            self._macs[made] = Macs.of(made.template, self.shape, sample_type(self.dataset))
+        return self._macs[made]
 
     def compacted(self, keep: Tensor, client: int | None = None) -> Compacted:
         """A client's model without the hidden units of which a mask bool [P] keeps nothing; the latest is kept."""
