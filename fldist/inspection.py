@@ -30,9 +30,8 @@ from fldist.kinds import HELD, Field, Form, Once, Schema, call_schema, reference
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
-from fldist.runtime.call import argument_for
 from fldist.runtime.cohort import Replies
-from fldist.runtime.folding import plain
+from fldist.runtime.folding import argument_for, plain
 from fldist.runtime.job import OWN, REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of

@@ -15,6 +15,8 @@ integer counters travel beside them. All numbers are little-endian.
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fldist import blocks
-from fldist.params import Layout, Params
+from fldist.params import Layout, Params, Slot
 
 Encoding = Literal["dense", "values", "bitmask_values", "index_values"]
 Choice = Literal["dense", "values", "bitmask_values", "index_values", "auto"]
@@ -50,6 +52,51 @@ def unpack(bits: Tensor, n: int) -> Tensor:
     return torch.from_numpy(flat.view(np.bool_)).to(bits.device)
 
 
+@dataclass(frozen=True)
+class Positions:
+    """A mask in two forms: keep, bool [n], and the positions that it keeps, int64 [z], ascending."""
+
+    keep: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor) -> Positions:
+        """The mask bool [n] and its positions."""
+        return cls(keep, keep.nonzero().squeeze(1))
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return self.keep.numel()
+
+    @property
+    def z(self) -> int:
+        """How many are kept."""
+        return self.index.numel()
+
+
+_KNOWN = 4
+_known: dict[int, tuple[weakref.ref[Tensor], int, torch.device, Positions]] = {}
+
+
+def positions(bits: Tensor, n: int, device: torch.device) -> Positions:
+    """The positions of a mask's bits on a device; ValueError as `unpack`.
+
+    Those of the latest masks are kept: a mask lives for many messages, and finding its positions costs ten times what
+    taking the values there does.
+    """
+    key = id(bits)
+    found = _known.get(key)
+    if found is not None and found[0]() is bits and found[1:3] == (bits._version, device) and found[3].n == n:
+        return found[3]
+    made = Positions.of(unpack(bits, n).to(device))
+    _known.pop(key, None)
+    while len(_known) >= _KNOWN:
+        _known.pop(next(iter(_known)), None)
+    _known[key] = (weakref.ref(bits), bits._version, device, made)
+    return made
+
+
 def encoded_bytes(encoding: Encoding, n: int, z: int) -> int:
     """Bytes of n parameters of which z are kept."""
     return {"dense": 4 * n, "values": 4 * z, "bitmask_values": -(-n // 8) + 4 * z, "index_values": 8 * z}[encoding]
@@ -73,53 +120,71 @@ def refusal(encoding: Encoding, n: int, tail: int, size: int) -> str | None:
     return None
 
 
-def encode(floats: Tensor, n: int, encoding: Encoding, keep: Tensor) -> Tensor:
-    """The payload uint8 [bytes] of floats [n + tail] of which `keep` (bool [n]) marks what travels."""
-    entries, tail = floats[:n], floats[n:]
+def compact(floats: Tensor, n: int, where: Positions) -> Tensor:
+    """The kept entries and the tail, [z + tail], of floats [n + tail]."""
+    made = blocks.empty(where.z + floats.numel() - n, device=floats.device)
+    torch.index_select(floats[:n], 0, where.index, out=made[: where.z])
+    made[where.z :] = floats[n:]
+    return made
+
+
+def spread(values: Tensor, n: int, where: Positions) -> Tensor:
+    """floats [n + tail] of the kept entries and the tail [z + tail], 0 elsewhere."""
+    floats = blocks.zeros(n + values.numel() - where.z, device=values.device)
+    floats.index_copy_(0, where.index, values[: where.z])
+    floats[n:] = values[where.z :]
+    return floats
+
+
+def encode(floats: Tensor, n: int, encoding: Encoding, where: Positions) -> Tensor:
+    """The payload uint8 [bytes] of floats [n + tail] of which the mask marks what travels."""
+    values = compact(floats, n, where)
     if encoding == "dense":
-        return torch.cat([torch.where(keep, entries, 0.0), tail]).view(torch.uint8)
-    index = keep.nonzero().squeeze(1)
-    values = torch.cat([entries.index_select(0, index), tail])
+        return spread(values, n, where).view(torch.uint8)
     if encoding == "values":
         return values.view(torch.uint8)
-    head = pack(keep) if encoding == "bitmask_values" else index.to(torch.int32).view(torch.uint8)
+    head = pack(where.keep) if encoding == "bitmask_values" else where.index.to(torch.int32).view(torch.uint8)
     return torch.cat([head, values.view(torch.uint8)])
 
 
-def decode(payload: Tensor, n: int, tail: int, encoding: Encoding, keep: Tensor | None = None) -> Tensor:
+def decode(payload: Tensor, n: int, tail: int, encoding: Encoding, where: Positions | None = None) -> Tensor:
     """The floats [n + tail] of a payload, 0 where nothing was sent.
 
-    keep: the mask bool [n] that the receiver holds, or None; `values` needs it. ValueError for a payload of the wrong
-    length, for positions that are not strictly increasing in 0..n-1, and for entries that a mask does not keep.
+    where: the mask that the receiver holds, or None; `values` needs it. ValueError for a payload of the wrong length,
+    for positions that are not strictly increasing in 0..n-1, and for entries that a mask does not keep.
     """
     problem = refusal(encoding, n, tail, payload.numel())
     if problem is not None:
         raise ValueError(problem)
     if encoding == "dense":
         floats = _aligned(payload)
-        if keep is not None and bool((floats[:n].view(torch.int32) != 0).logical_and_(~keep).any()):
-            raise ValueError("a parameter that the mask closes is not 0")
+        if where is not None:
+            check_closed(floats, n, where)
         return floats
     fixed = {"values": 0, "bitmask_values": -(-n // 8)}.get(encoding, (payload.numel() - 4 * tail) // 2)
     values = _aligned(payload[fixed:])
     if encoding == "values":
-        if keep is None:
+        if where is None:
             raise ValueError("values without positions need the mask that they belong to")
-        index = keep.nonzero().squeeze(1)
+        sent = where
     elif encoding == "bitmask_values":
-        index = unpack(payload[:fixed], n).nonzero().squeeze(1)
+        sent = Positions.of(unpack(payload[:fixed], n))
     else:
         index = _aligned(payload[:fixed], torch.int32).to(torch.int64)
         if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= n or bool((index.diff() <= 0).any())):
             raise ValueError(f"positions must increase strictly and lie in 0 to {n - 1}")
-    if values.numel() - tail != index.numel():
-        raise ValueError(f"{values.numel() - tail} values came for {index.numel()} kept parameters")
-    if encoding != "values" and keep is not None and not bool(keep.index_select(0, index).all()):
+        sent = Positions(index, index)  # the mask itself is not needed
+    if values.numel() - tail != sent.z:
+        raise ValueError(f"{values.numel() - tail} values came for {sent.z} kept parameters")
+    if encoding != "values" and where is not None and not bool(where.keep.index_select(0, sent.index).all()):
         raise ValueError("a parameter that the mask closes was sent")
-    floats = blocks.zeros(n + tail, device=payload.device)
-    floats.index_copy_(0, index, values[: index.numel()])
-    floats[n:] = values[index.numel() :]
-    return floats
+    return spread(values, n, sent)
+
+
+def check_closed(floats: Tensor, n: int, where: Positions) -> None:
+    """ValueError where one of n parameters that the mask closes is not 0."""
+    if bool((floats[:n].view(torch.int32) != 0).logical_and_(~where.keep).any()):
+        raise ValueError("a parameter that the mask closes is not 0")
 
 
 def _aligned(raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,29 +207,42 @@ class Kept:
         if n >= MAX_INDEX and encoding == "index_values":
             raise ValueError(f"encoding: index_values has positions of 32 bits, too few for {n} parameters")
         self.params = params
-        self.keep = (params.floats[:n].view(torch.int32) != 0) if mask is None else unpack(mask, n).to(params.device)
-        self.z = int(self.keep.sum())
-        self.encoding: Encoding = smallest(n, self.z, mask is not None) if encoding == "auto" else encoding
+        self.mask = mask
+        if mask is None:
+            self.where = Positions.of(params.floats[:n].view(torch.int32) != 0)
+        else:
+            self.where = positions(mask, n, params.device)
+        z = self.where.z
+        self.encoding: Encoding = smallest(n, z, mask is not None) if encoding == "auto" else encoding
 
     @cached_property
     def payload(self) -> Tensor:
         """What travels of the floats, uint8 [bytes]."""
-        return encode(self.params.floats, self.params.layout.num_params, self.encoding, self.keep)
+        return encode(self.params.floats, self.params.layout.num_params, self.encoding, self.where)
 
     @cached_property
     def value(self) -> Params:
         """What the receiver gets."""
         params, n = self.params, self.params.layout.num_params
-        floats = blocks.copy(params.floats)
-        floats[:n].masked_fill_(~self.keep, 0.0)
-        return Params(params.layout, floats, params.ints)
+        return Params(params.layout, spread(compact(params.floats, n, self.where), n, self.where), params.ints)
+
+    @cached_property
+    def compact(self) -> Params:
+        """The kept entries as a model of their own, with its buffers."""
+        params, n = self.params, self.params.layout.num_params
+        layout = compact_layout(params.layout, self.where.z)
+        return Params(layout, compact(params.floats, n, self.where), params.ints)
+
+    def whole(self, part: Params) -> Params:
+        """A model of kept entries, as `compact`, in the place of this one's; 0 elsewhere."""
+        return Params(self.params.layout, spread(part.floats, self.params.layout.num_params, self.where), part.ints)
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel, integer counters included."""
         layout = self.params.layout
         tail = layout.num_floats - layout.num_params
-        return encoded_bytes(self.encoding, layout.num_params, self.z) + 4 * tail + 8 * layout.num_ints
+        return encoded_bytes(self.encoding, layout.num_params, self.where.z) + 4 * tail + 8 * layout.num_ints
 
 
 class Packed:
@@ -181,14 +259,27 @@ class Packed:
         """The model; mask: the bits that the receiver holds, or None. ValueError: see `decode`, `unpack`."""
         if self._made is None or self._made[0] is not mask:
             n = self.layout.num_params
-            keep = None if mask is None else unpack(mask, n)
-            floats = decode(self.payload, n, self.layout.num_floats - n, self.encoding, keep)
+            where = None if mask is None else positions(mask, n, self.payload.device)
+            floats = decode(self.payload, n, self.layout.num_floats - n, self.encoding, where)
             self._made = (mask, Params(self.layout, floats, self.ints))
         return self._made[1]
 
+    def compact(self, z: int) -> Params | None:
+        """The z kept entries as a model of their own (see `Kept.compact`), where nothing else travelled; else None.
 
-def check_closed(params: Params, mask: Tensor) -> None:
-    """ValueError where a parameter that the mask (bits) closes is not 0."""
-    n = params.layout.num_params
-    if bool((params.floats[:n].view(torch.int32) != 0).logical_and_(~unpack(mask, n).to(params.device)).any()):
-        raise ValueError("a parameter that the mask closes is not 0")
+        ValueError for another number of values.
+        """
+        if self.encoding != "values":
+            return None
+        tail = self.layout.num_floats - self.layout.num_params
+        came = self.payload.numel() // 4 - tail
+        if came != z:
+            raise ValueError(f"{came} values came for {z} kept parameters")
+        return Params(compact_layout(self.layout, z), _aligned(self.payload), self.ints)
+
+
+def compact_layout(layout: Layout, z: int) -> Layout:
+    """The layout of z kept entries in a row, and of the buffers of the model that they are of."""
+    shift = z - layout.num_params
+    buffers = tuple(replace(slot, offset=slot.offset + shift) for slot in layout.buffers)
+    return Layout((Slot("kept", (z,), 0, z),), buffers, layout.integers)

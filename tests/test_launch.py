@@ -31,7 +31,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised", "autoflip")
 
 
-FIELDS = {"autoflip": {"mask_schedule": "per_round", "T": 0.5, "explore_epochs": 2}}
+FIELDS = {"autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True}}
 
 
 def config(algorithm: str, **changes: Any) -> dict[str, Any]:

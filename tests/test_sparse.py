@@ -19,7 +19,7 @@ from fldist.kinds import Field, Form, Kind, Schema, Sparse
 from fldist.models.cnn import CnnBn
 from fldist.params import Layout, Params
 from fldist.runner import run_here
-from fldist.sparse import Kept, decode, encode, encoded_bytes, pack, refusal, smallest, unpack
+from fldist.sparse import Kept, Positions, decode, encode, encoded_bytes, pack, refusal, smallest, unpack
 from fldist.wire import codec
 from fldist.wire.codec import Expected, FrameBuilder, FrameType, Head, Message, values_of
 from fldist.wire.errors import BadMessage
@@ -65,7 +65,7 @@ def test_each_encoding_by_hand() -> None:
         "index_values": np.array([1, 3, 8], "<i4").tobytes() + three,
     }
     for encoding in ENCODINGS:
-        payload = encode(floats, 9, encoding, keep)
+        payload = encode(floats, 9, encoding, Positions.of(keep))
         assert payload.numpy().tobytes() == wanted[encoding]
         assert payload.numel() == encoded_bytes(encoding, 9, 3) + 4
 
@@ -78,13 +78,13 @@ def test_what_was_encoded_is_decoded_bit_for_bit(encoding: Any, n: int, tail: in
     if keep.any():
         floats[:n][int(keep.nonzero()[0])] = -0.0  # a kept zero keeps its sign, a kept NaN its bits
         floats[:n][int(keep.nonzero()[-1])] = float("nan")
-    payload = encode(floats, n, encoding, keep)
+    payload = encode(floats, n, encoding, Positions.of(keep))
     assert payload.numel() == encoded_bytes(encoding, n, int(keep.sum())) + 4 * tail
     assert refusal(encoding, n, tail, payload.numel()) is None
     for mask in (keep, None):
         if encoding == "values" and mask is None:
             continue
-        got = decode(payload, n, tail, encoding, mask)
+        got = decode(payload, n, tail, encoding, None if mask is None else Positions.of(mask))
         assert torch.equal(got.view(torch.int32), floats.view(torch.int32))
 
 
@@ -117,7 +117,7 @@ def test_at_a_third_pruned_positions_cost_more_than_they_save() -> None:
 def test_a_payload_that_the_mask_does_not_have_is_refused(encoding: Any, payload: list[float], what: str) -> None:
     keep = torch.tensor([True, False, True, False, False])
     with pytest.raises(ValueError, match=what):
-        decode(torch.tensor(payload).view(torch.uint8), 5, 0, encoding, keep)
+        decode(torch.tensor(payload).view(torch.uint8), 5, 0, encoding, Positions.of(keep))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_positions_are_checked(positions: list[int], what: str) -> None:
     head = torch.tensor(positions, dtype=torch.int32).view(torch.uint8)
     payload = torch.cat([head, torch.tensor([1.0, 2.0]).view(torch.uint8)])
     with pytest.raises(ValueError, match=what):
-        decode(payload, 5, 0, "index_values", keep)
+        decode(payload, 5, 0, "index_values", Positions.of(keep))
 
 
 def test_a_bit_mask_says_how_many_values_follow() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fldist.fold import Fold
-from fldist.kinds import HELD, Each, Once
-from fldist.runtime.folding import Folds, unpacked
+from fldist.kinds import HELD, Once
+from fldist.runtime.folding import Folds, argument_for
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceTable, size_of
 from fldist.runtime.sharing import Shares
@@ -78,20 +78,6 @@ class Call:
             builder.frame.parts = builder.frame.world
         return builder.frame, given
 
-    def unpacked(self, client: int, values: Sequence[Any]) -> list[Any]:
-        """A reply's values, masked models as Params; ValueError for what is not as the call's masks have it."""
-        made = []
-        for spec, value in zip(self.spec.reply.fields, values, strict=True):
-            mask = None
-            if spec.sparse is not None and spec.sparse.mask is not None:
-                mask = argument_for(self.arguments[spec.sparse.mask], client, spec.sparse.mask)
-            try:
-                made.append(unpacked(spec, value, mask))
-            except ValueError as error:
-                raise ValueError(f"{spec.name}: shape: {error}") from None
-        return made
-
-
 def check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> None:
     """Refuse arguments and folds that a client method does not have: ValueError."""
     names = [f.name for f in spec.call.fields]
@@ -102,14 +88,3 @@ def check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping
         raise ValueError(
             f"{spec.name} has no reply field {sorted(unknown)}; it has {[f.name for f in spec.reply.fields]}"
         )
-
-
-def argument_for(argument: Any, client: int, name: str) -> Any:
-    """What one client is sent as this argument."""
-    if isinstance(argument, Once):
-        return argument.value
-    if isinstance(argument, Each):
-        if client not in argument.values:
-            raise ValueError(f"argument {name!r}: Each has no value for client {client}")
-        return argument.values[client]
-    return argument

@@ -286,10 +286,8 @@ class Caller:
             running.told = reducible(spec, fold, arguments)
             for name, accumulator in running.folds.accumulators.items():
                 if isinstance(accumulator, FixedPoint):
-                    kept = [a for a in arguments.values() if isinstance(a, Kept)]
-                    field_ = spec.reply.fields[spec.reply.index(name)]
-                    size = kept[0].nbytes if field_.sparse is not None else accumulator.reference.nbytes
-                    self._sizes[spec.name, name] = size
+                    as_sent = running.folds.kept.get(name)
+                    self._sizes[spec.name, name] = size_of(as_sent or accumulator.reference)
         self._send(running, sorted(ids))
         self.facts.encoded.append((began, time.monotonic()))
         needed = self._faults.needed(len(ids))
@@ -609,12 +607,7 @@ class Caller:
                 booked.settle("delivered", event.done_ns)
                 self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
                 continue
-            try:
-                values = running.unpacked(client, values_of(frame, message, self.job.layout(client)))
-            except ValueError as error:
-                refusal: str | None = f"refused: {error}"
-            else:
-                refusal = running.folds.add(client, values)
+            refusal = running.folds.add(client, values_of(frame, message, self.job.layout(client)))
             if refusal is not None:
                 booked.settle("refused", event.done_ns)
                 self._miss(running, client, refusal)

@@ -14,7 +14,7 @@ from fldist.fold import Accumulator, Collect, Collected, FixedPoint, Fold, FoldC
 from fldist.kinds import FOLDED, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import ADDED, ClientMethod, Job
-from fldist.sparse import Kept, Packed, check_closed
+from fldist.sparse import Kept, Packed, check_closed, positions
 
 _REDUCIBLE: dict[str, type[Mean] | type[Sum]] = {"Mean": Mean, "Sum": Sum}
 """Folds whose accumulators can be added up, by the name under which hosts are told of them."""
@@ -30,7 +30,9 @@ class Folds:
     ) -> None:
         self.weights = {name: how.by for name, how in fold.items() if how.by is not None}
         self.accumulators: dict[str, Accumulator] = {}
+        self.kept: dict[str, Kept] = {}  # by reply field: the masked model that was sent; what it keeps alone is folded
         self._spec = spec
+        self._arguments = arguments
         for field in spec.reply.fields:
             how = fold.get(field.name)
             if how is None:
@@ -42,7 +44,10 @@ class Folds:
                         "Mean, Sum, or collect() to keep every reply"
                     )
                 how = Collect()
-            self.accumulators[field.name] = how.begin(_context(job, spec.call, field, how, arguments))
+            kept = _masked(spec.call, field, how, arguments)
+            if kept is not None:
+                self.kept[field.name] = kept
+            self.accumulators[field.name] = how.begin(_context(job, spec.call, field, how, arguments, kept))
 
     def add(self, client: int, values: Sequence[Any]) -> str | None:
         """Fold a reply's fields, all or none; returns why not. values: one a field of the reply."""
@@ -51,8 +56,8 @@ class Folds:
         for name, accumulator in self.accumulators.items():
             by = self.weights.get(name)
             weight = 1.0 if by is None else float("nan") if named[by] is None else float(named[by])
-            value = named[name].value if isinstance(named[name], Kept) else named[name]
             try:
+                value = self._unpacked(client, name, named[name])
                 if value is FOLDED:
                     assert isinstance(accumulator, FixedPoint)  # `reducible` saw to it
                     accumulator.absorb(client, weight)
@@ -66,6 +71,20 @@ class Folds:
                 return f"refused: {name}: {error}"
             done.append((accumulator, value, weight))
         return None
+
+    def _unpacked(self, client: int, name: str, value: Any) -> Any:
+        """A reply's value as its accumulator takes it; Refused for a masked model that is not as its mask has it."""
+        spec = self._spec.reply.fields[self._spec.reply.index(name)]
+        if spec.sparse is None or value is None or value is FOLDED:
+            return value
+        try:
+            if name in self.kept:
+                return _kept_part(value, self.kept[name])
+            mask = spec.sparse.mask
+            bits = None if mask is None else argument_for(self._arguments[mask], client, mask)
+            return unpacked(spec, value.value if isinstance(value, Kept) else value, bits)
+        except ValueError as error:
+            raise Refused("shape", str(error)) from None
 
     def taken_out(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """A reply's values without those that are folded here; ValueError for one that cannot be."""
@@ -90,7 +109,8 @@ class Folds:
 
     def results(self) -> dict[str, Any]:
         """The value of every reply field; NoWeight where a mean has none."""
-        return {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+        values = {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+        return values | {name: kept.whole(values[name]) for name, kept in self.kept.items()}
 
     def fixed(self) -> list[FixedPoint]:
         """The accumulators that can be added up, in the order of the reply's fields."""
@@ -109,7 +129,8 @@ def reducible(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[s
             if type(how) not in _REDUCIBLE.values():
                 raise ValueError(f"{spec.name}.{field.name}: topology: reduce takes Mean and Sum; use star")
             reference = _reference(spec.call, field, how)
-            if field.sparse is not None and (reference is None or not isinstance(arguments[reference.name], Kept)):
+            sparse = field.sparse
+            if sparse is not None and (sparse.mask is None or isinstance(arguments[sparse.mask], Each)):
                 raise ValueError(
                     f"{spec.name}.{field.name}: under topology: reduce nothing tells how much each client would have "
                     "sent of a model with zeros of its own; use topology: star or collective"
@@ -146,6 +167,17 @@ def plain(argument: Any) -> Any:
     return argument
 
 
+def argument_for(argument: Any, client: int, name: str) -> Any:
+    """What one client is sent as this argument."""
+    if isinstance(argument, Once):
+        return argument.value
+    if isinstance(argument, Each):
+        if client not in argument.values:
+            raise ValueError(f"argument {name!r}: Each has no value for client {client}")
+        return argument.values[client]
+    return argument
+
+
 def unpacked(spec: Field, value: Any, mask: Any) -> Any:
     """A value that came, a masked model as Params; ValueError where it is not as the mask (bits, or None) has it."""
     if spec.sparse is None or value is FOLDED:
@@ -153,8 +185,39 @@ def unpacked(spec: Field, value: Any, mask: Any) -> Any:
     if isinstance(value, Packed):
         return value.params(mask)
     if isinstance(value, Params) and mask is not None:
-        check_closed(value, mask)
+        n = value.layout.num_params
+        check_closed(value.floats, n, positions(mask, n, value.device))
     return value
+
+
+def _masked(call: Schema, field: Field, how: Fold, arguments: Mapping[str, Any]) -> Kept | None:
+    """The masked model that a reply field is compared with, where one mask is all clients': folds then take z entries,
+    not N. Server and hosts decide it alike."""
+    if field.sparse is None or field.sparse.mask is None or not isinstance(how, Mean | Sum):
+        return None
+    reference, mask = _reference(call, field, how), arguments[field.sparse.mask]
+    if reference is None or isinstance(mask, Each) or plain(mask) is None:
+        return None
+    sent = plain(arguments[reference.name])
+    if isinstance(sent, Kept):
+        return sent if sent.mask is plain(mask) else Kept(sent.value, plain(mask))
+    return Kept(sent, plain(mask)) if isinstance(sent, Params) else None
+
+
+def _kept_part(value: Any, like: Kept) -> Params:
+    """What a mask keeps of a reply; ValueError where there is something else, or another number of values."""
+    if isinstance(value, Packed):
+        made = value.compact(like.where.z)
+        if made is not None:
+            return made
+        value = value.params(like.mask)
+    elif isinstance(value, Kept):
+        if value.mask is like.mask:
+            return value.compact
+        value = value.value
+    if isinstance(value, Params):
+        check_closed(value.floats, like.where.n, like.where)
+    return Kept(value, like.mask).compact
 
 
 def _reference(call: Schema, field: Field, how: Fold) -> Field | None:
@@ -162,7 +225,9 @@ def _reference(call: Schema, field: Field, how: Fold) -> Field | None:
     return call.fields[call.index(like)] if like else reference_for(field, call)
 
 
-def _context(job: Job, call: Schema, field: Field, how: Fold, arguments: Mapping[str, Any]) -> FoldContext:
+def _context(
+    job: Job, call: Schema, field: Field, how: Fold, arguments: Mapping[str, Any], kept: Kept | None
+) -> FoldContext:
     reference_field = _reference(call, field, how)
     reference = plain(arguments[reference_field.name]) if reference_field is not None else None
     bound = float(job.task.num_clients)
@@ -172,7 +237,9 @@ def _context(job: Job, call: Schema, field: Field, how: Fold, arguments: Mapping
         bound = float(job.task.num_train)
     elif isinstance(how, Mean) and how.by is not None:
         raise ValueError(f"Mean(by={how.by!r}) needs bound=..., a number that no sum of the weights exceeds")
-    if isinstance(reference, Kept):
+    if kept is not None:
+        reference = kept.compact
+    elif isinstance(reference, Kept):
         reference = reference.value
     reference = reference if isinstance(reference, Params) else None
     return FoldContext(reference, bound, job.integers if not isinstance(how, Sum) else "mean")
