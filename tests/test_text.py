@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from fldist.data.task import Task
 from fldist.data.text import ALPHABET, Roles, speeches_in, tokens_of
 from fldist.data.windows import Windows
 from fldist.inspection import partition
+from fldist.runner import run_here
 from fldist.seeding import Streams
-from tests.conftest import small
+from tests.conftest import Hosts, small
 from tests.needs import needs_data
 from tests.test_errors import Cli
+from tests.test_launch import outcome
 
+CACHE = os.environ["FLDIST_CACHE"]
 TINY = {"name": "next_char_lstm", "embedding": 3, "hidden": 5, "layers": 1}
 
 
@@ -791,3 +795,57 @@ def test_text_is_listed_and_prepared(cli: Cli, tmp_path: Path, monkeypatch: pyte
     code, out, _ = cli("data", "prepare", "leaf", "share=0.1", "train_share=0.5", "--path", str(file))
     assert code == 0
     assert "owners: 1 (" in out
+
+
+# ---- whole runs
+@pytest.fixture
+def shakespeare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A configuration: five of six roles of a small text, of whose rows a third are used, and a small LSTM."""
+    monkeypatch.setenv("FLDIST_CACHE", CACHE)  # hosts that were forked before have no other one
+    sizes = {role: [60 + 10 * i, 70] for i, role in enumerate("ABCDEF")}
+    path = play(tmp_path / "play.txt", sizes)
+    data = {"name": "roles", "path": path, "min_speeches": 2, "window": 12, "train_share": 0.7}
+    yield small(
+        clients={"num_clients": 5, "fraction": 0.6},
+        task={
+            "data": data,
+            "partition": {"name": "natural", "choice": "random"},
+            "subset": {"train": 180, "test": 90, "choice": "random"},
+            "model": {"name": "next_char_lstm", "embedding": 4, "hidden": 16},
+        },
+        local={"epochs": 2, "batch_size": 16, "lr": 0.5},
+        eval={"where": "both", "metrics": ["top5"]},
+    )
+    cached = Roles(**{name: value for name, value in data.items() if name != "name"}).entry(Path(path)).path
+    for file in (cached, cached.with_name(f"{cached.name}.lock")):
+        file.unlink(missing_ok=True)
+
+
+def test_an_lstm_learns_from_its_clients_text_and_is_scored_on_theirs(
+    shakespeare: dict[str, Any], tmp_path: Path
+) -> None:
+    result = fldist.run(shakespeare, output=tmp_path / "run")
+    task = build(load(shakespeare)).task
+    lines = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    scored = [json.loads(line) for line in (tmp_path / "run/clients.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] < np.log(80)
+    last = {s["client"]: s for s in scored if s["round"] == 2}
+    assert {c: s["n"] for c, s in last.items()} == {c: task.count(c, "test") for c in range(5)}
+    assert task.num_test == sum(s["n"] for s in last.values()) < 90
+    assert len({s["n"] for s in last.values()}) > 1
+    mean = sum(s["loss"] * s["n"] for s in last.values()) / task.num_test
+    assert mean == pytest.approx(result["final"]["loss"], rel=1e-5), "the global test set is all of theirs together"
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "local"])
+def test_text_gives_the_same_bits_on_hosts(
+    shakespeare: dict[str, Any], tmp_path: Path, hosts: Hosts, algorithm: str
+) -> None:
+    shakespeare["algorithm"] = {"name": algorithm}
+    if algorithm == "local":
+        shakespeare["eval"] = {"where": "clients"}
+    here = fldist.run(shakespeare, output=tmp_path / "here")
+    there = run_here(load(shakespeare), nproc=3, output=tmp_path / "there", spawn=hosts)
+    assert there["backend"] == "gloo"
+    assert outcome(there) == outcome(here)
+    assert (tmp_path / "there/clients.jsonl").read_text() == (tmp_path / "here/clients.jsonl").read_text()
