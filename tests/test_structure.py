@@ -21,18 +21,19 @@ ALLOWED: dict[str, set[str]] = {
     "vision": set(),
     "lines": set(),
     "units": set(),
+    "clock": set(),
     "analysis": {"units"},
     "kinds": {"params"},
     "fold": {"blocks", "params"},
     "wire": {"blocks", "kinds", "lines", "params"},
     "models": {"blocks", "params", "seeding", "vision"},
-    "data": {"models", "params", "seeding", "vision"},
-    "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
+    "data": {"clock", "models", "params", "seeding", "vision"},
+    "algorithm": {"clock", "data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["runtime"] |= {"blocks", "units"}
+ALLOWED["runtime"] |= {"blocks", "clock", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}

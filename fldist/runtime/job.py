@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fldist.algorithm import Algorithm
+from fldist.clock import Clock, Measured
 from fldist.data.task import Task
 from fldist.fold import Integers
 from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, reply_type
@@ -68,6 +69,7 @@ class Job:
     round_deadline_s: float | None = None
     faults: Faults = field(default_factory=Faults)
     stop: Stop = field(default_factory=Stop)
+    clock: Clock = field(default_factory=Measured)
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
 
