@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Type
 
 import torch
 
+from fldist.clock import Clock
 from fldist.data.client_data import ClientData, PooledData
 from fldist.data.task import Task
 from fldist.fold import Fold, collect
@@ -135,11 +136,13 @@ class Clients(Protocol):
 class Server(Protocol):
     """The server half's view: its state's values are attributes; `rng`, `log` and `task` are there.
 
-    `data` is all clients' training data together, for what no federation could do: centralised training.
+    `data` is all clients' training data together, for what no federation could do: centralised training; `clock` has
+    the durations by which something is decided.
     """
 
     task: Task
     data: PooledData
+    clock: Clock
     round: int
     rng: torch.Generator
 

@@ -20,8 +20,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from fldist import models, resolve
+from fldist import clock, models, resolve
 from fldist.algorithm import Algorithm
+from fldist.clock import Clock
 from fldist.data import datasets, partition
 from fldist.data.augment import Augment
 from fldist.data.datasets import Dataset
@@ -186,6 +187,7 @@ class Settings(Section):
     deadlines: DeadlinesSection = DeadlinesSection()
     faults: Faults = Faults()
     stop: Stop = Stop()
+    clock: Named = Component(name="measured")
     checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
@@ -315,6 +317,9 @@ def known_keys() -> list[str]:
         for name in table:
             thing = resolve.from_table(table, name, f"task.{section}.name")
             keys += [f"task.{section}.{f.name}" for f in dataclasses.fields(thing)]
+    for name in clock.NAMES:
+        thing = resolve.from_table(clock.NAMES, name, "clock.name")
+        keys += [f"clock.{f.name}" for f in dataclasses.fields(thing)]
     return list(dict.fromkeys(keys))
 
 
@@ -464,6 +469,16 @@ def make_trackers(settings: Settings) -> list[Any]:
     return [_from_table(TRACKERS, given, key) for given, key in zip(settings.output.trackers, keys, strict=True)]
 
 
+def _clock(given: Component) -> Clock:
+    made = _from_table(clock.NAMES, given, "clock")
+    if not isinstance(made, Clock):
+        raise ConfigError(
+            f"clock.name: {given.name!r} is no frozen dataclass that is a subclass of fldist.clock.Clock; make it one, "
+            f"or use {' or '.join(clock.NAMES)}"
+        )
+    return made
+
+
 TriedBuild = Callable[..., nn.Module]
 """Makes a model from (shape, classes) and tries it on two blank samples, of the type `sample` (default float32)."""
 
@@ -474,6 +489,7 @@ class Components:
 
     algorithm: Algorithm
     selector: Selector
+    clock: Clock
     partition: Partition
     load_data: Callable[[], Dataset]
     load_public: Callable[[], Dataset] | None
@@ -491,6 +507,7 @@ def components(settings: Settings) -> Components:
     return Components(
         make_algorithm(settings.algorithm),
         _component(kind, settings.selection, "selection"),
+        _clock(settings.clock),
         _from_table(partition.NAMES, section.partition, "task.partition"),
         _loader(section.data, "task.data"),
         _loader(public, "task.public.data") if public is not None else None,
@@ -585,4 +602,5 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         round_deadline_s=deadlines.round_deadline_s,
         faults=settings.faults,
         stop=settings.stop,
+        clock=chosen.clock,
     )

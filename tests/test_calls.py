@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection
@@ -14,6 +15,7 @@ import torch
 
 import fldist
 from fldist.algorithm import Algorithm, Clients, Me, Server, State, TooFewReplies, on_client
+from fldist.algorithms.fedavg import FedAvg
 from fldist.bench.round import Answered, Ask
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
@@ -308,3 +310,38 @@ def test_one_slow_client_does_not_keep_small_replies_apart_for_ever(tmp_path: Pa
         frames[row["round"]] += row["row"] == "message" and row["direction"] == "up" and row["framing_bytes"] > 0
     assert frames[2] == 200, "as long as the next client may take as long"
     assert frames[8] < 100
+
+
+class Shadowed(NamedTuple):
+    y: Weights
+    seconds: Scalar
+
+
+class Doubled(NamedTuple):
+    own_scores: Scalar
+
+
+@dataclass(frozen=True)
+class Shadows(FedAvg):
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Shadowed:
+        return Shadowed(x.clone(), 1.0)
+
+
+@dataclass(frozen=True)
+class Doubles(FedAvg):
+    @on_client
+    def tally(self, me: Me, data: ClientData) -> Doubled:
+        return Doubled(1.0)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        (Shadows(), r"Shadows\.update: the replies have a 'seconds' of their own; call the field something else"),
+        (Doubles(), r"Doubles\.tally: the replies have a 'own_scores'"),
+    ],
+)
+def test_a_field_that_could_not_be_read_is_refused(algorithm: Algorithm, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(build(load(small())), algorithm=algorithm)

@@ -465,6 +465,7 @@ def test_what_changes_what_is_learnt_or_what_accuracy_means_makes_another_task(c
         {"algorithm__mu": 0.1}, {"local__lr": 0.1}, {"clients__fraction": 0.5}, {"selection": {"name": "own"}},
         {"aggregation": {"integers": "max"}}, {"faults": {"min_replies": 3}}, {"topology": "reduce"},
         {"network__share": False}, {"deadlines__round_deadline_s": 3.0}, {"threads": 2}, {"eval__own": True},
+        {"clock": {"name": "scripted"}},
     ],
 )  # fmt: skip
 def test_what_changes_a_result_or_its_cost_makes_another_method(changes: dict[str, Any]) -> None:
@@ -478,6 +479,7 @@ def test_what_changes_a_result_or_its_cost_makes_another_method(changes: dict[st
         {"rounds": 40}, {"name": "other"}, {"stop": {"rounds": 9}}, {"output": {"root": "elsewhere"}},
         {"checkpoint": {"every": 2}}, {"task__data": {"name": "digits", "root": "/elsewhere"}}, {"eval__every": 5},
         {"eval__metrics": ["f1"]}, {"deadlines__join_s": 5.0}, {"eval__own": False}, {"eval__fraction": 0.5},
+        {"clock": {"name": "measured"}},
         {"network__control_port": 999}, {"backend": "gloo"}, {"local__lr": "1e-2"}, {"local__epochs": 1.0},
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "vision": set(),
     "lines": set(),
     "units": set(),
+    "clock": set(),
     "analysis": {"units"},
     "kinds": {"params"},
     "sparse": {"blocks", "params"},
@@ -28,14 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "pruning": {"blocks", "params"},
-    "data": {"models", "params", "pruning", "seeding", "vision"},
-    "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
+    "data": {"clock", "models", "params", "pruning", "seeding", "vision"},
+    "algorithm": {"clock", "data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse"},
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["runtime"] |= {"blocks", "sparse", "units"}
+ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}

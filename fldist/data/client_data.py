@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fldist.clock import Clock, Measured
 from fldist.data.augment import add_noise, to_unit
 from fldist.data.partition import Noise
 from fldist.data.task import CPU, Split, Task
@@ -79,7 +80,7 @@ class ClientData:
     """One client's samples and services during one call.
 
     sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
-    that it has trained is to be scored, and its outputs are wanted.
+    that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class ClientData:
         sent: Params | None = None,
         reports: bool = False,
         own: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         self.task = task
         self.client = client
         self.streams = streams
         self.sent = sent
+        self.clock = clock or Measured()
         self.trained: Trained | None = None
         self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
         self._reports = reports
@@ -416,8 +419,8 @@ class PooledData(ClientData):
     Training calculates on the task's device; `params` come back on the CPU, where the server's state is.
     """
 
-    def __init__(self, task: Task, streams: Streams) -> None:
-        super().__init__(task, -1, streams)
+    def __init__(self, task: Task, streams: Streams, *, clock: Clock | None = None) -> None:
+        super().__init__(task, -1, streams, clock=clock)
 
     def enter(self, streams: Streams) -> None:
         """Begin a round: its random streams; the samples stay as they were read."""

@@ -227,6 +227,7 @@ class Host:
                 sent=self._sent.get(client),
                 reports=job.reports(method.name),
                 own=round_number > 0 and job.scores_own(method.name),  # setup belongs to no round that has scores
+                clock=job.clock,
             )
             reseed(job.seed, "client", *streams.next_key("client"))
             result = method.run(me, data, **arguments)

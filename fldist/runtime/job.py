@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fldist.algorithm import Algorithm
+from fldist.clock import Clock, Measured
 from fldist.data.task import Task
 from fldist.fold import Integers
 from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, reply_type
@@ -25,6 +26,8 @@ OWN = Field("own_scores", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=102
 samples of `eval.split` the client has, then the M metrics of its training and those of the trained model on these."""
 ADDED = (REPORT, OWN)
 """Fields that no algorithm declares, so that none says how they are folded: they are collected."""
+_TAKEN = frozenset({"clients", "missing", "seconds", "reports", *(field.name for field in ADDED)})
+"""What replies have beside their fields: a field of such a name could not be read."""
 
 
 Topology = Literal["star", "collective", "reduce"]
@@ -68,6 +71,7 @@ class Job:
     round_deadline_s: float | None = None
     faults: Faults = field(default_factory=Faults)
     stop: Stop = field(default_factory=Stop)
+    clock: Clock = field(default_factory=Measured)
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
 
@@ -87,6 +91,10 @@ class Job:
         self.methods = {}
         for number, (name, method) in enumerate(self.algorithm.client_methods().items(), start=1):
             reply = reply_schema(method)
+            for taken in _TAKEN & {f.name for f in reply.fields}:
+                raise ValueError(
+                    f"{who}.{name}: the replies have a {taken!r} of their own; call the field something else"
+                )
             added = [f for f, wanted in ((REPORT, self.reports(name)), (OWN, self.scores_own(name))) if wanted]
             reply = Schema((*reply.fields, *added))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
