@@ -297,13 +297,13 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
         raise ValueError(f"eval.model: global, but {name} has no global model; use personal")
     if model == "global" and where != "server" and len(task.architectures) > 1:
         raise ValueError("eval.model: global, but clients.models gives clients other architectures; use where: server")
-    split = how.split if how.split != "auto" else "test" if task.split.test else "global"
+    split = how.split if how.split != "auto" else "test" if task.has_part("test") else "global"
     if where != "server":
         if split == "global" and not task.num_test:
             raise ValueError(
                 "eval: with task.merged there is no global test set; give clients one: task.split.test=0.25"
             )
-        if split in ("val", "test") and not getattr(task.split, split):
+        if split != "global" and not task.has_part(split):
             raise ValueError(f"eval.split: clients have no {split} part; set task.split.{split}, or use another split")
     return dataclasses.replace(how, where=where, split=split, model=model)
 

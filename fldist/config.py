@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from fldist.data import datasets, partition
 from fldist.data.augment import Augment
 from fldist.data.datasets import Dataset
 from fldist.data.prepare import ClientSplit, Normalize, Preparation, Public, Subset
-from fldist.data.task import Build, Partition, Task
+from fldist.data.task import Build, Partition, Task, sample_type
 from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
@@ -463,6 +464,10 @@ def make_trackers(settings: Settings) -> list[Any]:
     return [_from_table(TRACKERS, given, key) for given, key in zip(settings.output.trackers, keys, strict=True)]
 
 
+TriedBuild = Callable[..., nn.Module]
+"""Makes a model from (shape, classes) and tries it on two blank samples, of the type `sample` (default float32)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Components:
     """What the names in a configuration stand for, with their fields checked; nothing is loaded yet."""
@@ -472,8 +477,8 @@ class Components:
     partition: Partition
     load_data: Callable[[], Dataset]
     load_public: Callable[[], Dataset] | None
-    build_model: Build
-    client_models: list[tuple[str, Build]]
+    build_model: TriedBuild
+    client_models: list[tuple[str, TriedBuild]]
 
 
 def components(settings: Settings) -> Components:
@@ -508,12 +513,12 @@ def _model_name(given: Component) -> str:
     return f"{given.name}({fields})" if fields else given.name
 
 
-def _builder(given: Component, key: str) -> Build:
+def _builder(given: Component, key: str) -> TriedBuild:
     """Makes a model, and tries it on two blank samples: one that does not fit the data is found before any round."""
     model = _from_table(models.NAMES, given, key)
     build_model: Build = model.build if hasattr(model, "build") else model
 
-    def make(shape: tuple[int, ...], classes: int) -> nn.Module:
+    def make(shape: tuple[int, ...], classes: int, sample: torch.dtype = torch.float32) -> nn.Module:
         try:
             made = build_model(shape, classes)
         except TypeError as error:
@@ -522,12 +527,11 @@ def _builder(given: Component, key: str) -> Build:
             raise ConfigError(f"{key}: {given.name} made a {type(made).__name__}, not an nn.Module")
         try:
             with torch.no_grad():
-                outputs = made.eval()(torch.zeros(2, *shape))
+                outputs = made.eval()(torch.zeros(2, *shape, dtype=sample))
         except Exception as error:
             first = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"{key}: {given.name} does not take samples of shape {shape} [channels, height, width]: {first}"
-            ) from None
+            of = "tokens [length]" if sample == torch.int64 else "[channels, height, width]"
+            raise ConfigError(f"{key}: {given.name} does not take samples of shape {shape} {of}: {first}") from None
         made.train()
         if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, classes):
             got = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
@@ -541,11 +545,13 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
     """The job that settings describe; every rank builds the same. device: what this rank calculates on."""
     chosen = components(settings)
     section = settings.task
+    dataset = chosen.load_data()
+    sample = sample_type(dataset)
     task = Task(
-        dataset=chosen.load_data(),
+        dataset=dataset,
         partition=chosen.partition,
         num_clients=settings.clients.num_clients,
-        build=chosen.build_model,
+        build=partial(chosen.build_model, sample=sample),
         local=settings.local,
         seed=settings.seed,
         partition_seed=settings.seed if section.partition_seed is None else section.partition_seed,
@@ -557,7 +563,7 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         evaluation=settings.eval,
         public=Public(section.public.n, section.public.seed),
         public_dataset=chosen.load_public() if chosen.load_public is not None else None,
-        client_models=chosen.client_models,
+        client_models=[(name, partial(make, sample=sample)) for name, make in chosen.client_models],
         own_init=settings.clients.init == "own",
         model_name=_model_name(section.model),
         device=device,

@@ -266,15 +266,21 @@ def partition(settings: Settings) -> tuple[str, Task]:
     ]
     wide = task.num_classes > 20  # one column a class would not fit a line
     kept: tuple[Split, ...] = ("val", "test")
-    splits = [s for s in kept if getattr(task.split, s)]
-    header = ["client", "samples", *(f"({s})" for s in splits), "classes", *(["largest"] if wide else names)]
+    splits = [s for s in kept if task.has_part(s)]
+    named = ["owner"] if task.client_names else []
+    header = ["client", *named, "samples", *(f"({s})" for s in splits), "classes", *(["largest"] if wide else names)]
     rows = []
     for client, row in enumerate(counts):
-        own = [str(client), f"{per_client[client]:,}", *(f"{task.count(client, s):,}" for s in splits)]
+        own = [
+            str(client),
+            *task.client_names[client : client + 1],
+            f"{per_client[client]:,}",
+            *(f"{task.count(client, s):,}" for s in splits),
+        ]
         largest = f"{row.max() / max(1, per_client[client]):.0%} {names[int(row.argmax())]}" if row.any() else "-"
         rows.append([*own, str((row > 0).sum()), *([largest] if wide else [f"{n:,}" if n else "." for n in row])])
     held_out = {s: sum(task.count(c, s) for c in range(task.num_clients)) for s in splits}
-    every = ["all", f"{per_client.sum():,}", *(f"{held_out[s]:,}" for s in splits)]
+    every = ["all", *("" for _ in named), f"{per_client.sum():,}", *(f"{held_out[s]:,}" for s in splits)]
     totals = counts.sum(axis=0)
     rows.append([*every, str((totals > 0).sum()), *(["-"] if wide else [f"{n:,}" if n else "." for n in totals])])
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]

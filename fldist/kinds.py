@@ -67,10 +67,23 @@ class MaxBytes:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """Annotation: Params of which the sender may leave out zeros: it gives `sparse.Kept`, the receiver gets Params.
+
+    mask: the argument of the call (bits, see `sparse.pack`) that both ends hold, and that nothing may lie outside of;
+    None where every sender has zeros of its own.
+    """
+
+    mask: str | None = None
+
+
 DEFAULT_MAX_BYTES = 2**30
 """Bound of a value of free shape that declares none (1 GiB)."""
 
 Weights = Annotated[Params, Kind.WEIGHTS]
+MaskedWeights = Annotated[Params, Kind.WEIGHTS, Sparse("mask")]
+SparseWeights = Annotated[Params, Kind.WEIGHTS, Sparse()]
 Variates = Annotated[Params, Kind.VARIATES]
 Gradients = Annotated[Params, Kind.GRADIENTS]
 Generator = Annotated[Params, Kind.GENERATOR]
@@ -100,11 +113,13 @@ class Once(Generic[T]):
     """An argument that is the same for all clients, and is sent only to those that do not hold this version yet.
 
     version: any integer that another value does not have. A client's host holds one version of each argument of each
-    method; after a rejoin it is sent again. In the ledger a client is given a version once.
+    method; after a rejoin it is sent again. In the ledger a client is given a version once. name: arguments of several
+    methods that are given under one name are one to a host: what came with one is not sent for another.
     """
 
     value: T
     version: int
+    name: str | None = None
 
 
 class Held:
@@ -130,6 +145,7 @@ class Field:
     form: Form
     optional: bool
     max_bytes: int
+    sparse: Sparse | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,8 @@ def _field(owner: str, name: str, hint: Any) -> Field:
             "(what travels must say what it is)"
         )
     bounds = [m.bytes for m in metadata if isinstance(m, MaxBytes)]
-    return Field(name, kinds[0], form, optional, bounds[-1] if bounds else DEFAULT_MAX_BYTES)
+    sparse = next((m for m in metadata if isinstance(m, Sparse)), None)
+    return Field(name, kinds[0], form, optional, bounds[-1] if bounds else DEFAULT_MAX_BYTES, sparse)
 
 
 def call_schema(method: Callable[..., Any]) -> Schema:

@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -18,11 +18,12 @@ from fldist.algorithms.scaffold import Update as ScaffoldUpdate
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, Sum, collect
-from fldist.kinds import Masks, Once, Scalar, Variates, Weights
+from fldist.kinds import MaskedWeights, Masks, Once, Scalar, SparseWeights, Variates, Weights
 from fldist.models.train import Order, train
 from fldist.params import Params
 from fldist.seeding import generator
 from fldist.selection import Candidates, Selector
+from fldist.sparse import Choice, Kept, pack, unpack
 
 
 class Update(NamedTuple):
@@ -350,3 +351,65 @@ class Double(Base):
     @on_client
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
         return Update(Params(x.layout, x.floats.double(), x.ints), data.n)
+
+
+class MaskedUpdate(NamedTuple):
+    y: MaskedWeights
+    n: Scalar
+
+
+@dataclass(frozen=True)
+class MaskedModel(Base):
+    """Models under a mask that keeps two of three parameters; `lies` is how client 2 breaks it."""
+
+    encoding: Choice = "values"
+    lies: str = ""
+
+    def init_server(self, task: Task) -> State:
+        x = task.init_params()
+        keep = torch.arange(x.layout.num_params) % 3 != 0
+        return State(x=Kept(x, pack(keep)).value, mask=pack(keep))
+
+    def round(self, server: Server, clients: Clients) -> None:
+        mask = Once(server.mask, 1, "mask")
+        x = Kept(server.x, server.mask, self.encoding)
+        got = clients.selected().call(self.update, x=x, mask=mask, fold={"y": Mean(by="n")})
+        server.x = got.y
+        clients.all().call(self.look, x=Kept(server.x, server.mask, self.encoding), mask=mask)
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: MaskedWeights, mask: Masks) -> MaskedUpdate:
+        keep = unpack(mask, x.layout.num_params)
+        assert not x.trainable.floats[~keep].any()
+        y = data.train(x, mask=keep).params
+        sent: Any = Kept(y, mask, self.encoding)
+        if self.lies and data.client == 2:
+            y.floats[0] = 1.0
+            keep[0] = True
+            sent = y if self.lies == "plain" else Kept(y, pack(keep), self.encoding)
+        return MaskedUpdate(sent, data.n)
+
+    @on_client
+    def look(self, me: Me, data: ClientData, x: MaskedWeights, mask: Masks) -> None:
+        assert not x.trainable.floats[~unpack(mask, x.layout.num_params)].any()
+
+
+class SparseUpdate(NamedTuple):
+    y: SparseWeights
+    n: Scalar
+
+
+@dataclass(frozen=True)
+class OwnZeros(Base):
+    """Each client sends a model with zeros of its own."""
+
+    encoding: Choice = "auto"
+
+    def round(self, server: Server, clients: Clients) -> None:
+        server.x = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")}).y
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> SparseUpdate:
+        y = data.train(x).params
+        y.floats[: y.layout.num_params][data.client :: 2] = 0.0
+        return SparseUpdate(Kept(y, encoding=self.encoding), data.n)

@@ -471,6 +471,11 @@ def named_tensors(*named, count=None):
     return out
 
 
+ENCODED = a_part(kind=Kind.WEIGHTS, dtype=8, shape=(4,), encoding=2) + struct.pack("<Q", 16)
+
+ENCODED_LOGITS = a_part(dtype=8, shape=(4,), encoding=2) + struct.pack("<Q", 16)
+
+
 def two_floats():
     return struct.pack("<2f", 1.0, 2.0)
 
@@ -527,7 +532,19 @@ HOSTILE = {
     "kind 17": (one_tensor(a_part(kind=17), inline=two_floats()), "kind"),
     "dtype 10": (one_tensor(a_part(dtype=10), inline=two_floats()), "dtype"),
     "dtype 255": (one_tensor(a_part(dtype=255), inline=two_floats()), "dtype"),
-    "encoding 1": (one_tensor(a_part(encoding=1), inline=two_floats()), "encoding"),
+    "encoding 5": (one_tensor(a_part(encoding=5), inline=two_floats()), "encoding"),
+    "an encoded part of floats": (one_tensor(a_part(encoding=1), inline=two_floats()), "must be uint8"),
+    "an encoded tensor": (one_tensor(ENCODED_LOGITS, inline=bytes(4)), "no masked model"),
+    "an encoded model where none is declared": (
+        a_head([ENCODED], [a_message(a_params(0))], method=PARAMS, inline=bytes(4)),
+        "no masked model",
+    ),
+    "an encoded model of 2^64 - 1 floats": (
+        a_head([a_part(kind=Kind.WEIGHTS, dtype=8, shape=(4,), encoding=2) + struct.pack("<Q", 2**64 - 1)], [a_message(a_params(0))],
+               method=PARAMS, inline=bytes(4)),
+        "no masked model",
+    ),
+    "an encoded part that ends before its number of floats": (one_tensor(a_part(dtype=8, shape=(4,), encoding=2)), ""),
     "place 3": (one_tensor(a_part(inline=3), inline=two_floats()), "place"),
     "small body": (one_tensor(a_part(inline=0)), "wrong place"),
     "large inline": (one_tensor(a_part(shape=(1024,)), inline=bytes(4096)), "wrong place"),

@@ -1,5 +1,6 @@
 """The models: sizes that papers state, layers one by one, and torchvision's networks tensor for tensor."""
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -10,14 +11,16 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fldist import models, resolve, vision
-from fldist.models.cnn import Cnn, CnnBn, LeNet5, NiidCnn
+from fldist.models.cnn import Cnn, CnnBn, FemnistCnn, LeNet5, NiidCnn, TwoCnn
 from fldist.models.layers import features_and_logits, head, norm_layer, num_groups, xavier
+from fldist.models.lstm import NextCharLstm
 from fldist.models.mlp import Mlp
 from fldist.models.resnet import ResNet18, ResNet18Small, ResNet34, ResNet50
-from fldist.params import Layout
+from fldist.params import Layout, Params
 
 MNIST = (1, 28, 28)
 CIFAR = (3, 32, 32)
+TEXT = (80,)
 FEDZGE = Cnn(widths=(8, 16), kernels=(5, 3), strides=2, paddings=(2, 1), hidden=())
 
 
@@ -42,7 +45,11 @@ def layers_of(module, kind):
 
 
 # ---- the table of names
-@pytest.mark.parametrize("name", models.NAMES)
+OF_TOKENS = ["next_char_lstm"]
+OF_IMAGES = [name for name in models.NAMES if name not in OF_TOKENS]
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("shape", [MNIST, CIFAR])
 def test_every_name_builds_for_its_data(name, shape, classes):
@@ -70,6 +77,13 @@ SIZES = [  # configuration, shape, classes, parameters, float buffers, counters
     (CnnBn(), MNIST, 10, 24_058, 224, 3),
     (CnnBn(norm="group"), MNIST, 10, 24_058, 0, 0),
     (CnnBn(norm="none"), MNIST, 10, 24_058 - 112, 0, 0),  # a bias in place of a weight and a bias of the norm
+    (TwoCnn(), (1, 24, 24), 10, 1_663_370, 0, 0),
+    (TwoCnn(), MNIST, 10, 1_663_370, 0, 0),
+    (TwoCnn(), (3, 24, 24), 10, 1_664_970, 0, 0),
+    (TwoCnn(width=128), (3, 24, 24), 100, 7_303_524, 0, 0),
+    (FemnistCnn(), MNIST, 62, 13_180_734, 0, 0),
+    (NextCharLstm(), TEXT, 80, 819_920, 0, 0),
+    (NextCharLstm(symbols=90), TEXT, 80, 820_000, 0, 0),
     (ResNet18Small(), CIFAR, 10, 11_173_962, 9_600, 20),
     (ResNet18(), CIFAR, 10, 11_181_642, 9_600, 20),
     (ResNet18(), CIFAR, 100, 11_227_812, 9_600, 20),
@@ -229,6 +243,46 @@ def test_lenet5_refuses_other_sizes(shape):
         LeNet5().build(shape, 10)
 
 
+@pytest.mark.parametrize(("pixels", "pooled"), [(24, [12, 6]), (28, [14, 7]), (32, [16, 8]), (6, [3, 1])])
+def test_two_cnn_layers(pixels, pooled):
+    expected = nn.Sequential(
+        nn.Conv2d(3, 4, 5, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, padding=1),
+        nn.Conv2d(4, 8, 5, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, padding=1),
+        nn.AdaptiveAvgPool2d(7),
+        nn.Flatten(),
+        nn.Linear(98 * 4, 9),
+        nn.ReLU(),
+        nn.Linear(9, 5),
+    )
+    module = TwoCnn(4, 9).build((3, pixels, pixels), 5)
+    assert repr(module) == repr(expected)
+    x, sizes = torch.rand(2, 3, pixels, pixels), []
+    for layer in module:
+        x = layer(x)
+        sizes += [x.shape[-1]] if isinstance(layer, nn.MaxPool2d | nn.AdaptiveAvgPool2d) else []
+    assert sizes == [*pooled, 7]
+    assert x.shape == (2, 5)
+    assert repr(TwoCnn().build(MNIST, 10)[8]) == repr(nn.Linear(3136, 512))
+    assert repr(FemnistCnn(hidden=3).build(MNIST, 62)[8]) == repr(nn.Linear(6272, 3))
+
+
+def test_two_cnn_takes_exactly_what_torch_can_run():
+    for height, width in itertools.product(range(1, 9), repeat=2):
+        plain = nn.Sequential(nn.Conv2d(1, 1, 5, padding=1), nn.MaxPool2d(2, padding=1), nn.Conv2d(1, 1, 5, padding=1))
+        try:
+            plain(torch.rand(1, 1, height, width))
+        except RuntimeError:
+            message = rf"^task\.model: two_cnn needs .* at least 6 x 6 .* {height} x {width};"
+            with pytest.raises(ValueError, match=message):
+                TwoCnn(1, 1).build((1, height, width), 3)
+        else:
+            assert TwoCnn(1, 1).build((1, height, width), 3)(torch.rand(1, 1, height, width)).shape == (1, 3)
+
+
 def test_cnn_fits_exactly_what_torch_can_run():
     draw = random.Random(0)
     refused = 0
@@ -275,12 +329,66 @@ def test_cnn_wants_one_value_per_convolution(field):
         Cnn(**{field: (1, 1, 1)}).build(MNIST, 10)
 
 
-@pytest.mark.parametrize("name", [n for n in models.NAMES if n != "mlp"])
+@pytest.mark.parametrize("name", [n for n in OF_IMAGES if n != "mlp"])
 def test_what_is_no_image_is_refused(name):
     kind = resolve.from_table(models.NAMES, name, "task.model")
-    message = rf"^task.model: {name} needs images \[channels, height, width\]; the data's shape is \(5,\); .* mlp$"
+    message = (
+        rf"^task.model: {name} needs images \[channels, height, width\]; the data's shape is \(5,\); .* mlp, or next"
+    )
     with pytest.raises(ValueError, match=message):
         kind().build((5,), 10)
+
+
+# ---- sequences of tokens
+def test_next_char_lstm_layers():
+    config = NextCharLstm(embedding=3, hidden=5, layers=2)
+    module = config.build((7,), 11)
+    assert repr(module.embedding) == repr(nn.Embedding(11, 3))
+    assert repr(module.lstm) == repr(nn.LSTM(3, 5, 2, batch_first=True))
+    assert repr(module.linear) == repr(nn.Linear(5, 11))
+    tokens = torch.randint(11, (4, 7))
+    last = module.lstm(module.embedding(tokens))[1][0][1]  # [B, hidden]: of the upper layer, after the last step
+    assert torch.allclose(module(tokens), module.linear(last))
+    assert repr(NextCharLstm(symbols=20, embedding=3).build((7,), 11).embedding) == repr(nn.Embedding(20, 3))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden = 6
+
+
+def test_next_char_lstm_looks_at_order_and_starts_every_sample_anew():
+    module = seeded(NextCharLstm(embedding=3, hidden=5), (4,), 11)
+    tokens = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])
+    first, second = module(tokens)
+    assert not torch.allclose(first, second)
+    assert torch.allclose(module(tokens[[1, 0]]), torch.stack([second, first]))
+
+
+def test_next_char_lstm_follows_the_blocks_it_is_bound_to():
+    config = NextCharLstm(embedding=3, hidden=5)
+    module, tokens = seeded(config, (4,), 11), torch.randint(11, (6, 4))
+    other = seeded(config, (4,), 11, seed=4)
+    Params.of(other).bind(module)
+    assert torch.equal(module(tokens), other(tokens))
+    copied = copy.deepcopy(module)
+    Params.zeros(Layout.of(module)).bind(module)
+    assert module(tokens).count_nonzero() == 0
+    assert torch.equal(copied(tokens), other(tokens))
+
+
+def test_next_char_lstm_starts_with_pytorchs_values_but_for_the_linear_layer():
+    plain, drawn = seeded(NextCharLstm(), TEXT, 80), seeded(NextCharLstm(init="xavier"), TEXT, 80)
+    same = {name for name, value in plain.state_dict().items() if torch.equal(value, drawn.state_dict()[name])}
+    assert set(plain.state_dict()) - same == {"linear.weight", "linear.bias"}
+    assert drawn.linear.bias.count_nonzero() == 0
+    assert drawn.linear.weight.std().item() == pytest.approx((2 / 336) ** 0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [MNIST, (), (2, 80)])
+def test_next_char_lstm_refuses_other_shapes(shape):
+    message = (
+        r"^task\.model: next_char_lstm needs sequences of tokens \[length\]; the data's shape is .*; .* cnn for images$"
+    )
+    with pytest.raises(ValueError, match=message):
+        NextCharLstm().build(shape, 10)
 
 
 def test_fields_from_a_configuration():
@@ -311,6 +419,10 @@ def test_fields_from_a_configuration():
         (ResNet18, {"projection": -1}),
         (ResNet50, {"norm": "instance"}),
         (Mlp, {"init": "kaiming"}),
+        (TwoCnn, {"width": 0}),
+        (FemnistCnn, {"hidden": 0}),
+        (NextCharLstm, {"layers": 0}),
+        (NextCharLstm, {"symbols": 0}),
     ],
 )
 def test_wrong_fields_are_refused_in_one_line(kind, fields):
@@ -377,7 +489,7 @@ def test_xavier_gain_and_layers_without_bias():
     assert torch.equal(module[0].weight, 2 * once)
 
 
-@pytest.mark.parametrize("config", [Mlp, Cnn, CnnBn, NiidCnn, LeNet5, ResNet18, ResNet18Small])
+@pytest.mark.parametrize("config", [Mlp, Cnn, CnnBn, NiidCnn, LeNet5, TwoCnn, ResNet18, ResNet18Small])
 def test_init_of_every_model(config):
     plain, drawn = seeded(config(), MNIST), seeded(config(init="xavier"), MNIST)
     xavier_after = seeded(config(), MNIST)

@@ -22,6 +22,7 @@ from fldist.data.partition import (
     Equal,
     FeatureNoise,
     Iid,
+    Natural,
     Noise,
     Pathological,
     Quantity,
@@ -31,6 +32,7 @@ from fldist.data.partition import (
     equal_sizes,
     piece_sizes,
     rows_by_class,
+    rows_by_owner,
     uneven_range,
     without_full,
 )
@@ -828,7 +830,9 @@ EXAMPLES = {
     "classes": {"per_client": 2},
     "shards": {"per_client": 2},
     "pathological": {"per_client": 2, "balanced": False},
+    "natural": {"choice": "random"},
 }
+LAWS = EXAMPLES.keys() - {"natural"}  # by labels
 
 
 def made(name, **fields):
@@ -841,7 +845,7 @@ def test_every_name_has_an_example():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_partition_is_a_function_of_labels_and_generator(name):
-    labels = labels_of([20, 30, 10, 24])
+    labels = labels_of([20, 30, 10, 24] if name in LAWS else [9] * 20)
     copy, partition = labels.copy(), made(name, **EXAMPLES[name])
     split = [as_lists(partition.split(labels, 4, np.random.default_rng(s))) for s in (3, 3, 4)]
     assert split[0] == split[1]
@@ -850,7 +854,7 @@ def test_a_partition_is_a_function_of_labels_and_generator(name):
     assert_no_row_twice(partition.split(labels, 4, np.random.default_rng(5)), len(labels))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(LAWS))
 def test_one_client_of_all_rows_or_of_those_its_law_gives_it(name):
     labels = labels_of([20, 30])
     parts = made(name, **EXAMPLES[name]).split(labels, 1, np.random.default_rng(0))
@@ -878,6 +882,7 @@ def test_fields_are_config_keys_with_limits(name):
         "noise": [-0.1, math.inf],
         "where": ["some"],
         "balanced": [7],
+        "choice": ["last"],
     }
     for field in dataclasses.fields(kind):
         for value in limits[field.name]:
@@ -893,6 +898,7 @@ def test_defaults():
     )
     assert (DirichletMin(), DirichletClient()) == (DirichletMin(0.5, 10, 1000, True), DirichletClient(0.5, 1000))
     assert (Classes(), Shards(), Pathological()) == (Classes(2), Shards(2), Pathological(2, True))
+    assert Natural() == Natural("first")
     with pytest.raises(ValidationError, match="size"):
         made("equal")
 
@@ -907,7 +913,7 @@ def test_more_clients_than_rows_leaves_some_without(name):
         assert_every_row_once(parts, 5)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES.keys() - {"iid", "unbalanced", "feature_noise", "dirichlet"}))
+@pytest.mark.parametrize("name", sorted(LAWS - {"iid", "unbalanced", "feature_noise", "dirichlet"}))
 def test_more_clients_than_rows_is_refused_where_everyone_is_to_have_one(name):
     with pytest.raises(ValueError, match=r"^task\.partition.* 9 clients .* there are 8; lower .*clients\.num_clients"):
         made(name, **EXAMPLES[name]).split(labels_of([4, 4]), 9, NoDraws())
@@ -937,11 +943,45 @@ def test_a_client_whose_classes_have_too_few_rows(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_clients_take_no_time(name):
-    labels = np.random.default_rng(0).integers(0, 100, 60_000)
+    labels = np.random.default_rng(0).integers(0, 100 if name in LAWS else 1200, 60_000)
     feasible = {"quantity": {"alpha": 5.0, "min_size": 1}}
     start = time.perf_counter()
     made(name, **feasible.get(name, EXAMPLES[name])).split(labels, 1000, np.random.default_rng(1))
     assert time.perf_counter() - start < 5  # 0.2 s alone on a core
+
+
+# ---- natural
+def test_natural_gives_every_client_an_owners_rows():
+    owner = np.array([5, 2, 2, 9, 5, 0, 9, 9])
+    assert as_lists(Natural().split(owner, 4, NoDraws())) == [[5], [1, 2], [0, 4], [3, 6, 7]]
+    assert as_lists(Natural().split(owner, 2, NoDraws())) == [[5], [1, 2]]
+    assert as_lists(Natural().split(np.array([3, 3]), 1, NoDraws())) == [[0, 1]]
+
+
+def test_natural_draws_owners_uniformly_and_keeps_their_order():
+    owner, seen = labels_of([3, 1, 4, 2, 6]) * 10, np.zeros(5)
+    for seed in range(200):
+        parts = Natural("random").split(owner, 2, np.random.default_rng(seed))
+        chosen = sorted(np.random.default_rng(seed).permutation([0, 10, 20, 30, 40])[:2])
+        assert as_lists(parts) == [rows_of(owner, c).tolist() for c in chosen]
+        seen[np.array(chosen) // 10] += 1
+    assert np.all(abs(seen - 80) < 28)  # four deviations of 6.9
+
+
+def test_natural_refuses_more_clients_than_owners():
+    message = (
+        r"^clients\.num_clients: 4 clients cannot each be an owner of training rows, for there are 3; lower it to at "
+        r"most 3$"
+    )
+    with pytest.raises(ValueError, match=message):
+        Natural("random").split(labels_of([2, 1, 5]), 4, NoDraws())
+
+
+def test_rows_by_owner():
+    owner = np.array([4, -1, 7, 4, 0, 9])
+    assert as_lists(rows_by_owner(owner, np.array([0, 4, 8]))) == [[4], [0, 3], []]
+    assert as_lists(rows_by_owner(owner, np.array([0, 4, 9]))) == [[4], [0, 3], [5]]
+    assert as_lists(rows_by_owner(owner[:0], np.array([0, 4]))) == [[], []]
 
 
 def task_of(seed, partition_seed):

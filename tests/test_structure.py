@@ -23,17 +23,18 @@ ALLOWED: dict[str, set[str]] = {
     "units": set(),
     "analysis": {"units"},
     "kinds": {"params"},
+    "sparse": {"blocks", "params"},
     "fold": {"blocks", "params"},
-    "wire": {"blocks", "kinds", "lines", "params"},
+    "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "pruning": {"blocks", "params"},
     "data": {"models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"data", "fold", "kinds", "models", "params"},
     "selection": set(),
-    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning"},
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["runtime"] |= {"blocks", "units"}
+ALLOWED["runtime"] |= {"blocks", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}

@@ -58,7 +58,7 @@ class Moon(Algorithm):
     def check(self, task: Task) -> None:
         """Refuse models without a linear classifier, before which the representation is taken."""
         if self.mu:
-            features_and_logits(task.frozen_copy(task.init_params()), torch.zeros(2, *task.shape, device=task.device))
+            features_and_logits(task.frozen_copy(task.init_params()), task.blank(2))
 
     def init_server(self, task: Task) -> State:
         """One model, x."""

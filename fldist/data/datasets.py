@@ -33,6 +33,7 @@ NAMES = {
 }
 
 Floats = tuple[float, ...]
+Kind = Literal["values", "tokens"]
 _TEN = tuple("0123456789")
 _BLOCK_VALUES = 1 << 22
 _SILENCE_S = 60.0
@@ -42,9 +43,13 @@ _SILENCE_S = 60.0
 class Dataset:
     """Labelled samples, as they are stored.
 
-    x: uint8 0..255 or float32, [n, channels, height, width] or any shape per sample, mostly read-only memory maps;
+    kind: what samples are made of, `values` (of pixels, measurements) or `tokens` (numbers of symbols, text);
+    x of values: uint8 0..255 or float32, [n, channels, height, width] or any shape per sample; x of tokens: integers
+    from 0, [n, length]; mostly read-only memory maps;
     y: int64 [n] in 0..classes-1; mean, std: per channel, of values scaled to 0..1 (empty: see `statistics`);
-    notes: what happened while loading that the user should know.
+    notes: what happened while loading that the user should know;
+    train_owner, test_owner: whose each row is (a writer's, a speaker's), int64 [n] from 0; None: nobody's;
+    owners: their names (empty: they have none).
     """
 
     train_x: NDArray[Any]
@@ -56,6 +61,10 @@ class Dataset:
     mean: Floats = ()
     std: Floats = ()
     notes: tuple[str, ...] = ()
+    kind: Kind = "values"
+    train_owner: NDArray[np.int64] | None = None
+    test_owner: NDArray[np.int64] | None = None
+    owners: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,9 +141,17 @@ def accepted(made: Any, where: str) -> Dataset:
     for a in y:
         if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
             raise ValueError(f"{where}: labels must be [n] integers, not {a.dtype} {a.shape}")
-    x = [a if a.dtype in (np.uint8, np.float32) else a.astype(np.float32) for a in x]
+    if made.kind == "values":
+        x = [a if a.dtype in (np.uint8, np.float32) else a.astype(np.float32) for a in x]
     y = [a.astype(np.int64, copy=False) for a in y]
-    return _checked(dataclasses.replace(made, train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1]), where)
+    made = dataclasses.replace(made, train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1])
+    for name in ("train_owner", "test_owner"):
+        if (owner := getattr(made, name)) is not None:
+            owner = np.asarray(owner)
+            if not np.issubdtype(owner.dtype, np.integer):
+                raise ValueError(f"{where}: {name} must be [n] integers, not {owner.dtype} {owner.shape}")
+            made = dataclasses.replace(made, **{name: owner.astype(np.int64, copy=False)})
+    return _checked(made, where)
 
 
 def _checked(data: Dataset, where: str) -> Dataset:
@@ -146,6 +163,18 @@ def _checked(data: Dataset, where: str) -> Dataset:
             raise ValueError(f"{where} has no rows of {split}_x; training and test samples are both needed")
         if y.min() < 0 or y.max() >= data.classes:
             raise ValueError(f"{where}: {split}_y must be 0 to {data.classes - 1}, not {y.min()} to {y.max()}")
+    for split, y, owner in (("train", data.train_y, data.train_owner), ("test", data.test_y, data.test_owner)):
+        if owner is None:
+            continue
+        if owner.shape != y.shape:
+            raise ValueError(f"{where} has {len(y)} rows of {split}_x and {len(owner)} of {split}_owner")
+        if owner.min() < 0 or (data.owners and owner.max() >= len(data.owners)):
+            most = f" to {len(data.owners) - 1}" if data.owners else ""
+            raise ValueError(f"{where}: {split}_owner must be 0{most}, not {owner.min()} to {owner.max()}")
+    if data.test_owner is not None and data.train_owner is None:
+        raise ValueError(f"{where} says whose the test rows are (test_owner), but not the training rows (train_owner)")
+    if data.kind == "tokens" and not np.issubdtype(data.train_x.dtype, np.integer):
+        raise ValueError(f"{where}: tokens are numbers of symbols; train_x must be integers, not {data.train_x.dtype}")
     train, test = (f"{x.dtype} {x.shape[1:]}" for x in (data.train_x, data.test_x))
     if train != test:
         raise ValueError(f"{where}: a sample of train_x is {train} and one of test_x {test}; make them alike")
@@ -476,11 +505,14 @@ class Images:
 class Hdf5:
     """A user's own data in one HDF5 file: `train_x`, `train_y`, `test_x`, `test_y`.
 
-    x: [n, channels, height, width] (or any shape per sample), uint8 as it is, all other numbers as float32;
-    y: [n] integers from 0. A relative `path` is looked for in the working directory, then in FLDIST_DATA.
+    x: [n, channels, height, width] (or any shape per sample), uint8 as it is, all other numbers as float32; of kind
+    `tokens` [n, length] integers from 0, as they are;
+    y: [n] integers from 0; `train_owner`, `test_owner`: [n] integers from 0, whose each row is, may be there.
+    A relative `path` is looked for in the working directory, then in FLDIST_DATA.
     """
 
     path: str
+    kind: Kind = "values"
 
     def load(self) -> Dataset:
         """Map x where it lies contiguous as uint8 or float32, read everything else; nothing is cached.
@@ -496,23 +528,30 @@ class Hdf5:
                 missing = [name for name in wanted if not isinstance(file.get(name), h5py.Dataset)]
                 if missing:
                     raise ValueError(f"task.data.path: {path} has no {missing[0]!r}; it needs {', '.join(wanted)}")
-                train_x, test_x = (_features(raw, file[name], path) for name in ("train_x", "test_x"))
+                train_x, test_x = (_features(raw, file[name], path, self.kind) for name in ("train_x", "test_x"))
                 train_y, test_y = (_labels(file[name], path) for name in ("train_y", "test_y"))
+                told = [n for n in ("train_owner", "test_owner") if isinstance(file.get(n), h5py.Dataset)]
+                owner = {name: _labels(file[name], path) for name in told}
         except (OSError, RuntimeError) as error:
             raise ValueError(f"task.data.path: {path} cannot be read as HDF5 ({error}); make it again") from None
         classes = 1 + max((int(y.max()) for y in (train_y, test_y) if len(y)), default=0)
-        return _checked(Dataset(train_x, train_y, test_x, test_y, classes), f"task.data.path: {path}")
+        data = Dataset(
+            train_x, train_y, test_x, test_y, classes,
+            kind=self.kind, train_owner=owner.get("train_owner"), test_owner=owner.get("test_owner"),
+        )  # fmt: skip
+        return _checked(data, f"task.data.path: {path}")
 
 
-def _features(file: Any, dataset: Any, path: Path) -> NDArray[Any]:
-    kind = np.dtype(np.uint8) if dataset.dtype == np.uint8 else np.dtype(np.float32)
-    if dataset.ndim < 1 or dataset.dtype.kind not in "fiu":
+def _features(file: Any, dataset: Any, path: Path, kind: Kind) -> NDArray[Any]:
+    stored = dataset.dtype
+    if dataset.ndim < 1 or stored.kind not in ("fiu" if kind == "values" else "iu"):
+        numbers = "numbers" if kind == "values" else "integers, being tokens"
         raise ValueError(
-            f"task.data.path: {dataset.name[1:]} of {path} must be [n, ...] numbers, not {dataset.dtype} "
-            f"{dataset.shape}"
+            f"task.data.path: {dataset.name[1:]} of {path} must be [n, ...] {numbers}, not {stored} {dataset.shape}"
         )
-    mapped = cache.map_array(file, dataset) if dataset.dtype == kind else None
-    return np.asarray(dataset.astype(kind)[...]) if mapped is None else mapped
+    wanted = stored if kind == "tokens" or stored == np.uint8 else np.dtype(np.float32)
+    mapped = cache.map_array(file, dataset) if stored == wanted else None
+    return np.asarray(dataset.astype(wanted)[...]) if mapped is None else mapped
 
 
 def _labels(dataset: Any, path: Path) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
-"""Partitions: which client holds which training rows. Each is a pure function of labels and a generator.
+"""Partitions: which client holds which training rows. Each is a pure function of labels (of owners: `natural`) and
+a generator.
 
 K clients, n rows, n_c rows of class c, C classes (those that occur, in ascending order). No row has two holders;
 where the law of a partition leaves rows to nobody, its docstring says so. What is done with the rows is not said here.
@@ -26,6 +27,7 @@ NAMES = {
     "classes": "fldist.data.partition:Classes",
     "shards": "fldist.data.partition:Shards",
     "pathological": "fldist.data.partition:Pathological",
+    "natural": "fldist.data.partition:Natural",
 }
 
 Rows = NDArray[np.int64]
@@ -430,7 +432,42 @@ class Pathological:
         return _all_with_rows("pathological", _parts(owner, num_clients))
 
 
+# ---- as the data came about
+@dataclass(frozen=True)
+class Natural:
+    """Every client is an owner of rows (a writer, a speaker), as the data set says: it holds all rows of its owner.
+
+    Client i is the i-th owner, in the data set's order, of those who take part: the `first` K, or K drawn uniformly at
+    `random`. Owners without training rows (`task.subset` took them all) do not count. Rows of the others are left out.
+    Test rows go with their owners, see `task.Task`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    by: ClassVar[str] = "owner"  # instead of labels
+
+    choice: Literal["first", "random"] = "first"
+
+    def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
+        """labels [n], here the owner of each row -> K arrays of row numbers, each ascending."""
+        owners = np.unique(labels)
+        if num_clients > len(owners):
+            raise ValueError(
+                f"clients.num_clients: {num_clients} clients cannot each be an owner of training rows, for there are "
+                f"{len(owners)}; lower it to at most {len(owners)}"
+            )
+        chosen = owners if self.choice == "first" else rng.permutation(owners)
+        return rows_by_owner(labels, np.sort(chosen[:num_clients]))
+
+
 # ---- steps
+def rows_by_owner(owner: Rows, chosen: Rows) -> list[Rows]:
+    """The rows of each chosen owner, ascending; owner: of each row [n]; chosen: owners [K], ascending."""
+    place = np.searchsorted(chosen, owner)
+    found = np.append(chosen, -1)[place] == owner
+    return _parts(np.where(found, place, -1), len(chosen))
+
+
 def rows_by_class(labels: Rows) -> list[Rows]:
     """The rows of each class that occurs, ascending; classes in ascending order."""
     _, counts = np.unique(labels, return_counts=True)

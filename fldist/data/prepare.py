@@ -4,6 +4,7 @@ how values are scaled. Augmentation itself is in `augment.py`, who holds which r
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fldist.data.augment import Augment, resize, to_unit
-from fldist.data.datasets import Dataset
+from fldist.data.datasets import Dataset, Kind
 
 Rows = NDArray[np.int64]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -119,6 +120,14 @@ class Preparation:
     resize: Count | None = None
     augment: Augment = field(default_factory=Augment)
 
+    def refuse_tokens(self) -> None:
+        """ValueError for what is asked of samples that are tokens: nothing here means anything to them."""
+        asked = {"normalize": self.normalize, "resize": self.resize}
+        asked |= {f"augment.{f.name}": getattr(self.augment, f.name) for f in dataclasses.fields(self.augment)}
+        for key, value in asked.items():
+            if value and value != "unit":
+                raise ValueError(f"task.{key}: {value}, but the samples are tokens, which stay as they are; remove it")
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A sample's shape after preparation."""
         if self.resize is None:
@@ -126,6 +135,10 @@ class Preparation:
         if len(shape) != 3:
             raise ValueError(f"task.resize: the samples' shape is {shape}, no image [channels, height, width]")
         return (shape[0], self.resize, self.resize)
+
+    def read(self, raw: NDArray[np.generic], kind: Kind) -> Tensor:
+        """Stored samples as they are given out, in a fresh tensor: `unit` of values; tokens as int64."""
+        return self.unit(raw) if kind == "values" else torch.from_numpy(raw.astype(np.int64))
 
     def unit(self, raw: NDArray[np.generic] | Tensor) -> Tensor:
         """Stored values -> float32 in 0..1 (floats as they are), resized; a fresh tensor."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fldist.data.augment import add_noise
 from fldist.data.datasets import Dataset
-from fldist.data.partition import Noise, Rows
+from fldist.data.partition import Noise, Rows, rows_by_owner
 from fldist.data.prepare import ClientSplit, Preparation, Public, Subset
 from fldist.models.evaluate import Evaluation, Scores, evaluate
 from fldist.models.train import LocalTraining, Network, has_batch_norm
@@ -28,7 +28,8 @@ Split = Literal["train", "val", "test"]
 
 
 class Partition(Protocol):
-    """A way to split rows; see `partition.py`. One with `noise_of(client, num_clients)` also blurs the features."""
+    """A way to split rows; see `partition.py`. One with `noise_of(client, num_clients)` also blurs the features; one
+    whose `by` is "owner" is given the owner of each row instead of its label."""
 
     def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
         """Labels [n] -> K arrays of row numbers."""
@@ -75,6 +76,9 @@ class Task:
     global test set; client_models: name and builder of the clients' models, client i has number i mod their count
     (none: everyone has the task's); own_init: every client's initial model is drawn on its own; device: where samples
     are given out and networks calculate. All that is drawn at random is drawn on the CPU, initial models lie there.
+
+    Where clients are owners of rows (partition `natural`) and the data say whose each test row is, a client's test part
+    is its owner's test rows, and the global test set those of all clients.
     """
 
     def __init__(
@@ -109,6 +113,8 @@ class Task:
         self.split = split or ClientSplit()
         self.seed = seed
         self.travel: Travel = travel
+        if dataset.kind == "tokens":
+            self.preparation.refuse_tokens()
         self.shape = self.preparation.shape(dataset.shape)
         self.notes: list[str] = list(dataset.notes)
         scale = self.preparation.scale(dataset)
@@ -173,6 +179,11 @@ class Task:
             if not len(pool):
                 raise ValueError(f"task.public.n: {public.n} public rows leave none to train on; lower it")
         else:
+            if public_dataset.kind != data.kind:
+                raise ValueError(
+                    f"task.public.data: its samples are {public_dataset.kind}, the task's {data.kind}; "
+                    "choose a data set of the same kind"
+                )
             shape = self.preparation.shape(public_dataset.shape)
             if shape != self.shape:
                 raise ValueError(
@@ -183,19 +194,66 @@ class Task:
         self._test_rows = test[:0] if merged else test
         if merged:
             pool = np.concatenate([pool, test])
-        split = partition.split(self._labels[pool], self.num_clients, numpy_generator(partition_seed, "partition"))
+        owner = self._owners(merged) if getattr(partition, "by", "label") == "owner" else None
+        key = self._labels if owner is None else owner
+        split = partition.split(key[pool], self.num_clients, numpy_generator(partition_seed, "partition"))
         whole = [pool[rows] for rows in split]
         self._splits = [
             self.split.of(rows, numpy_generator(partition_seed, "split", client)) for client, rows in enumerate(whole)
         ]
+        self.client_names: tuple[str, ...] = ()
+        self._own_test = owner is not None and data.test_owner is not None and not merged
+        if owner is not None:
+            chosen = owner[[rows[0] for rows in whole]]
+            self.client_names = tuple(data.owners[o] if data.owners else str(o) for o in chosen)
+            if self._own_test:
+                self._give_test_rows(owner, chosen)
         self.parts = [parts["train"] for parts in self._splits]
         self.sizes = [len(rows) for rows in self.parts]
         self.num_train = sum(self.sizes)
         noise_of = getattr(partition, "noise_of", None)
         self._noise: list[Noise] | None = None
         if noise_of is not None:
+            if data.kind == "tokens":
+                raise ValueError(
+                    "task.partition: feature_noise adds noise to values, and the samples are tokens; use iid, which "
+                    "divides the rows alike"
+                )
             self._noise = [noise_of(client, self.num_clients) for client in range(self.num_clients)]
         self._note_unused(pool, whole)
+
+    def _owners(self, merged: bool) -> Rows:
+        """The owner of each row, -1 where a test row has none."""
+        data = self.dataset
+        if data.train_owner is None:
+            raise ValueError(
+                "task.partition: natural makes owners of rows clients, and these data do not say whose a row is; use "
+                "another partition, such as dirichlet, or data with owners, such as roles or leaf"
+            )
+        if data.test_owner is None:
+            if merged:
+                raise ValueError(
+                    "task.merged: these data do not say whose a test row is, as natural must know; remove it"
+                )
+            return np.concatenate([data.train_owner, np.full(len(data.test_y), -1)])
+        return np.concatenate([data.train_owner, data.test_owner])
+
+    def _give_test_rows(self, owner: Rows, chosen: Rows) -> None:
+        """Make the test rows of each client's owner its test part, and those of all of them the global test set."""
+        if self.split.test:
+            raise ValueError(
+                f"task.split.test: {self.split.test}, but under natural the clients have test rows of their own in "
+                "these data; remove it"
+            )
+        own = [self._test_rows[rows] for rows in rows_by_owner(owner[self._test_rows], chosen)]
+        for parts, rows in zip(self._splits, own, strict=True):
+            parts["test"] = rows
+        self._test_rows = np.sort(np.concatenate(own))
+        if not len(self._test_rows):
+            raise ValueError(
+                f"task.subset.test: none of the test rows taken is of one of the {len(own)} clients; raise it, or use "
+                "task.subset.choice=random"
+            )
 
     def _note_unused(self, pool: Rows, whole: list[Rows]) -> None:
         """Say which classes nobody holds, and how many rows lie idle."""
@@ -230,12 +288,12 @@ class Task:
         return (x - mean) / std
 
     def unit_rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """A client's samples x [n, ...] in 0..1 and labels y [n], before augmentation and normalisation."""
+        """A client's samples x [n, ...] in 0..1 (or tokens) and labels y [n], before augmentation and normalisation."""
         return self._given_out(self._splits[client][split])
 
     def _given_out(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Samples in 0..1 and labels of rows, on the task's device."""
-        x, y = self.preparation.unit(self._raw(rows)), torch.from_numpy(self._labels[rows])
+        """Samples in 0..1 (or tokens) and labels of rows, on the task's device."""
+        x, y = self.preparation.read(self._raw(rows), self.dataset.kind), torch.from_numpy(self._labels[rows])
         return x.to(self.device), y.to(self.device)
 
     def rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
@@ -267,6 +325,10 @@ class Task:
         """How many samples a client's split has."""
         return len(self._splits[client][split])
 
+    def has_part(self, split: Split) -> bool:
+        """Whether clients have such a part: one that `task.split` asks for, or test rows that came with their owner."""
+        return split == "train" or bool(getattr(self.split, split)) or (split == "test" and self._own_test)
+
     def label_counts(self) -> NDArray[np.int64]:
         """Training samples by client and class, [K, C]."""
         counts = np.zeros((self.num_clients, self.num_classes), dtype=np.int64)
@@ -281,7 +343,7 @@ class Task:
             x, y = self._given_out(rows)
             return self.normal(x), y
         other = self._public_from
-        x = self.preparation.unit(np.asarray(other.train_x[rows])).to(self.device)
+        x = self.preparation.read(np.asarray(other.train_x[rows]), other.kind).to(self.device)
         return self.normal(x), torch.from_numpy(np.asarray(other.train_y[rows])).to(self.device)
 
     @property
@@ -306,6 +368,10 @@ class Task:
                 if noise is not None:
                     x = add_noise(x, noise.std, noise.cell, rng)
                 yield self.normal(x), y
+
+    def blank(self, n: int) -> Tensor:
+        """n samples of zeros, of the shape and type that a model takes, on the task's device."""
+        return torch.zeros(n, *self.shape, dtype=sample_type(self.dataset), device=self.device)
 
     @property
     def num_classes(self) -> int:
@@ -399,6 +465,11 @@ class Task:
         with self.architecture(client).module() as module:
             self.full(model, client).bind(module)
             return evaluate(module, batches, self.evaluation)
+
+
+def sample_type(dataset: Dataset) -> torch.dtype:
+    """The type of what a model takes: int64 tokens, or float32."""
+    return torch.int64 if dataset.kind == "tokens" else torch.float32
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -37,6 +37,9 @@ PerLayer = int | tuple[int, ...]
 Positive = Annotated[PerLayer, _per_layer(1)]
 NonNegative = Annotated[PerLayer, _per_layer(0)]
 
+_SMALLEST = 6
+"""Pixels a side that the layers of `TwoCnn` need: 6, 4, 3, 1, 1."""
+
 
 @dataclass(frozen=True)
 class Cnn:
@@ -178,3 +181,51 @@ class LeNet5:
             projection=self.projection,
         )
         return layers.build(shape, classes)
+
+
+@dataclass(frozen=True)
+class TwoCnn:
+    """Two 5x5 convolutions with ReLU and max-pool each, brought to 7x7 pixels, and two linear layers.
+
+    Convolution to `width` channels, padding 1; ReLU; max-pool 2, padding 1; convolution to 2 width, padding 1; ReLU;
+    max-pool 2, padding 1; adaptive average pool to 7x7; linear 98 width-hidden, ReLU, linear hidden-classes. The
+    adaptive pool enlarges what is smaller: 24x24 pixels leave 6x6, 28x28 leave 7x7.
+
+    With hidden 512: 1,663,370 parameters on 1x24x24, ten classes, width 32; 1,664,970 on 3x24x24; 7,303,524 with
+    width 128 and 100 classes. Source: the code of AutoFLIP (Interno et al., arXiv 2405.10271), `TwoCNN`.
+    projection: see `layers.head`.
+    """
+
+    short_name: ClassVar[str] = "two_cnn"
+
+    width: Width = 32
+    hidden: Width = 512
+    init: Init = "default"
+    projection: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """shape: one sample's shape, [channels, height, width] of at least 6 x 6 pixels; ValueError below."""
+        channels, *size = images(self.short_name, shape)
+        if min(size) < _SMALLEST:
+            raise ValueError(
+                f"task.model: {self.short_name} needs images of at least {_SMALLEST} x {_SMALLEST} pixels; the data's "
+                f"are {size[0]} x {size[1]}; enlarge them with task.resize"
+            )
+        layers: list[nn.Module] = []
+        for before, after in ((channels, self.width), (self.width, 2 * self.width)):
+            layers += [nn.Conv2d(before, after, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)]
+        layers += [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(2 * self.width * 7 * 7, self.hidden), nn.ReLU()]
+        return initialised(nn.Sequential(*layers, *head(self.hidden, classes, self.projection)), self.init)
+
+
+@dataclass(frozen=True)
+class FemnistCnn(TwoCnn):
+    """`TwoCnn` of width 64 and hidden 2048: 13,180,734 parameters on FEMNIST's 1x28x28 and 62 classes.
+
+    Source: the code of AutoFLIP (Interno et al., arXiv 2405.10271), `FEMNISTCNN`. The fields are those of `TwoCnn`.
+    """
+
+    short_name: ClassVar[str] = "femnist_cnn"
+
+    width: Width = 64
+    hidden: Width = 2048

@@ -35,7 +35,7 @@ def images(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ValueError(
             f"task.model: {name} needs images [channels, height, width]; the data's shape is {tuple(shape)}; "
-            "choose another model, such as mlp"
+            "choose another model: mlp, or next_char_lstm for text"
         )
     channels, height, width = shape
     return channels, height, width

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fldist.fold import Fold
 from fldist.kinds import HELD, Each, Once
-from fldist.runtime.folding import Folds
+from fldist.runtime.folding import Folds, unpacked
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceTable, size_of
 from fldist.runtime.sharing import Shares
@@ -72,7 +72,22 @@ class Call:
                     values[index] = HELD
             given[client] = kinds
             builder.add(Message(client), spec.call, values, {name: a.version for name, a in once.items()})
+        if names := {argument: a.name for argument, a in once.items() if a.name is not None}:
+            builder.frame.note["once"] = names
         return builder.frame, given
+
+    def unpacked(self, client: int, values: Sequence[Any]) -> list[Any]:
+        """A reply's values, masked models as Params; ValueError for what is not as the call's masks have it."""
+        made = []
+        for spec, value in zip(self.spec.reply.fields, values, strict=True):
+            mask = None
+            if spec.sparse is not None and spec.sparse.mask is not None:
+                mask = argument_for(self.arguments[spec.sparse.mask], client, spec.sparse.mask)
+            try:
+                made.append(unpacked(spec, value, mask))
+            except ValueError as error:
+                raise ValueError(f"{spec.name}: shape: {error}") from None
+        return made
 
 
 def check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from fldist.runtime.placement import Placement
 from fldist.runtime.sharing import Shares
 from fldist.runtime.state import UNKEPT, version_of
 from fldist.selection import ClientReport
+from fldist.sparse import Kept
 from fldist.wire.codec import Frame, FrameType, Head, Message, Status, values_of
 from fldist.wire.ledger import Booked, Kinds, Ledger
 from fldist.wire.link import Combined, Event, Joined, Lost, RanksLink, Received, Sent, ServerLink
@@ -279,12 +280,15 @@ class Caller:
         check_names(spec, fold, arguments)
         running = Call(self.job, spec, phase, Folds(self.job, spec, fold, arguments), arguments)
         if self.job.share:
-            running.common = [n for n, a in arguments.items() if isinstance(a, Params | Tensor | dict)]
+            running.common = [n for n, a in arguments.items() if isinstance(a, Params | Tensor | dict | Kept)]
         if self.job.topology == "reduce":
             running.told = reducible(spec, fold, arguments)
             for name, accumulator in running.folds.accumulators.items():
                 if isinstance(accumulator, FixedPoint):
-                    self._sizes[spec.name, name] = accumulator.reference.nbytes
+                    kept = [a for a in arguments.values() if isinstance(a, Kept)]
+                    field_ = spec.reply.fields[spec.reply.index(name)]
+                    size = kept[0].nbytes if field_.sparse is not None else accumulator.reference.nbytes
+                    self._sizes[spec.name, name] = size
         self._send(running, sorted(ids))
         self.facts.encoded.append((began, time.monotonic()))
         needed = self._faults.needed(len(ids))
@@ -560,9 +564,7 @@ class Caller:
             (m.started_ns + offset, m.ready_ns + offset, head.sent_ns + offset, event.done_ns)
             for m in event.frame.messages
         ]
-        folded = {
-            m.client: self._folded_kinds(m, spec) for m in event.frame.messages if self.job.topology == "reduce"
-        }
+        folded = {m.client: self._folded_kinds(m, spec) for m in event.frame.messages if self.job.topology == "reduce"}
         return self.ledger.book(
             event.frame, spec.reply, direction="up", phase=phase, rank=event.rank, times=times, once=folded
         )
@@ -605,7 +607,12 @@ class Caller:
                 booked.settle("delivered", event.done_ns)
                 self._miss(running, client, f"error: {running.spec.name} on host {rank}: {message.error}")
                 continue
-            refusal = running.folds.add(client, values_of(frame, message, self.job.layout(client)))
+            try:
+                values = running.unpacked(client, values_of(frame, message, self.job.layout(client)))
+            except ValueError as error:
+                refusal: str | None = f"refused: {error}"
+            else:
+                refusal = running.folds.add(client, values)
             if refusal is not None:
                 booked.settle("refused", event.done_ns)
                 self._miss(running, client, refusal)

@@ -14,6 +14,7 @@ from fldist.fold import Accumulator, Collect, Collected, FixedPoint, Fold, FoldC
 from fldist.kinds import FOLDED, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import REPORT, ClientMethod, Job
+from fldist.sparse import Kept, Packed, check_closed
 
 _REDUCIBLE: dict[str, type[Mean] | type[Sum]] = {"Mean": Mean, "Sum": Sum}
 """Folds whose accumulators can be added up, by the name under which hosts are told of them."""
@@ -50,7 +51,7 @@ class Folds:
         for name, accumulator in self.accumulators.items():
             by = self.weights.get(name)
             weight = 1.0 if by is None else float("nan") if named[by] is None else float(named[by])
-            value = named[name]
+            value = named[name].value if isinstance(named[name], Kept) else named[name]
             try:
                 if value is FOLDED:
                     assert isinstance(accumulator, FixedPoint)  # `reducible` saw to it
@@ -76,12 +77,13 @@ class Folds:
             if value is None and field.optional:
                 left.append(None)  # `add` refuses it, as the server would
                 continue
-            if not isinstance(value, Params):
+            params = value.params if isinstance(value, Kept) else value
+            if not isinstance(params, Params):
                 raise ValueError(f"{field.name!r} must be Params, got {type(value).__name__}")
-            if value.floats.dtype is not torch.float32 or value.ints.dtype is not torch.int64:
+            if params.floats.dtype is not torch.float32 or params.ints.dtype is not torch.int64:
                 raise ValueError(
-                    f"field {field.name!r}: the blocks must be float32 and int64, not {value.floats.dtype} and "
-                    f"{value.ints.dtype}"
+                    f"field {field.name!r}: the blocks must be float32 and int64, not {params.floats.dtype} and "
+                    f"{params.ints.dtype}"
                 )
             left.append(FOLDED)
         return tuple(left)
@@ -107,6 +109,11 @@ def reducible(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[s
             if type(how) not in _REDUCIBLE.values():
                 raise ValueError(f"{spec.name}.{field.name}: topology: reduce takes Mean and Sum; use star")
             reference = _reference(spec.call, field, how)
+            if field.sparse is not None and (reference is None or not isinstance(arguments[reference.name], Kept)):
+                raise ValueError(
+                    f"{spec.name}.{field.name}: under topology: reduce nothing tells how much each client would have "
+                    "sent of a model with zeros of its own; use topology: star or collective"
+                )
             if reference is not None and isinstance(arguments[reference.name], Each | Once):
                 raise ValueError(
                     f"{spec.name}.{field.name}: under topology: reduce its scale must come from an argument that all "
@@ -139,6 +146,17 @@ def plain(argument: Any) -> Any:
     return argument
 
 
+def unpacked(spec: Field, value: Any, mask: Any) -> Any:
+    """A value that came, a masked model as Params; ValueError where it is not as the mask (bits, or None) has it."""
+    if spec.sparse is None or value is FOLDED:
+        return value
+    if isinstance(value, Packed):
+        return value.params(mask)
+    if isinstance(value, Params) and mask is not None:
+        check_closed(value, mask)
+    return value
+
+
 def _reference(call: Schema, field: Field, how: Fold) -> Field | None:
     like = getattr(how, "like", None)
     return call.fields[call.index(like)] if like else reference_for(field, call)
@@ -154,5 +172,7 @@ def _context(job: Job, call: Schema, field: Field, how: Fold, arguments: Mapping
         bound = float(job.task.num_train)
     elif isinstance(how, Mean) and how.by is not None:
         raise ValueError(f"Mean(by={how.by!r}) needs bound=..., a number that no sum of the weights exceeds")
+    if isinstance(reference, Kept):
+        reference = reference.value
     reference = reference if isinstance(reference, Params) else None
     return FoldContext(reference, bound, job.integers if not isinstance(how, Sum) else "mean")

@@ -19,9 +19,9 @@ from fldist.models.evaluate import warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
-from fldist.runtime.folding import Folds, folds_told
+from fldist.runtime.folding import Folds, folds_told, unpacked
 from fldist.runtime.job import ClientMethod, Job
-from fldist.runtime.once import OnceValues
+from fldist.runtime.once import OnceValues, named
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, forked, preserved, reseed
 from fldist.wire.codec import (
@@ -200,15 +200,8 @@ class Host:
         """
         job, client, round_number = self.job, message.client, frame.head.round
         streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
-        once = {s.name: f.version for s, f in zip(method.call.fields, message.fields, strict=True)}
-        values = values_of(frame, message, job.layout(client))
-        arguments = {spec.name: value for spec, value in zip(method.call.fields, values, strict=True)}
         try:
-            for name, held in once.items():
-                if held is not None:
-                    arguments[name] = self._once.get(f"{method.name}.{name}", held)
-                elif arguments[name] is HELD:
-                    arguments[name] = self._kept[name]
+            arguments = self._arguments(method, frame, message)
         except (KeyError, ValueError) as error:
             _fail(reply, f"this host does not hold {error}" if isinstance(error, KeyError) else str(error))
             return (), None, False
@@ -243,7 +236,7 @@ class Host:
         changed = shared.changed()
         if changed is not None:
             name, changed = changed.removeprefix("argument "), f"{changed} was changed in place"
-            self._once.spoil(f"{method.name}.{name}", f"{changed} in round {round_number}; work on a clone()")
+            self._once.spoil(_once_name(method, frame, name), f"{changed} in round {round_number}; work on a clone()")
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
@@ -258,21 +251,40 @@ class Host:
             told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
         return told, None, wrote
 
+    def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
+        """A message's arguments, with what this host holds of them; masked models are Params.
+
+        KeyError and ValueError where it does not hold them, or a model is not as its mask has it.
+        """
+        fields = method.call.fields
+        values = values_of(frame, message, self.job.layout(message.client))
+        arguments = {spec.name: value for spec, value in zip(fields, values, strict=True)}
+        for spec, value in zip(fields, message.fields, strict=True):
+            if value.version is not None:
+                arguments[spec.name] = self._once.get(_once_name(method, frame, spec.name), value.version)
+            elif arguments[spec.name] is HELD:
+                arguments[spec.name] = self._kept[spec.name]
+        for spec in fields:
+            if spec.sparse is not None:
+                mask = arguments[spec.sparse.mask] if spec.sparse.mask is not None else None
+                arguments[spec.name] = unpacked(spec, arguments[spec.name], mask)
+        return arguments
+
     def _keep_once(self, method: ClientMethod, frame: Frame) -> None:
         """Keep the `Once` values of a call, before any client runs or is left out: the server counts on it."""
         for message in frame.messages:
             for spec, value in zip(method.call.fields, message.fields, strict=True):
                 if value.version is not None and value.form is not Form.HELD:
                     layout = self.job.layout(message.client)
-                    self._once.put(f"{method.name}.{spec.name}", value.version, value_of(frame, value, layout))
+                    name = _once_name(method, frame, spec.name)
+                    self._once.put(name, value.version, value_of(frame, value, layout))
 
     def _begin_folds(self, method: ClientMethod, frame: Frame) -> Folds | None:
         """What folds the replies of this host's clients, where the call says how."""
         told = frame.note.get("fold")
         if not told or not frame.messages:
             return None
-        values = values_of(frame, frame.messages[0], self.job.layout(frame.messages[0].client))
-        arguments = {f.name: v for f, v in zip(method.call.fields, values, strict=True)}
+        arguments = self._arguments(method, frame, frame.messages[0])
         return Folds(self.job, method, folds_told(told), arguments, partly=True)
 
     def blocks(self, told: Sequence[tuple[int, How]]) -> list[tuple[Tensor, How]]:
@@ -322,6 +334,12 @@ def _report(data: ClientData, seconds: float) -> torch.Tensor:
     trained = data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
     return torch.tensor([data.n, squares, loss, seconds, nan], dtype=torch.float64)
+
+
+def _once_name(method: ClientMethod, frame: Frame, argument: str) -> str:
+    """Under what name this host keeps a `Once` argument of a call."""
+    names = frame.note.get("once")
+    return named(method.name, argument, str(names[argument]) if isinstance(names, dict) and argument in names else None)
 
 
 def _fail(reply: Message, text: str) -> None:

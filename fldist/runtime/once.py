@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fldist.kinds import HELD, Field, Once
 from fldist.params import Params
+from fldist.sparse import Kept
 from fldist.wire.ledger import Booked, Kinds
 
 
@@ -22,11 +23,18 @@ def size_of(value: Any) -> int:
     """Logical bytes of a value of any form."""
     if value is None:
         return 0
+    if isinstance(value, Kept):
+        return value.nbytes
     if isinstance(value, Params):
         return size_of(value.floats) + size_of(value.ints)
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(size_of, value.values())) if isinstance(value, dict) else 8
+
+
+def named(method: str, argument: str, name: str | None) -> str:
+    """Under what name a host keeps an argument: that which the call gives it, or its method's and its own."""
+    return name or f"{method}.{argument}"
 
 
 def copied(value: Any) -> Any:
@@ -45,7 +53,7 @@ class _Held:
 
 
 class OnceTable:
-    """The server's tables. Arguments are named `method.argument`; share: one copy serves all clients of a host."""
+    """The server's tables. Arguments have names (`named`); share: one copy serves all clients of a host."""
 
     def __init__(self, share: bool) -> None:
         self._share = share
@@ -69,7 +77,7 @@ class OnceTable:
             given = once.get(field.name)
             if given is None:
                 continue
-            argument = f"{method}.{field.name}"
+            argument = named(method, field.name, given.name)
             if given.value is not None and self._has(argument, client) != given.version:
                 size, before = size_of(given.value), kinds.get(field.kind, (0, 0))
                 kinds[field.kind] = (before[0] + size, before[1] + size)
@@ -81,7 +89,7 @@ class OnceTable:
     def sent(self, rank: int, method: str, once: Mapping[str, Once[Any]], entries: Sequence[Booked]) -> None:
         """A call with these values, for the clients of these entries, is on its way to a host."""
         for name, given in once.items():
-            argument = f"{method}.{name}"
+            argument = named(method, name, given.name)
             held = self._held.setdefault(rank, {}).get(argument)
             if held is None or held.version != given.version:
                 held = self._held[rank][argument] = _Held(given.version, set())

@@ -6,7 +6,8 @@ bounded and validated from the head before memory is allocated for it. No pickle
 
     head    magic, version, type, flags, length, run id, epoch, incarnation, round, attempt, call, stage, method,
             sequence number, time of sending, numbers of messages and parts, lengths of the note and of the inline data
-    part    kind, dtype, encoding, place (body, inline or world), number of dimensions, bytes, logical bytes, shape
+    part    kind, dtype, encoding, place (body, inline or world), number of dimensions, bytes, logical bytes, shape;
+            of an encoded float block, which is uint8 [bytes], the number of floats that it stands for
     message client, status, times (received, started, ready), fields: form and what the form needs
     end     crc32 of all that stands before it in the head
 
@@ -30,6 +31,8 @@ from torch import Tensor
 from fldist import blocks
 from fldist.kinds import FOLDED, HELD, Field, Form, Kind, Schema
 from fldist.params import Layout, Params
+from fldist.sparse import Encoding as SparseEncoding
+from fldist.sparse import Kept, Packed, refusal
 from fldist.wire.errors import BadMessage
 
 MAGIC = b"FLD1"
@@ -48,6 +51,7 @@ _MESSAGE = struct.Struct("<IBBqqq")
 _CRC = struct.Struct("<I")
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _NO_PART = 0xFFFFFFFF
@@ -94,6 +98,15 @@ class Encoding(enum.IntEnum):
     """How a part's bytes stand for its tensor. The numbers travel: never renumber."""
 
     RAW = 0
+    DENSE = 1  # this and the next: floats of a masked model, see `fldist/sparse.py`
+    VALUES = 2
+    BITMASK_VALUES = 3
+    INDEX_VALUES = 4
+
+    @property
+    def sparse(self) -> SparseEncoding:
+        """The name in `fldist/sparse.py`; not for RAW."""
+        return self.name.lower()  # type: ignore[return-value]
 
 
 class Place(enum.IntEnum):
@@ -139,6 +152,10 @@ class Part:
     place: Place
     encoding: Encoding = Encoding.RAW
     tensor: Tensor | None = None
+    floats: int = 0
+    """Floats that an encoded part stands for."""
+    packed: Packed | None = None
+    """What was made of an encoded part: clients that share it share that as well."""
 
     def flat(self) -> Tensor:
         """The part's bytes, uint8 [bytes], sharing memory with the tensor."""
@@ -209,7 +226,7 @@ class Frame:
     def drop(self) -> None:
         """Let go of all tensors; whoever keeps one has a reference of his own."""
         for part in self.parts:
-            part.tensor = None
+            part.tensor = part.packed = None
 
     def checksum(self) -> int:
         """crc32 over the bodies in order."""
@@ -250,10 +267,7 @@ class FrameBuilder:
         before = len(self.frame.parts)
         try:
             for spec, value in zip(schema.fields, values, strict=True):
-                if value is HELD:
-                    built = FieldValue(Form.HELD)
-                else:
-                    built = self._field(spec.name, spec.kind, spec.form, spec.optional, value)
+                built = FieldValue(Form.HELD) if value is HELD else self._field(spec, value)
                 if once and spec.name in once:
                     built.version = once[spec.name]
                 message.fields.append(built)
@@ -271,10 +285,11 @@ class FrameBuilder:
         self._large = Place.WORLD
         for spec in schema.fields:
             if spec.name in values:
-                self._field(spec.name, spec.kind, spec.form, spec.optional, values[spec.name])
+                self._field(spec, values[spec.name])
         self._large = Place.BODY
 
-    def _field(self, name: str, kind: Kind, form: Form, optional: bool, value: Any) -> FieldValue:
+    def _field(self, spec: Field, value: Any) -> FieldValue:
+        name, kind, form, optional, sparse = spec.name, spec.kind, spec.form, spec.optional, spec.sparse is not None
         if value is FOLDED:
             return FieldValue(Form.FOLDED)
         if value is None:
@@ -288,9 +303,15 @@ class FrameBuilder:
                 raise ValueError(f"{name!r} is {value}, which does not fit 64 bits")
             return FieldValue(Form.INT if isinstance(value, int) else Form.FLOAT, number=value)
         if form is Form.PARAMS:
+            encoding = Encoding.RAW
+            if sparse and isinstance(value, Kept):
+                encoding, payload, value = Encoding[value.encoding.upper()], value.payload, value.params
             if not isinstance(value, Params):
                 raise ValueError(f"{name!r} must be Params, got {type(value).__name__}")
-            floats = self._part(kind, value.floats)
+            floats = self._part(kind, value.floats if encoding is Encoding.RAW else payload)
+            if encoding is not Encoding.RAW:
+                part = self.frame.parts[floats]
+                part.encoding, part.floats = encoding, value.layout.num_floats
             ints = self._part(kind, value.ints) if value.ints.numel() else _NO_PART
             return FieldValue(Form.PARAMS, (floats, ints))
         if form is Form.TENSOR:
@@ -330,6 +351,8 @@ def encode(frame: Frame) -> bytes:
             part.logical_bytes,
         )  # fmt: skip
         tables += struct.pack(f"<{len(part.shape)}Q", *part.shape)
+        if part.encoding is not Encoding.RAW:
+            tables += _U64.pack(part.floats)
         if part.place is Place.INLINE:
             inline += part.flat().numpy().tobytes()
     for message in frame.messages:
@@ -486,7 +509,14 @@ def _parse_part(data: bytes, at: int) -> tuple[Part, int]:
         raise BadMessage(f"a part of shape {shape} and {_DTYPES[dtype]} cannot have {size} bytes")
     if (place == Place.INLINE) != (size < INLINE_BYTES):
         raise BadMessage(f"a part of {size} bytes at the wrong place")
-    return Part(Kind(kind), _DTYPES[dtype], tuple(shape), size, logical, Place(place)), at + 8 * ndim
+    at += 8 * ndim
+    part = Part(Kind(kind), _DTYPES[dtype], tuple(shape), size, logical, Place(place), Encoding(encoding))
+    if part.encoding is not Encoding.RAW:
+        if part.dtype is not torch.uint8 or ndim != 1:
+            raise BadMessage(f"an encoded part of {part.dtype} {shape}; it must be uint8 [bytes]")
+        part.floats = _U64.unpack_from(data, at)[0]
+        at += _U64.size
+    return part, at
 
 
 def _parse_message(data: bytes, at: int, num_parts: int) -> tuple[Message, int]:
@@ -607,13 +637,16 @@ def _validate_fields(
             raise BadMessage(f"field {spec.name!r} must be of kind {spec.kind.label}")
         size = sum(parts[i].bytes for i in named)
         if spec.form is Form.PARAMS:
-            _validate_params(spec.name, value, parts, layout)
+            _validate_params(spec, value, parts, layout)
+        elif any(parts[i].encoding is not Encoding.RAW for i in named):
+            raise BadMessage(f"field {spec.name!r} is no masked model, and comes encoded as one")
         elif size > spec.max_bytes:
             raise BadMessage(f"field {spec.name!r} has {size} bytes; allowed are {spec.max_bytes}")
     return used
 
 
-def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: Layout | None) -> None:
+def _validate_params(spec: Field, value: FieldValue, parts: list[Part], layout: Layout | None) -> None:
+    name = spec.name
     floats_at, ints_at = value.parts
     if floats_at == _NO_PART:
         raise BadMessage(f"field {name!r} has no float block")
@@ -624,17 +657,27 @@ def _validate_params(name: str, value: FieldValue, parts: list[Part], layout: La
         if ints.dtype is not torch.int64 or len(ints.shape) != 1:
             raise BadMessage(f"field {name!r}: the integer block must be int64 [N]")
         num_ints = ints.shape[0]
-    if floats.dtype is not torch.float32 or len(floats.shape) != 1:
+    encoded = floats.encoding is not Encoding.RAW
+    if encoded and spec.sparse is None:
+        raise BadMessage(f"field {name!r} is no masked model, and comes encoded as one")
+    if not encoded and (floats.dtype is not torch.float32 or len(floats.shape) != 1):
         raise BadMessage(f"field {name!r}: the float block must be float32 [N]")
-    if layout is not None and layout.fitting(floats.shape[0], num_ints) is None:
+    num_floats = floats.floats if encoded else floats.shape[0]
+    if layout is not None and layout.fitting(num_floats, num_ints) is None:
         raise BadMessage(
-            f"field {name!r} has {floats.shape[0]} floats and {num_ints} integers; the model has "
+            f"field {name!r} has {num_floats} floats and {num_ints} integers; the model has "
             f"{layout.num_params} trainable, {layout.num_floats} floats and {layout.num_ints} integers"
         )
+    if encoded and layout is not None:
+        tail = num_floats - layout.num_params
+        problem = refusal(floats.encoding.sparse, layout.num_params, tail, floats.bytes)
+        if problem is not None:
+            raise BadMessage(f"field {name!r}: {problem}")
 
 
 def value_of(frame: Frame, value: FieldValue, layout: Layout) -> Any:
-    """Build a field's value from a complete frame; tensors share the frame's memory. HELD and FOLDED stay."""
+    """Build a field's value from a complete frame; tensors share the frame's memory. HELD and FOLDED stay, and an
+    encoded model is `Packed`: who has the mask makes Params of it."""
     if value.form is Form.NONE:
         return None
     if value.form is Form.HELD:
@@ -647,6 +690,13 @@ def value_of(frame: Frame, value: FieldValue, layout: Layout) -> Any:
     if value.form is Form.PARAMS:
         floats, ints = tensors
         assert floats is not None
+        coded = frame.parts[value.parts[0]]
+        if coded.encoding is not Encoding.RAW:
+            if coded.packed is None:
+                whole = layout.fitting(coded.floats, 0 if ints is None else ints.numel())
+                assert whole is not None  # `_validate` saw to it
+                coded.packed = Packed(whole, coded.encoding.sparse, floats, ints)
+            return coded.packed
         part = layout.fitting(floats.numel(), 0 if ints is None else ints.numel())
         assert part is not None  # `_validate` saw to it
         return Params(part, floats, ints)
