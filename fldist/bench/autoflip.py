@@ -2,9 +2,9 @@
 
 TwoCNN and an MLP on the digits that are always there. Four clients explore, the squares of how far their parameters
 moved make a guidance, and that makes masks: of scattered entries by a quantile T, of whole units by a quantile T_s; one
-more mask is drawn at random. Each network is then trained by the local training that runs use: dense, under a mask
-(dense kernels take as long whatever it closes), and compacted under every mask, in turn, on one thread, in CPU seconds
-a step: forward, backward, mask, optimizer; what a training needs to begin is divided among its steps.
+more mask is drawn at random. Each network is then trained by the local training that runs use: dense, and masked and
+compacted under every mask, in turn, on one thread, in CPU seconds a step: forward, backward, mask, optimizer; what a
+training needs to begin is divided among its steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fldist.bench.measure import Figure, Report, Say, Target, quartiles
 from fldist.data.client_data import ClientData
@@ -147,6 +148,11 @@ def over(ours: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, other, strict=True)]
 
 
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two networks' answers, relative to the largest answer where that is above 1."""
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1.0))
+
+
 @dataclass(frozen=True)
 class Trainer:
     """One variant of a network: its task, its start, its mask or None."""
@@ -166,6 +172,31 @@ class Trainer:
         params, steps, _ = self.train(epochs)
         with torch.no_grad():
             return self.task.frozen_copy(params)(x), steps
+
+    def exact_answers(self, epochs: int, x: Tensor) -> Tensor:
+        """The same with float64 throughout, by a loop of its own: local training is float32."""
+        net = self.task.frozen_copy(self.start).double().train().requires_grad_(True)
+        tensors = list(net.parameters())
+        keep = torch.ones(self.task.layout.num_params) if self.mask is None else self.mask.double()
+        slots = self.task.layout.params
+        parts = [keep[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in slots]
+        optimizer = self.task.local.make_optimizer(tensors)
+        data = ClientData(self.task, 0, Streams(SEED, 1, 0))
+        order = data.order()
+        for _ in range(epochs):
+            for rows in order.epoch():
+                optimizer.zero_grad()
+                cross_entropy(net(data.x[rows].double()), data.y[rows]).backward()  # type: ignore[no-untyped-call]
+                for tensor, part in zip(tensors, parts, strict=True):
+                    assert tensor.grad is not None
+                    tensor.grad.mul_(part)
+                optimizer.step()
+                with torch.no_grad():
+                    for tensor, part in zip(tensors, parts, strict=True):
+                        tensor.mul_(part)
+        with torch.no_grad():
+            answers: Tensor = net.eval()(x.double())
+        return answers
 
 
 @dataclass(frozen=True)
@@ -194,7 +225,11 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
         torch.set_num_threads(before)
     report.notes.append(
         "CPU seconds; the guidance is that of digits: how many units T alone leaves without input or output depends on "
-        "data and exploration; answers apart: largest difference, relative where they are above 1"
+        "data and exploration"
+    )
+    report.notes.append(
+        "answers apart: largest difference, relative where they are above 1; in float32 it may grow once rounding has "
+        "switched a ReLU or a maximum"
     )
     return report
 
@@ -223,14 +258,13 @@ def _measure(work: Workload, report: Report, repeats: int, say: Say) -> None:
         smaller = task_of(work, subset, compaction.module)
         small = Trainer(smaller, compaction.shrink(start), compaction.shrink_mask(mask))
         pruned.append(Pruned(setting, mask, compaction, Trainer(task, start, mask), small))
-    variants = {"dense": dense, "masked": pruned[0].masked}
-    variants |= {one.setting.key: one.small for one in pruned}
+    variants = {"dense": dense}
+    for one in pruned:
+        variants |= {f"{one.setting.key} masked": one.masked, f"{one.setting.key} small": one.small}
     for trainer in variants.values():
         trainer.train(1)
     seconds = turns({name: _timed(trainer, epochs) for name, trainer in variants.items()}, repeats)
     report.add(Figure(f"{work.key}_dense_s", f"{work.what}: a step, dense", seconds["dense"], "s"))
-    values = over(seconds["masked"], seconds["dense"])
-    report.add(Figure(f"{work.key}_masked_ratio", "  masked / dense", values))
     alone = {
         "mask": ("the two multiplications by the mask", _Alone(pruned[0].masked).multiply),
         "optimizer": ("the optimizer's step, no zeros", _Alone(dense).step),
@@ -242,13 +276,12 @@ def _measure(work: Workload, report: Report, repeats: int, say: Say) -> None:
     }
     x, _ = next(task.test_batches(100))
     for one in pruned:
-        values = over(seconds[one.setting.key], seconds["masked"])
-        _report(work, one, report, values, structure, x)
+        _report(work, one, report, seconds, structure, x)
     dense_s = quartiles(seconds["dense"])[1]
     shares = parts["mask"] / dense_s, (parts["optimizer_masked"] - parts["optimizer"]) / dense_s
     report.limits.append(
         f"{work.what}: of a dense step the two multiplications are {100 * shares[0]:.1f} %, what "
-        f"scattered zeros add to Adam's square root {100 * shares[1]:.1f} %"
+        f"scattered zeros add to the optimizer's {100 * shares[1]:.1f} %"
     )
 
 
@@ -289,18 +322,21 @@ def _report(
     work: Workload,
     one: Pruned,
     report: Report,
-    values: Sequence[float],
+    seconds: Mapping[str, Sequence[float]],
     structure: Structure,
     x: Tensor,
 ) -> None:
-    """The figures of one mask. values: compacted / masked by turn; x: samples on which the answers are compared."""
+    """The figures of one mask. seconds: by variant and turn; x: samples on which the answers are compared."""
     key, name = f"{work.key}_{one.setting.key}", f"  {one.setting}"
-    ratio = report.add(Figure(f"{key}_compact_ratio", f"{name}: compacted / masked", values))
+    masked_s, small_s = (seconds[f"{one.setting.key} {which}"] for which in ("masked", "small"))
+    report.add(Figure(f"{key}_masked_ratio", f"{name}: masked / dense", over(masked_s, seconds["dense"])))
+    ratio = report.add(Figure(f"{key}_compact_ratio", f"{name}: compacted / masked", over(small_s, masked_s)))
     epochs = -(-CHECKED_STEPS // 10)
     whole, steps = one.masked.answers(epochs, x)
     small, _ = one.small.answers(epochs, x)
-    apart = float((whole - small).abs().max() / whole.abs().max().clamp(min=1.0))
-    report.add(Figure(f"{key}_difference", f"{name}: answers apart after {steps} steps", [apart], "", SAME))
+    exact = apart(one.masked.exact_answers(epochs, x), one.small.exact_answers(epochs, x))
+    report.add(Figure(f"{key}_difference", f"{name}: answers apart after {steps} steps, float64", [exact], "", SAME))
+    report.add(Figure(f"{key}_float32_difference", f"{name}: the same, float32", [apart(whole, small)]))
     template = one.masked.task.architecture().template
     flops = training_flops(template, one.masked.task.shape, one.mask, one.compaction)
     theoretical, realised = flops.theoretical / flops.dense, flops.realised / flops.dense
