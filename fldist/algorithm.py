@@ -8,9 +8,10 @@ nobody's business here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from fldist.fold import Fold, collect
 from fldist.kinds import MaxBytes, Report, Weights
 from fldist.models.evaluate import Evaluation
 from fldist.params import Params
+from fldist.seeding import generator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -188,6 +190,32 @@ class Stage:
     step: Callable[[Any, Any], None]
 
 
+@dataclass(frozen=True)
+class Books:
+    """What a run has exchanged by its end, for `Algorithm.summary`.
+
+    rounds: those that are finished; replied: by round, how many clients' replies were used; bytes: logical bytes of
+    delivered messages by phase, kind (`weights`, `masks` ...) and direction (`up`, `down`), all phases: `setup` and
+    `evaluate` as well.
+    """
+
+    rounds: int
+    replied: Sequence[int]
+    bytes: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+    def total(self, *phases: str, kind: str | None = None, way: Literal["up", "down"] | None = None) -> int:
+        """Bytes of these phases (none named: of all), of one kind or of all, in one direction or in both."""
+        return sum(
+            number
+            for phase, kinds in self.bytes.items()
+            if not phases or phase in phases
+            for name, ways in kinds.items()
+            if kind in (None, name)
+            for direction, number in ways.items()
+            if way in (None, direction)
+        )
+
+
 class ClientScores(NamedTuple):
     """How a model did on a client's samples."""
 
@@ -238,13 +266,27 @@ class Algorithm:
 
     def evaluate(self, server: Server, clients: Clients) -> Replies:
         """Let clients score a model as the section `eval` says; its bytes are booked under `evaluate`."""
+        model = self.model(server) if self.scoring(server.task).model == "global" else None
+        cohort = self.scored_clients(server, clients)
+        return cohort.call(self.evaluate_client, model=model, fold={"scores": collect()}, phase="evaluate")
+
+    def scored_clients(self, server: Server, clients: Clients) -> Cohort:
+        """Who scores a model in this round, as the section `eval` says: none that lacks samples of the split.
+
+        Of the clients that were not selected, `max(floor(eval.fraction * their number), 1)` are drawn without
+        replacement from a stream of its own; where all were selected, it is all.
+        """
         how = self.scoring(server.task)
         cohort = clients.selected() if how.clients == "selected" or how.model == "sent" else clients.all()
         assert how.split != "auto"
-        if how.split != "global":
-            cohort = clients.only([c for c in cohort.ids if server.task.count(c, how.split)])
-        model = self.model(server) if how.model == "global" else None
-        return cohort.call(self.evaluate_client, model=model, fold={"scores": collect()}, phase="evaluate")
+        ids = [c for c in cohort.ids if how.split == "global" or server.task.count(c, how.split)]
+        if how.clients == "unselected":
+            chosen = set(clients.selected().ids)
+            left = [c for c in ids if c not in chosen]
+            count = max(math.floor(how.fraction * len(left) + 1e-9), 1)  # as with clients.fraction
+            order = torch.randperm(len(left), generator=generator(server.task.seed, "evaluate", server.round))
+            ids = [left[i] for i in order[:count].tolist()] or ids
+        return clients.only(ids)
 
     @on_client
     def evaluate_client(self, me: Me, data: ClientData, model: Weights | None) -> ClientScores:
@@ -259,6 +301,14 @@ class Algorithm:
         assert how.split != "auto"
         scores = data.evaluate(model, how.split)
         return ClientScores(torch.tensor([scores.n, *(scores.values[m] for m in how.names)], dtype=torch.float64))
+
+    def summary(self, server: Server, books: Books) -> dict[str, float]:
+        """Figures of the whole run, for `summary` of result.json; the default has none.
+
+        Called once, when the run ends, also before its time if a round was committed. `server` is as after the last
+        finished round; what is done to it changes nothing. NaN and infinity are written as null.
+        """
+        return {}
 
     def scoring(self, task: Task) -> Evaluation:
         """The section `eval` with every `auto` decided; ValueError for what cannot be."""
@@ -278,7 +328,8 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
     """Decide every `auto` of the section `eval` for an algorithm and a task; ValueError for what cannot be."""
     name = algorithm.__name__
     server = algorithm.has_global_model and task.num_test > 0
-    asked = [k for k, plain in (("clients", "all"), ("split", "auto")) if getattr(how, k) != plain]
+    asked = ["clients"] if how.clients != "all" else []
+    asked += ["split"] if how.split != "auto" and not how.own else []  # else it says on what clients score their own
     asked += ["model"] if how.model in ("personal", "sent") else []
     if how.where == "server" and asked:
         raise ValueError(f"eval.{asked[0]}: {getattr(how, asked[0])} is about scoring at clients; use eval.where: both")
@@ -297,8 +348,15 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
         raise ValueError(f"eval.model: global, but {name} has no global model; use personal")
     if model == "global" and where != "server" and len(task.architectures) > 1:
         raise ValueError("eval.model: global, but clients.models gives clients other architectures; use where: server")
+    if model == "sent" and how.clients == "unselected":
+        raise ValueError("eval.model: sent, but clients that are not selected are sent no model; use global")
     split = how.split if how.split != "auto" else "test" if task.has_part("test") else "global"
-    if where != "server":
+    if how.own and split == "global":
+        raise ValueError(
+            f"eval.own: clients score what they train on a part of their own, and eval.split is {how.split}"
+            f"{' (global)' if how.split == 'auto' else ''}; set task.split.test=0.2, or eval.split: train"
+        )
+    if where != "server" or how.own:
         if split == "global" and not task.num_test:
             raise ValueError(
                 "eval: with task.merged there is no global test set; give clients one: task.split.test=0.25"

@@ -199,8 +199,9 @@ def data_list() -> None:
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="A name from `fldist data list`.")],
+    fields: Annotated[list[str] | None, typer.Argument(help="Other fields of task.data: key=value.")] = None,
     root: Annotated[str | None, typer.Option(help="The folder to read from or download to.")] = None,
-    path: Annotated[str | None, typer.Option(help="The file or folder, for images and hdf5.")] = None,
+    path: Annotated[str | None, typer.Option(help="The file or folder, for images, hdf5, roles and leaf.")] = None,
     size: Annotated[int | None, typer.Option(help="Height and width to bring images to.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 or 3, for images.")] = None,
 ) -> None:
@@ -213,8 +214,9 @@ def data_prepare(
         raise resolve.unknown("name", name, list(datasets.NAMES))
     options = {"root": root, "path": path, "size": size, "channels": channels}
     given = {key: value for key, value in options.items() if value is not None}
-    load({"task": {"data": {"name": name, **given}}})  # refuses what a run would refuse, in the same words
-    typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**given)))
+    # refuses what a run would refuse, in the same words
+    section = load({"task": {"data": {"name": name, **given}}}, [f"task.data.{field}" for field in fields or []]).task
+    typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**section.data.fields)))
 
 
 @bench_app.command("exchange")

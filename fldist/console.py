@@ -87,6 +87,9 @@ class Progress:
                 f"accuracy {final['accuracy']:.4f} (best {best['accuracy']:.4f} in round {best['round']}), "
                 f"loss {loss:.4f}"
             )
+        for name, value in result["summary"].items():
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+            self._console.print(f"{name} {shown}", markup=False)
         self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")
         self._console.print(f"state_hash {result['state_hash']}")

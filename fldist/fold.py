@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fldist import blocks
-from fldist.params import Params
+from fldist.params import Params, Travel
 
 Integers = Literal["mean", "max", "keep"]
 
@@ -95,15 +95,20 @@ class Mean(Fold):
     """Weighted mean: sum_k w_k y_k / sum_k w_k over the replies that came; w_k is the reply field `by`, or 1.
 
     like: the argument that the scale is taken from (default: the only one of the same kind);
-    bound: a number that no sum of weights exceeds (default for `n`: the task's training examples).
+    bound: a number that no sum of weights exceeds (default for `n`: the task's training examples);
+    part: of that argument, what the field has: `params` where it has no buffers.
     """
 
     by: str | None = None
     like: str | None = None
     bound: float | None = None
+    part: Travel = "all"
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start a mean."""
+        reference = context.reference
+        if reference is not None and self.part != "all":
+            context = replace(context, reference=reference.restricted(self.part))
         return FixedPoint(context, divide=True)
 
 

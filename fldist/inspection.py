@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import yaml
 
-from fldist.algorithm import Algorithm, TooFewReplies
+from fldist.algorithm import Algorithm, ClientScores, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
-from fldist.fold import Collect, Fold, Sum
+from fldist.fold import Collect, Fold, Mean, Sum
 from fldist.kinds import HELD, Field, Form, Once, Schema, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
@@ -33,7 +33,7 @@ from fldist.resolve import from_package
 from fldist.runtime.call import argument_for
 from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import plain
-from fldist.runtime.job import REPORT, ClientMethod, Job
+from fldist.runtime.job import OWN, REPORT, ClientMethod, Job
 from fldist.runtime.launch import find_world
 from fldist.runtime.once import size_of
 from fldist.runtime.output import nccl_version
@@ -41,6 +41,7 @@ from fldist.runtime.placement import Placement
 from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
 from fldist.selection import ClientReport
+from fldist.sparse import Kept
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
 from fldist.wire.network import VARIABLE, chosen_address, interfaces, is_loopback, reachable
@@ -99,6 +100,8 @@ def _field_text(field: Field) -> str:
 class Prediction:
     """Logical bytes of one round, by kind and direction, and what cannot be known before it runs."""
 
+    before: dict[str, dict[str, int]]
+    """By phase: bytes of the setup, as far as made-up replies take it."""
     by_kind: dict[str, dict[str, int]]
     phases: dict[str, dict[str, int]]
     once: dict[str, int]
@@ -117,8 +120,9 @@ class Prediction:
 class _Tracer:
     """Stands where a `Caller` stands: counts what a call would send and makes replies up in the right shape."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, phase: str | None = None) -> None:
         self.job = job
+        self.default_phase = phase
         self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.once: dict[str, int] = {}
@@ -135,7 +139,7 @@ class _Tracer:
         arguments: dict[str, Any],
     ) -> Replies:
         spec = self._methods[method.__name__]
-        phase = phase or spec.phase
+        phase = phase or self.default_phase or spec.phase
         replies: dict[str, Any] = {}
         up = []
         for field in spec.reply.fields:
@@ -145,15 +149,19 @@ class _Tracer:
                     f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
                 )
                 raise _UnknownSize
-            up.append(value)
             how = fold.get(field.name, Collect())
+            if isinstance(how, Mean) and isinstance(value, Params):
+                value = value.restricted(how.part)
+            up.append(value)
+            if isinstance(value, Kept):
+                value = value.value
             if isinstance(how, Collect):
                 replies[field.name] = dict.fromkeys(ids, value)
             else:
                 replies[field.name] = value * float(len(ids)) if isinstance(how, Sum) and value is not None else value
         for field in spec.call.fields:
             if isinstance(given := arguments[field.name], Once):
-                self.once[f"{spec.name}.{field.name} ({field.kind.label})"] = size_of(given.value)
+                self.once[f"{given.name or f'{spec.name}.{field.name}'} ({field.kind.label})"] = size_of(given.value)
         for client in ids:
             down = [
                 HELD if isinstance(arguments[f.name], Once) else argument_for(arguments[f.name], client, f.name)
@@ -168,7 +176,9 @@ class _Tracer:
             return 1
         if field is REPORT:
             return torch.ones(len(ClientReport._fields), dtype=torch.float64)
-        if spec.name == "evaluate_client":
+        if field is OWN:
+            return torch.ones(1 + 2 * len(self.job.evaluation.names), dtype=torch.float64)
+        if spec.reply_type is ClientScores:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
         return plain(arguments[reference.name]) if reference is not None else None
@@ -196,12 +206,26 @@ class _UnknownSize(Exception):
 
 
 def predict(job: Job) -> Prediction:
-    """Logical bytes of round 1, found by running the server half against clients that only count."""
-    tracer = _Tracer(job)
+    """Logical bytes of round 1, found by running the server half against clients that only count.
+
+    The setup comes first: what its replies would have decided (which parameters a mask keeps) is only alike in size.
+    """
+    tracer = _Tracer(job, "setup")
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
     clients = ClientsView(job, tracer)
+    try:
+        with forked(job.seed, "setup"):
+            job.algorithm.setup(view, clients)
+    except _UnknownSize:
+        pass
+    except Exception as error:  # replies that were made up may lead nowhere
+        tracer.unknown.append(f"setup: {error}")
+    before = dict(tracer.phases)
+    tracer.by_kind.clear()
+    tracer.phases = defaultdict(lambda: {"up": 0, "down": 0})
+    tracer.default_phase = None
     view.enter(1, job.seed)
     clients.enter(1)
     try:
@@ -212,7 +236,7 @@ def predict(job: Job) -> Prediction:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
-    return Prediction(dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown)
+    return Prediction(before, dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown)
 
 
 def dry_run(settings: Settings, nproc: int) -> str:
@@ -241,6 +265,8 @@ def dry_run(settings: Settings, nproc: int) -> str:
     total = prediction.training
     lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
     lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
+    for phase, ways in sorted(prediction.before.items()):
+        lines.append(f"  {phase:<12} up {ways['up']:>16,}   down {ways['down']:>16,}   (once, before round 1)")
     lines += [f"  {name} goes to each client once: {size:,} down" for name, size in sorted(prediction.once.items())]
     scoring = prediction.phases.get("evaluate")
     if scoring is not None:

@@ -137,6 +137,7 @@ class Made:
         by_kind["weights"] = {"up": size["up"] - 8 * replied, "down": size["down"]}
         sums = {"logical": size, "encoded": size, "framing": framing, "wire": wire, "by_kind": by_kind}
         sums |= {"by_phase": {"train": size}, "encoded_by_phase": {"train": size}, "wire_by_phase": {"train": wire}}
+        sums["by_phase_and_kind"] = {f"train.{kind}": ways for kind, ways in by_kind.items()}
         sums["wasted"] = {"lost": {"up": len(gone) * MODEL_BYTES, "down": 0}} if gone else {}
         total = (timed["ended_ns"] - timed["began_ns"]) / 1e9
         return {
@@ -179,6 +180,7 @@ class Made:
             "num_clients": self.clients,
             "final": {"accuracy": last["accuracy"], "loss": last["loss"]},
             "best": {"round": best["round"], "accuracy": best["accuracy"], "loss": best["loss"]},
+            "summary": {},
             "bytes": {**sums, "transport": transport},
             "seconds": {"total": sum(line["seconds"]["total"] for line in rounds), "run": 9.5},
             "state_hash": f"{rng.getrandbits(256):064x}",

@@ -413,3 +413,22 @@ class OwnZeros(Base):
         y = data.train(x).params
         y.floats[: y.layout.num_params][data.client :: 2] = 0.0
         return SparseUpdate(Kept(y, encoding=self.encoding), data.n)
+
+
+@dataclass(frozen=True)
+class FailsLate(Base):
+    """Clients train; in round 2 one of them fails in a second call."""
+
+    def round(self, server: Server, clients: Clients) -> None:
+        server.x = clients.selected().call(self.update, x=server.x, fold={"y": Mean(by="n")}).y
+        clients.selected().call(self.tally, round=server.round)
+
+    @on_client
+    def update(self, me: Me, data: ClientData, x: Weights) -> Update:
+        return Update(data.train(x).params, data.n)
+
+    @on_client
+    def tally(self, me: Me, data: ClientData, round: Scalar) -> Nothing:
+        if round == 2 and data.client == 1:
+            raise ZeroDivisionError("late")
+        return Nothing(data.n)

@@ -540,8 +540,10 @@ HOSTILE = {
         "no masked model",
     ),
     "an encoded model of 2^64 - 1 floats": (
-        a_head([a_part(kind=Kind.WEIGHTS, dtype=8, shape=(4,), encoding=2) + struct.pack("<Q", 2**64 - 1)], [a_message(a_params(0))],
-               method=PARAMS, inline=bytes(4)),
+        a_head(
+            [a_part(kind=Kind.WEIGHTS, dtype=8, shape=(4,), encoding=2) + struct.pack("<Q", 2**64 - 1)],
+            [a_message(a_params(0))], method=PARAMS, inline=bytes(4),
+        ),
         "no masked model",
     ),
     "an encoded part that ends before its number of floats": (one_tensor(a_part(dtype=8, shape=(4,), encoding=2)), ""),

@@ -464,7 +464,7 @@ def test_what_changes_what_is_learnt_or_what_accuracy_means_makes_another_task(c
     [
         {"algorithm__mu": 0.1}, {"local__lr": 0.1}, {"clients__fraction": 0.5}, {"selection": {"name": "own"}},
         {"aggregation": {"integers": "max"}}, {"faults": {"min_replies": 3}}, {"topology": "reduce"},
-        {"network__share": False}, {"deadlines__round_deadline_s": 3.0}, {"threads": 2},
+        {"network__share": False}, {"deadlines__round_deadline_s": 3.0}, {"threads": 2}, {"eval__own": True},
     ],
 )  # fmt: skip
 def test_what_changes_a_result_or_its_cost_makes_another_method(changes: dict[str, Any]) -> None:
@@ -477,7 +477,7 @@ def test_what_changes_a_result_or_its_cost_makes_another_method(changes: dict[st
     [
         {"rounds": 40}, {"name": "other"}, {"stop": {"rounds": 9}}, {"output": {"root": "elsewhere"}},
         {"checkpoint": {"every": 2}}, {"task__data": {"name": "digits", "root": "/elsewhere"}}, {"eval__every": 5},
-        {"eval__metrics": ["f1"]}, {"deadlines__join_s": 5.0},
+        {"eval__metrics": ["f1"]}, {"deadlines__join_s": 5.0}, {"eval__own": False}, {"eval__fraction": 0.5},
         {"network__control_port": 999}, {"backend": "gloo"}, {"local__lr": "1e-2"}, {"local__epochs": 1.0},
     ],
 )  # fmt: skip
@@ -488,6 +488,10 @@ def test_what_changes_neither_is_not_looked_at(changes: dict[str, Any]) -> None:
 def test_batches_matter_only_where_a_score_depends_on_them() -> None:
     assert len(split([run_of([0.5], eval__batch_size=n) for n in (64, 128)])) == 1
     assert len(split([run_of([0.5], eval__batch_size=n, eval__batch_norm="batch") for n in (64, 128)])) == 2
+
+
+def test_the_share_of_those_who_score_matters_only_where_there_is_one() -> None:
+    assert len(split([run_of([0.5], eval__fraction=f, eval__clients="unselected") for f in (0.5, 1)])) == 2
 
 
 def test_where_a_run_was_made_makes_another_method() -> None:

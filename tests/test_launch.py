@@ -28,13 +28,16 @@ from tests.needs import needs_data
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised")
+ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised", "autoflip")
+
+
+FIELDS = {"autoflip": {"mask_schedule": "per_round", "T": 0.5, "explore_epochs": 2}}
 
 
 def config(algorithm: str, **changes: Any) -> dict[str, Any]:
     """Skewed clients, half of them at a time, BatchNorm with its integers, momentum."""
     return small(
-        algorithm=algorithm,
+        algorithm={"name": algorithm, **FIELDS.get(algorithm, {})},
         clients={"num_clients": 8, "fraction": 0.5},
         task={
             "data": "digits",
@@ -188,14 +191,15 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    path = write(tmp_path, config("scaffold"))
+@pytest.mark.parametrize("name", ["scaffold", "autoflip"])
+def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]
     done = run_group([*torchrun, "run", path, "--output", str(tmp_path / "run")], 90)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert outcome(result) == outcome(alone["scaffold"])
-    assert ledger(tmp_path / "run") == ledger(alone["scaffold"]["directory"])
+    assert outcome(result) == outcome(alone[name])
+    assert ledger(tmp_path / "run") == ledger(alone[name]["directory"])
 
 
 def kill_a_host_after_a_round(command: list[str], directory: Path, find: str) -> tuple[int, str]:

@@ -190,7 +190,12 @@ def test_training_is_counted_by_kind_and_phase():
         "transport": both(),
         "encoded_by_phase": {"distill": both(0, 68), "train": both(68, 136)},
         "wire_by_phase": {"distill": both(0, 98), "train": both(98, 196)},
-    }
+        "by_phase_and_kind": {
+            "distill.scalars": both(0, 8), "distill.weights": both(0, 100),
+            "train.scalars": both(8, 16), "train.weights": both(100, 200),
+        },
+    }  # fmt: skip
+    assert totals.nested()["train"] == {"scalars": both(8, 16), "weights": both(100, 200)}
 
 
 @pytest.mark.parametrize("phase", ["setup", "select", "evaluate"])
@@ -199,6 +204,7 @@ def test_other_phases_are_counted_by_phase_alone(phase):
     totals.add(booked(phase, "up"))
     got = totals.as_dict()
     assert got["by_phase"] == {phase: both(108)}
+    assert got["by_phase_and_kind"] == {f"{phase}.scalars": both(8), f"{phase}.weights": both(100)}
     assert (got["framing"], got["wire"]) == (both(30), both(98))
     assert got["logical"] == got["encoded"] == both()
     assert got["by_kind"] == got["wasted"] == {}
@@ -213,7 +219,7 @@ def test_what_was_not_delivered_is_wasted(status):
     assert got["wasted"] == {status: both(0, 216)}
     assert (got["framing"], got["wire"]) == (both(0, 60), both(0, 196))
     assert got["logical"] == got["encoded"] == both()
-    assert got["by_kind"] == got["by_phase"] == {}
+    assert got["by_kind"] == got["by_phase"] == got["by_phase_and_kind"] == {}
 
 
 def test_what_a_run_has_spent_leaves_scoring_out_and_counts_setup_and_selection():
@@ -279,7 +285,7 @@ def rows_of(*paths):
 def sums_of(rows):
     """What `bytes` of result.json must hold, transport apart, from the rows of messages.jsonl alone."""
     sums = {name: both() for name in ("logical", "encoded", "framing", "wire")}
-    by_kind, by_phase, wasted, encoded_by_phase, wire_by_phase = (defaultdict(both) for _ in range(5))
+    by_kind, by_phase, wasted, encoded_by_phase, wire_by_phase, kinds = (defaultdict(both) for _ in range(6))
     for row in rows:
         way, delivered = row["direction"], row["status"] == "delivered"
         if row["row"] == "message":
@@ -293,12 +299,13 @@ def sums_of(rows):
         (by_phase[row["phase"]] if delivered else wasted[row["status"]])[way] += row["logical_bytes"]
         if delivered:
             encoded_by_phase[row["phase"]][way] += row["encoded_bytes"]
+            kinds[f"{row['phase']}.{row['kind']}"][way] += row["logical_bytes"]
         if delivered and row["phase"] not in ("setup", "select", "evaluate"):
             sums["logical"][way] += row["logical_bytes"]
             sums["encoded"][way] += row["encoded_bytes"]
             by_kind[row["kind"]][way] += row["logical_bytes"]
     tables = {"by_kind": by_kind, "by_phase": by_phase, "wasted": wasted}
-    tables |= {"encoded_by_phase": encoded_by_phase, "wire_by_phase": wire_by_phase}
+    tables |= {"encoded_by_phase": encoded_by_phase, "wire_by_phase": wire_by_phase, "by_phase_and_kind": kinds}
     return {**sums, **{name: dict(table) for name, table in tables.items()}}
 
 

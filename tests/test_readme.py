@@ -56,7 +56,9 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(block("mine.py"))
     run = tmp_path / "run"
-    result = fldist.run(small(algorithm=f"{mine}:Stepped"), output=run)
+    scoring = {"own": True, "clients": "unselected"}
+    asked = small(algorithm=f"{mine}:Stepped", eval=scoring, clients__per_round=3, task__split={"test": 0.2})
+    result = fldist.run(asked, output=run)
     text = (ROOT / "docs" / "results.md").read_text()
     explained = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
     names = set(result) | set(result["bytes"]) | set(result["seconds"])
@@ -68,6 +70,9 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
             names |= set(json.loads(line))
     lines = (run / "rounds.jsonl").read_text().splitlines()
     names |= set(json.loads(lines[0])["spent"])
+    scores = json.loads(lines[-1])["scores"]
+    names |= set(scores) | set(scores["clients"]) | set(scores["gap"])
+    assert set(scores) == {"global", "clients", "own", "own_train", "gap"}
     with h5py.File(run / "run.h5") as arrays:
         names |= set(arrays) | set(arrays["rounds"])
     assert names <= explained, names - explained

@@ -701,7 +701,7 @@ def test_a_run_of_another_version_is_refused_before_anything_of_it_is_changed(tm
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     fldist.run(small(), output=tmp_path / "run")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"round-000002\.safetensors has format 1; this version reads 2"):
+    with pytest.raises(ValueError, match=r"round-000002\.safetensors has format 1; this version reads 3"):
         go_on(tmp_path / "run", "rounds=4")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2

@@ -29,9 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"blocks", "params", "seeding", "vision"},
     "pruning": {"blocks", "params"},
     "data": {"models", "params", "pruning", "seeding", "vision"},
-    "algorithm": {"data", "fold", "kinds", "models", "params"},
+    "algorithm": {"data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
-    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "params", "pruning", "sparse"},
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse"},
+    "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["runtime"] |= {"blocks", "sparse", "units"}

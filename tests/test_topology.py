@@ -154,6 +154,18 @@ def test_hosts_without_a_client_take_part(tmp_path: Path, hosts: Hosts) -> None:
         assert outcome(result) == outcome(straight)
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_hosts_without_a_client_do_without_what_rides_in_the_head(tmp_path: Path, hosts: Hosts, topology: str) -> None:
+    """BatchNorm's counters, or a whole model, may be too small to be broadcast."""
+    for name, widths in (("counters", [32]), ("model", [4])):
+        changed = small(
+            topology=topology, clients__per_round=1, task__model={"name": "cnn_bn", "widths": [*widths, *widths]}
+        )
+        result = run_here(load(changed), nproc=4, output=tmp_path / name, spawn=hosts)
+        straight = fldist.run({**changed, "topology": "star"}, output=tmp_path / f"{name}-star")
+        assert outcome(result) == outcome(straight)
+
+
 # ---- what is refused, and what ends a run
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 from fldist.analysis.runs import SPENT, Run, json_lines, messages, read
 
 _UNTRAINED = frozenset({"setup", "select", "evaluate"})
-_TABLES = ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase")
+_TABLES = ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase", "by_phase_and_kind")
 _SUMS = ("logical", "encoded", "framing", "wire")
 _NAMED = 3
 """So many rounds are named in which something does not agree."""
@@ -54,6 +54,7 @@ class Bytes:
         if not delivered:
             return
         self.tables["encoded_by_phase"][phase][way] += row["encoded_bytes"]
+        self.tables["by_phase_and_kind"][f"{phase}.{row['kind']}"][way] += row["logical_bytes"]
         if phase not in _UNTRAINED:
             self.sums["logical"][way] += row["logical_bytes"]
             self.sums["encoded"][way] += row["encoded_bytes"]

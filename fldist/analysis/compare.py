@@ -265,11 +265,16 @@ def _of_task(run: Run) -> dict[str, str]:
     facts = {key: value for key, value in flat.items() if _within(key, _TASK) and key not in _FOLDERS}
     if facts.get("eval.batch_norm") == "batch":  # then a sample's score depends on those beside it
         facts["eval.batch_size"] = flat.get("eval.batch_size", "default")
+    if facts.get("eval.clients") == "unselected":
+        facts["eval.fraction"] = flat.get("eval.fraction", "default")
     return facts
 
 
 def _of_method(run: Run) -> dict[str, str]:
-    facts = {key: value for key, value in _flat(run.config).items() if not _within(key, (*_TASK, *_NEITHER))}
+    flat = _flat(run.config)
+    facts = {key: value for key, value in flat.items() if not _within(key, (*_TASK, *_NEITHER))}
+    if flat.get("eval.own") == "true":  # then replies are longer, and clients compute more
+        facts["eval.own"] = "true"
     for name in _PLACE:
         value = (run.result or {}).get(name) or run.environment.get(name)
         facts[f"place.{name}"] = "unknown" if value is None else _shown(value).partition(":")[0]

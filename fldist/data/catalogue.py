@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Protocol
 
 from fldist.data import cache, datasets
 
@@ -18,9 +21,16 @@ TEXTS = {
     "svhn": "73,257 + 26,032 photographs of house numbers, 3x32x32, 10 classes",
     "images": "your own: a folder or zip of images laid out split/class/image",
     "hdf5": "your own: an HDF5 file with train_x, train_y, test_x, test_y",
+    "roles": "your own: a text with roles, such as Shakespeare's plays; windows of 80 characters, a role owns its rows",
+    "leaf": "your own: Shakespeare or FEMNIST as LEAF's scripts prepare them, in JSON; a user owns its rows",
 }
 
-Named = datasets.Digits | datasets.Torchvision | datasets.Images | datasets.Hdf5
+
+class Named(Protocol):
+    """A data set that has a name."""
+
+    def load(self) -> datasets.Dataset:
+        """Its samples."""
 
 
 def overview() -> str:
@@ -28,7 +38,8 @@ def overview() -> str:
     lines = []
     for name, where in datasets.NAMES.items():
         lines += [name, f"  {TEXTS[name]}"]
-        kind = getattr(datasets, where.rpartition(":")[2])
+        module, _, thing = where.rpartition(":")
+        kind = getattr(importlib.import_module(module), thing)
         if issubclass(kind, datasets.Torchvision):
             lines += _of_torchvision(kind())
         elif kind is datasets.Digits:
@@ -38,8 +49,8 @@ def overview() -> str:
                 lines.append("  from: scikit-learn: not there; pip install scikit-learn")
             lines.append(_cached(kind().entry().path))
         else:
-            lines.append("  from: task.data.path")
-            lines += _all_cached(name) if kind is datasets.Images else ["  cached: never; it is mapped as it is"]
+            lines.append(f"  from: task.data.path{_by_default(kind)}")
+            lines += ["  cached: never; it is mapped as it is"] if kind is datasets.Hdf5 else _all_cached(name)
     return "\n".join(lines)
 
 
@@ -53,6 +64,17 @@ def _of_torchvision(data: datasets.Torchvision) -> Iterator[str]:
         there = f"not there; `fldist data prepare {data.name}` downloads it"
     yield f"  from: {data.place() / data.folder}: {there}"
     yield _cached(data.entry().path)
+
+
+def _by_default(kind: Any) -> str:
+    """Where a data set is read from unless its path is given, if it has such a place."""
+    path = next(f.default for f in dataclasses.fields(kind) if f.name == "path")
+    if path is dataclasses.MISSING:
+        return ""
+    try:
+        return f", else {datasets.find_data(path, 'task.data.path')}: there"
+    except ValueError:
+        return f", else {path} in FLDIST_DATA: not there"
 
 
 def _all_cached(name: str) -> list[str]:
@@ -74,9 +96,11 @@ def prepare(data: Named) -> str:
         data.download()
     made = data.load()
     x = (made.train_x, made.test_x)
+    owners = [f"owners: {len(made.owners):,} ({_shortened(made.owners)})"] if made.owners else []
     lines = [
         *(f"note: {note}" for note in made.notes),
         f"rows: {len(x[0]):,} to train, {len(x[1]):,} to test",
+        *owners,
         f"shape: {' x '.join(map(str, made.shape))}, {x[0].dtype}",
         f"classes: {made.classes}" + (f" ({_shortened(made.class_names)})" if made.class_names else ""),
         f"size: {sum(a.nbytes for a in (*x, made.train_y, made.test_y)) / 1e6:.1f} MB decoded",

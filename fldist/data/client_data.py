@@ -7,8 +7,9 @@ the algorithm's own) only set its hooks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,7 +45,9 @@ class Trained:
     included; steps: optimizer steps made, T_i;
     lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
     last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
-    (0 unless the selector wants reports); progress: to go on.
+    (0 unless the selector wants reports); outputs: what the model gave for each batch of the last epoch before its
+    step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without `eval.own`); progress:
+    to go on.
     """
 
     params: Params
@@ -54,22 +57,49 @@ class Trained:
     loss: float
     progress: Progress
     squares: float = 0.0
+    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lr_sum: float = 0.0
     rng: torch.Generator | None = None  # draws augmentation
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What `ClientData.train` was asked for, on the client's device; keep: 1 and 0 by parameter."""
+
+    epochs: int
+    proximal: float
+    drift: Params | None
+    keep: Tensor | None
+    loss: Loss | None
+    clip: float
+    after_step: Callable[[Tensor], None] | None
+
+
 class ClientData:
-    """One client's samples and services during one call."""
+    """One client's samples and services during one call.
+
+    sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
+    that it has trained is to be scored, and its outputs are wanted.
+    """
 
     def __init__(
-        self, task: Task, client: int, streams: Streams, *, sent: Params | None = None, reports: bool = False
+        self,
+        task: Task,
+        client: int,
+        streams: Streams,
+        *,
+        sent: Params | None = None,
+        reports: bool = False,
+        own: bool = False,
     ) -> None:
         self.task = task
         self.client = client
         self.streams = streams
         self.sent = sent
         self.trained: Trained | None = None
+        self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
         self._reports = reports
+        self._own = own
         self._unit: tuple[Tensor, Tensor] | None = None
         self._normal: Tensor | None = None
 
@@ -186,6 +216,9 @@ class ClientData:
         frozen: Sequence[str] = (),
         batch_norm: Literal["batch", "running"] = "batch",
         loss: Loss | None = None,
+        clip: float | None = None,
+        after_step: Callable[[Tensor], None] | None = None,
+        compact: bool = False,
         resume_from: Trained | None = None,
     ) -> Trained:
         """Train a copy of `start` on the client's samples as the section `local` says.
@@ -194,35 +227,57 @@ class ClientData:
         parameters; drift: d [P], y <- y - eta d after every step, frozen parameters excepted; mask: [P], 1 where a
         parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
         frozen: names of parameters or modules that are not trained; batch_norm: see `Network`; loss: instead of
-        cross-entropy;
+        cross-entropy; clip: largest gradient norm (default `local.clip`, 0: any);
+        after_step: gets the parameters [P] after every step, to change them in place; compact: train the network that
+        is left when the hidden units are taken out of which the mask keeps nothing;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
-        epochs = local.epochs if epochs is None else epochs
         start = start.to(self.device)
-        drift = None if drift is None else drift.to(self.device)
-        keep = None if mask is None else mask.to(self.device, torch.float32)
+        plan = _Plan(
+            local.epochs if epochs is None else epochs,
+            proximal,
+            None if drift is None else drift.to(self.device),
+            None if mask is None else mask.to(self.device, torch.float32),
+            loss,
+            local.clip if clip is None else clip,
+            after_step,
+        )
+        if plan.keep is not None and plan.keep.shape != (start.layout.num_params,):
+            raise ValueError(f"mask: shape {tuple(plan.keep.shape)}, not [{start.layout.num_params}], the parameters")
+        if compact:
+            if plan.keep is None or resume_from is not None:
+                raise ValueError("compact needs a mask, and cannot go on with an earlier training")
+            return self._train_compacted(start, plan, frozen, batch_norm)
         from_here = start if resume_from is None else resume_from.whole
         with task.network(from_here, self._model_of, frozen, batch_norm) as network:
-            if keep is not None:
-                trainable = network.params.trainable.floats
-                if keep.shape != trainable.shape:
-                    raise ValueError(f"mask: shape {tuple(keep.shape)}, not [{len(trainable)}], the parameters")
-                trainable.mul_(keep)
-            return self._train(network, start, epochs, proximal, drift, keep, loss, resume_from)
+            if plan.keep is not None:
+                network.params.trainable.floats.mul_(plan.keep)
+            return self._train(network, start, plan, resume_from)
 
-    def _train(
-        self,
-        network: Network,
-        start: Params,
-        epochs: int,
-        proximal: float,
-        drift: Params | None,
-        keep: Tensor | None,
-        loss: Loss | None,
-        resume_from: Trained | None,
+    def _train_compacted(
+        self, start: Params, plan: _Plan, frozen: Sequence[str], batch_norm: Literal["batch", "running"]
     ) -> Trained:
-        local = self.task.local
+        """Train the compacted network; its outcome in the layout of the whole one."""
+        assert plan.keep is not None
+        compacted = self.task.compacted(plan.keep != 0, self._model_of)
+        compaction = compacted.compaction
+        whole = self.task.full(start, self._model_of)
+        whole.trainable.floats.mul_(plan.keep)
+        small = compaction.shrink(whole)
+        drift = None if plan.drift is None else compaction.shrink(plan.drift)
+        plan = dataclasses.replace(plan, keep=compaction.shrink_mask(plan.keep), drift=drift)
+        with self.task.network(small, self._model_of, frozen, batch_norm, compacted) as network:
+            trained = self._train(network, small, plan, None)
+        trained.whole = compaction.expand(trained.whole, whole)
+        part = start.layout
+        trained.params = Params(part, trained.whole.floats[: part.num_floats], trained.whole.ints[: part.num_ints])
+        if self.own_model is not None:
+            self.own_model = trained.whole.clone()
+        return trained
+
+    def _train(self, network: Network, start: Params, plan: _Plan, resume_from: Trained | None) -> Trained:
+        local, epochs, drift, keep = self.task.local, plan.epochs, plan.drift, plan.keep
         if resume_from is None:
             optimizers = [local.make_optimizer(network.weights)]
             order = self.order()
@@ -237,28 +292,32 @@ class ClientData:
         constant = local.schedule == "constant"
         lr_sum = 0.0 if resume_from is None else resume_from.lr_sum
         lr = local.lr_at(self.round, 0, epochs)
-        watched = _Squares(0.0 if resume_from is None else resume_from.squares)
+        watched = _Outputs(resume_from)
+        cumulative = self.task.evaluation.cumulative_train
 
         def before_epoch(number: int) -> None:
             nonlocal lr
-            watched.on = self._reports and number == 0
+            watched.sums = self._reports and number == 0
+            watched.keeps = self._own and (cumulative or number == epochs - 1)
+            if not cumulative:
+                watched.kept.clear()
             lr = local.lr_at(self.round, number, epochs)
             for group in optimizers[0].param_groups:
                 group["lr"] = lr
 
         def step_loss(rows: Tensor) -> Tensor:
             batch = read(rows)
-            if loss is None:
+            if plan.loss is None:
                 value: Tensor = cross_entropy(network.module(batch.x), batch.y)
             else:
-                value = loss(network.module, batch)
+                value = plan.loss(network.module, batch)
             if watched.on:
-                watched.add(batch.y)
+                watched.take(batch.y)
             return value
 
         def before_step() -> None:
-            if proximal:
-                network.gradient.add_(trainable - anchor, alpha=proximal)
+            if plan.proximal:
+                network.gradient.add_(trainable - anchor, alpha=plan.proximal)
             if keep is not None:
                 network.gradient.mul_(keep)
 
@@ -269,20 +328,23 @@ class ClientData:
                 if drift is not None:
                     for (begin, end), weights in zip(network.runs, network.weights, strict=True):
                         weights.add_(drift.floats[begin:end], alpha=-lr)
+                if plan.after_step is not None:
+                    plan.after_step(trainable)
                 if keep is not None:
                     trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
-        with watched.watching(network.module, self._reports):
+        hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
+        with watched.watching(network.module, self._reports or self._own):
             progress = train(
                 [network],
                 step_loss,
                 optimizers,
                 epochs=epochs,
                 order=order,
-                clip=local.clip,
+                clip=plan.clip,
                 before_epoch=before_epoch,
-                before_step=before_step if proximal or keep is not None else None,
-                after_step=None if constant and drift is None and keep is None else after_step,
+                before_step=before_step if plan.proximal or keep is not None else None,
+                after_step=after_step if hooked else None,
                 resume_from=resume_from.progress if resume_from else None,
             )
         part = start.layout
@@ -290,8 +352,9 @@ class ClientData:
         last = progress.losses[-1] if progress.losses else float("nan")
         mean_lr = lr if constant or not progress.steps else lr_sum / progress.steps
         self.trained = Trained(
-            trained, network.params, progress.steps, mean_lr, last, progress, watched.sum, lr_sum, rng
+            trained, network.params, progress.steps, mean_lr, last, progress, watched.squares, watched.kept, lr_sum, rng
         )
+        self.own_model = network.params.clone() if self._own else None
         return self.trained
 
     def frozen_copy(self, model: Params) -> nn.Module:
@@ -303,13 +366,21 @@ class ClientData:
         return self.task.evaluate_client(model, self.client, split)
 
 
-class _Squares:
-    """Sums the squared cross-entropy of every sample of a training's batches, whatever loss is trained."""
+class _Outputs:
+    """Watches what a training's module gives for the batches, whatever loss is trained: sums the squared cross-entropy
+    of their samples, or keeps them with the labels."""
 
-    def __init__(self, so_far: float) -> None:
-        self.sum = so_far
-        self.on = False
+    def __init__(self, so_far: Trained | None) -> None:
+        self.squares = 0.0 if so_far is None else so_far.squares
+        self.kept = [] if so_far is None else list(so_far.outputs)
+        self.sums = False
+        self.keeps = False
         self._outputs: Tensor | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the outputs of this epoch are wanted."""
+        return self.sums or self.keeps
 
     @contextlib.contextmanager
     def watching(self, module: nn.Module, wanted: bool) -> Iterator[None]:
@@ -325,11 +396,18 @@ class _Squares:
         if self.on and self._outputs is None:  # the first pass of a step is the one on the client's samples
             self._outputs = outputs.detach()
 
-    def add(self, labels: Tensor) -> None:
-        """Add a step's batch."""
-        assert self._outputs is not None, "the loss did not run the module"
-        self.sum += float(cross_entropy(self._outputs, labels, reduction="none").double().square().sum())
-        self._outputs = None
+    def take(self, labels: Tensor) -> None:
+        """Take a step's batch. ValueError when its loss did not run the module."""
+        outputs, self._outputs = self._outputs, None
+        if outputs is None or len(outputs) != len(labels):
+            raise ValueError(
+                "eval.own and selectors that want reports need the model's outputs for each batch, which this "
+                "training's loss does not compute; let it call module(batch.x), or do without them"
+            )
+        if self.sums:
+            self.squares += float(cross_entropy(outputs, labels, reduction="none").double().square().sum())
+        if self.keeps:
+            self.kept.append((outputs, labels))
 
 
 class PooledData(ClientData):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fldist.data import cache, image_files
+from fldist.data.windows import Windows
 from fldist.vision import torchvision
 
 NAMES = {
@@ -30,10 +31,13 @@ NAMES = {
     "svhn": "fldist.data.datasets:Svhn",
     "images": "fldist.data.datasets:Images",
     "hdf5": "fldist.data.datasets:Hdf5",
+    "roles": "fldist.data.text:Roles",
+    "leaf": "fldist.data.leaf:Leaf",
 }
 
 Floats = tuple[float, ...]
 Kind = Literal["values", "tokens"]
+Samples = NDArray[Any] | Windows
 _TEN = tuple("0123456789")
 _BLOCK_VALUES = 1 << 22
 _SILENCE_S = 60.0
@@ -45,16 +49,16 @@ class Dataset:
 
     kind: what samples are made of, `values` (of pixels, measurements) or `tokens` (numbers of symbols, text);
     x of values: uint8 0..255 or float32, [n, channels, height, width] or any shape per sample; x of tokens: integers
-    from 0, [n, length]; mostly read-only memory maps;
+    from 0, [n, length], perhaps `Windows`; mostly read-only memory maps;
     y: int64 [n] in 0..classes-1; mean, std: per channel, of values scaled to 0..1 (empty: see `statistics`);
     notes: what happened while loading that the user should know;
     train_owner, test_owner: whose each row is (a writer's, a speaker's), int64 [n] from 0; None: nobody's;
     owners: their names (empty: they have none).
     """
 
-    train_x: NDArray[Any]
+    train_x: Samples
     train_y: NDArray[np.int64]
-    test_x: NDArray[Any]
+    test_x: Samples
     test_y: NDArray[np.int64]
     classes: int
     class_names: tuple[str, ...] = ()
@@ -72,8 +76,13 @@ class Dataset:
         return tuple(self.train_x.shape[1:])
 
     def statistics(self) -> tuple[Floats, Floats]:
-        """Mean and standard deviation per channel, of values scaled to 0..1; calculated when nobody knows them."""
-        return (self.mean, self.std) if self.mean else channel_statistics(self.train_x)
+        """Mean and standard deviation per channel, of values scaled to 0..1; calculated when nobody knows them.
+
+        Tokens have none: both are empty.
+        """
+        if self.mean or self.kind == "tokens":
+            return self.mean, self.std
+        return channel_statistics(np.asarray(self.train_x))
 
 
 def channel_statistics(x: NDArray[Any]) -> tuple[Floats, Floats]:
@@ -106,24 +115,74 @@ def _cached(entry: cache.Entry, fingerprint: str | None, decode: Callable[[], Da
     def contents() -> cache.Contents:
         made = decode()
         mean, std = made.statistics()
-        arrays = {"train_x": made.train_x, "train_y": made.train_y, "test_x": made.test_x, "test_y": made.test_y}
-        facts = {"classes": made.classes, "class_names": made.class_names, "mean": mean, "std": std}
+        arrays: dict[str, NDArray[Any]] = {}
+        facts = {"classes": made.classes, "class_names": made.class_names, "mean": mean, "std": std, "kind": made.kind}
+        facts |= {"owners": made.owners, "notes": made.notes}
+        for split, x, y, owner in (
+            ("train", made.train_x, made.train_y, made.train_owner),
+            ("test", made.test_x, made.test_y, made.test_owner),
+        ):
+            if isinstance(x, Windows):  # of one stream, which is stored once
+                arrays["stream"], arrays[f"{split}_starts"], facts["length"] = x.stream, x.starts, x.shape[1]
+            else:
+                arrays[f"{split}_x"] = x
+            arrays[f"{split}_y"] = y
+            if owner is not None:
+                arrays[f"{split}_owner"] = owner
         return cache.Contents(arrays, facts)
 
     got, notes = entry.load(fingerprint, contents)
     if fingerprint is None:
         notes = (*notes, f"what the cache {entry.path} was decoded from is not there any more; the cache is used")
+    arrays, facts = got.arrays, got.facts
+
+    def samples(split: str) -> Samples:
+        if "stream" not in arrays:
+            return arrays[f"{split}_x"]
+        return Windows(arrays["stream"], arrays[f"{split}_starts"], facts["length"])
+
+    def owner_of(split: str) -> NDArray[np.int64] | None:
+        name = f"{split}_owner"
+        return np.array(arrays[name]) if name in arrays else None
+
     return Dataset(
-        got.arrays["train_x"],
-        np.array(got.arrays["train_y"]),
-        got.arrays["test_x"],
-        np.array(got.arrays["test_y"]),
-        got.facts["classes"],
-        tuple(got.facts["class_names"]),
-        tuple(got.facts["mean"]),
-        tuple(got.facts["std"]),
-        notes,
+        samples("train"),
+        np.array(arrays["train_y"]),
+        samples("test"),
+        np.array(arrays["test_y"]),
+        facts["classes"],
+        tuple(facts["class_names"]),
+        tuple(facts["mean"]),
+        tuple(facts["std"]),
+        (*facts.get("notes", ()), *notes),  # `get`: caches of older versions do not say
+        facts.get("kind", "values"),
+        owner_of("train"),
+        owner_of("test"),
+        tuple(facts.get("owners", ())),
     )
+
+
+def from_files(
+    path: str,
+    entry: Callable[[Path], cache.Entry],
+    stats: Callable[[Path], list[tuple[str, os.stat_result]]],
+    decode: Callable[[Path], Dataset],
+) -> Dataset:
+    """What a file or folder of the user's holds, by way of its cache, which is made anew when a file has changed.
+
+    path: `task.data.path`; entry, stats, decode: the cache, the state of the files and the data of a place. When the
+    files are gone, a cache of them is used. Raises ValueError when there is neither, and what `decode` raises.
+    """
+    key = "task.data.path"
+    places = _places(path)
+    place = next((p for p in places if p.exists()), None)
+    if place is not None:
+        found = place
+        return _cached(entry(found), cache.fingerprint(stats(found)), lambda: decode(found))
+    for gone in places:
+        if entry(gone).path.is_file():
+            return _cached(entry(gone), None, lambda: decode(find_data(path, key, folders=True)))
+    return decode(find_data(path, key, folders=True))
 
 
 def accepted(made: Any, where: str) -> Dataset:
@@ -133,7 +192,7 @@ def accepted(made: Any, where: str) -> Dataset:
             f"{where}: it must return a fldist.data.datasets.Dataset, or have `load()` that does; "
             f"it gave a {type(made).__name__}"
         )
-    x = [np.asarray(a) for a in (made.train_x, made.test_x)]
+    x = [a if isinstance(a, Windows) else np.asarray(a) for a in (made.train_x, made.test_x)]
     y = [np.asarray(a) for a in (made.train_y, made.test_y)]
     for a in x:
         if not (np.issubdtype(a.dtype, np.number) or a.dtype == np.bool_):
@@ -142,7 +201,8 @@ def accepted(made: Any, where: str) -> Dataset:
         if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
             raise ValueError(f"{where}: labels must be [n] integers, not {a.dtype} {a.shape}")
     if made.kind == "values":
-        x = [a if a.dtype in (np.uint8, np.float32) else a.astype(np.float32) for a in x]
+        kept = (np.uint8, np.float32)
+        x = [a if isinstance(a, Windows) or a.dtype in kept else a.astype(np.float32) for a in x]
     y = [a.astype(np.int64, copy=False) for a in y]
     made = dataclasses.replace(made, train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1])
     for name in ("train_owner", "test_owner"):
@@ -151,10 +211,10 @@ def accepted(made: Any, where: str) -> Dataset:
             if not np.issubdtype(owner.dtype, np.integer):
                 raise ValueError(f"{where}: {name} must be [n] integers, not {owner.dtype} {owner.shape}")
             made = dataclasses.replace(made, **{name: owner.astype(np.int64, copy=False)})
-    return _checked(made, where)
+    return checked(made, where)
 
 
-def _checked(data: Dataset, where: str) -> Dataset:
+def checked(data: Dataset, where: str) -> Dataset:
     """Refuse what no later code expects; `where` begins the error."""
     for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
         if y.shape != (len(x),):
@@ -307,7 +367,7 @@ class Torchvision(ABC):
         except Exception as error:  # whatever torch, pickle or scipy say to a damaged file
             raise self._damaged(self.place() / self.folder, f"{type(error).__name__}: {error}") from None
         data = Dataset(train_x, train_y, test_x, test_y, self.classes, self._class_names(), self.mean, self.std)
-        return _checked(data, f"task.data.root: {self.name} in {self.place() / self.folder}")
+        return checked(data, f"task.data.root: {self.name} in {self.place() / self.folder}")
 
     def _damaged(self, path: Path, why: str) -> ValueError:
         return ValueError(
@@ -482,17 +542,7 @@ class Images:
 
         ValueError names the image or folder that does not fit. When the files are gone, a cache of them is used.
         """
-        key = "task.data.path"
-        places = _places(self.path)
-        place = next((p for p in places if p.exists()), None)
-        if place is not None:
-            found = place
-            state = cache.fingerprint(image_files.stats(found, key))
-            return _cached(self.entry(found), state, lambda: self._decode(found))
-        for gone in places:
-            if self.entry(gone).path.is_file():
-                return _cached(self.entry(gone), None, lambda: self._decode(find_data(self.path, key)))
-        return self._decode(find_data(self.path, key, folders=True))
+        return from_files(self.path, self.entry, lambda place: image_files.stats(place, "task.data.path"), self._decode)
 
     def _decode(self, place: Path) -> Dataset:
         files = image_files.find(place, "task.data.path")
@@ -539,7 +589,7 @@ class Hdf5:
             train_x, train_y, test_x, test_y, classes,
             kind=self.kind, train_owner=owner.get("train_owner"), test_owner=owner.get("test_owner"),
         )  # fmt: skip
-        return _checked(data, f"task.data.path: {path}")
+        return checked(data, f"task.data.path: {path}")
 
 
 def _features(file: Any, dataset: Any, path: Path, kind: Kind) -> NDArray[Any]:

@@ -20,6 +20,9 @@ from fldist.data.prepare import ClientSplit, Preparation, Public, Subset
 from fldist.models.evaluate import Evaluation, Scores, evaluate
 from fldist.models.train import LocalTraining, Network, has_batch_norm
 from fldist.params import Layout, Params, Travel
+from fldist.pruning.compact import Compaction
+from fldist.pruning.flops import Macs
+from fldist.pruning.structure import Structure
 from fldist.seeding import forked, generator, numpy_generator
 
 CPU = torch.device("cpu")
@@ -64,6 +67,15 @@ class Architecture:
             yield module
         finally:
             self._free.append(module)
+
+
+@dataclass(frozen=True, eq=False)
+class Compacted:
+    """The network that is left under a mask, keep [P], and the way of values there and back."""
+
+    keep: Tensor
+    compaction: Compaction
+    architecture: Architecture
 
 
 class Task:
@@ -130,6 +142,9 @@ class Task:
         names = [a.name for a in self.architectures]
         self._cycle = [names.index(name) for name, _ in client_models] or [0]
         self.own_init = own_init
+        self._structures: dict[Architecture, Structure] = {}
+        self._compacted: dict[Architecture, Compacted] = {}
+        self._macs: dict[Architecture, Macs] = {}
         self._try_out()
 
     def _try_out(self) -> None:
@@ -421,6 +436,36 @@ class Task:
         full.write(part)
         return full
 
+    def structure(self, client: int | None = None) -> Structure:
+        """The hidden units of a client's model (None: of the server's)."""
+        made = self.architecture(client)
+        if made not in self._structures:
+            self._structures[made] = Structure.of(made.template, self.shape, sample_type(self.dataset))
+        return self._structures[made]
+
+    def macs(self, keep: Tensor | None = None) -> Macs:
+        """The multiply-accumulates of the server's model; of the compacted one, where a mask bool [P] is given."""
+        made = self.architecture() if keep is None else self.compacted(keep).architecture
+        if made not in self._macs:
+            while len(self._macs) > 1:  # a compacted one goes with its mask
+                self._macs.popitem()
+            self._macs[made] = Macs.of(made.template, self.shape, sample_type(self.dataset))
+        return self._macs[made]
+
+    def compacted(self, keep: Tensor, client: int | None = None) -> Compacted:
+        """A client's model without the hidden units of which a mask bool [P] keeps nothing; the latest is kept."""
+        made = self.architecture(client)
+        keep = keep.cpu()
+        known = self._compacted.get(made)
+        if known is None or not torch.equal(known.keep, keep):
+            compaction = Compaction.of(made.template, keep, self.structure(client))
+            small, initial = compaction.module(), compaction.shrink(made.initial)
+            known = Compacted(
+                keep, compaction, Architecture(made.name, small, initial.layout, initial, made.batch_norm, made.device)
+            )
+            self._compacted[made] = known
+        return known
+
     @contextlib.contextmanager
     def network(
         self,
@@ -428,13 +473,17 @@ class Task:
         client: int | None = None,
         frozen: Sequence[str] = (),
         batch_norm: Literal["batch", "running"] = "batch",
+        compacted: Compacted | None = None,
     ) -> Iterator[Network]:
         """A network with these values (what does not travel: initial ones) to train for the time of a `with`.
 
         `network.params` are fresh blocks, and stay valid afterwards. Several may be open at once.
+        compacted: the smaller network, with all of its values.
         """
-        with self.architecture(client).module() as module:
-            network = Network(module, self.full(params, client), frozen, batch_norm)
+        architecture = self.architecture(client) if compacted is None else compacted.architecture
+        with architecture.module() as module:
+            values = self.full(params, client) if compacted is None else params.clone()
+            network = Network(module, values, frozen, batch_norm)
             try:
                 yield network
             finally:

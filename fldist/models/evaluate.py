@@ -21,21 +21,27 @@ class Evaluation:
 
     every: in every k-th round and the last one; 0: never. where: at the server (the global model on the global
     test set), at the clients, both; `auto`: at the server where there is a global model and test set, else at the
-    clients, and at both where one of the next three keys asks for clients. clients: all of them, or those selected
-    in the round. split: the clients' own `train`, `val` or `test` part, or the `global` test set; `auto`: `test`
-    where clients have one, else `global`. model: at the clients, the `global` model (sent for it), their `personal`
-    one, or the one `sent` to them last in this round (no extra traffic); `auto`: personal where the algorithm has
-    such, else global. weights: of clients in the headline figures. batch_norm: running statistics, or each batch's
-    own. average: of f1, precision and recall over classes.
+    clients, and at both where one of the next three keys asks for clients. clients: all of them, those selected in
+    the round, or of those that were not selected a share, `fraction` (all of them where none is left). split: the
+    clients' own `train`, `val` or `test` part, or the `global` test set; `auto`: `test` where clients have one, else
+    `global`. model: at the clients, the `global` model (sent for it), their `personal` one, or the one `sent` to them
+    last in this round (no extra traffic); `auto`: personal where the algorithm has such, else global. own: in every
+    round, whatever `every` and `where` say, each client that trains scores the model that it has just trained, and
+    tells how its training went; cumulative_train: in these training metrics all epochs of the training count, not the
+    last one alone. weights: of clients in the headline figures. batch_norm: running statistics, or each batch's own.
+    average: of f1, precision and recall over classes.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     every: Annotated[int, Field(ge=0)] = 1
     where: Literal["auto", "server", "clients", "both"] = "auto"
-    clients: Literal["all", "selected"] = "all"
+    clients: Literal["all", "selected", "unselected"] = "all"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     split: Literal["auto", "train", "val", "test", "global"] = "auto"
     model: Literal["auto", "global", "personal", "sent"] = "auto"
+    own: bool = False
+    cumulative_train: bool = False
     weights: Literal["samples", "equal"] = "samples"
     batch_norm: Literal["running", "batch"] = "running"
     metrics: tuple[Metric, ...] = ("accuracy", "loss")
@@ -45,6 +51,13 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.batch_norm == "batch" and self.batch_size < 2:
             raise ValueError("batch_norm: batch needs batches of at least two samples; raise eval.batch_size")
+        if self.fraction != 1.0 and self.clients != "unselected":
+            raise ValueError(
+                f"fraction: {self.fraction:g} is a share of the clients that were not selected; use it with "
+                "eval.clients: unselected"
+            )
+        if self.cumulative_train and not self.own:
+            raise ValueError("cumulative_train: true is about what clients tell of their training; set eval.own: true")
 
     @property
     def names(self) -> tuple[Metric, ...]:

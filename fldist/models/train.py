@@ -50,7 +50,7 @@ class LocalTraining:
         epochs = max(epochs, self.epochs)
         lr = self.lr
         if self.lr_decay != 1.0:
-            lr *= self.lr_decay ** ((round_number - 1) // self.lr_decay_every)
+            lr *= self.lr_decay ** (max(0, round_number - 1) // self.lr_decay_every)  # the setup is round 0
         return lr if self.schedule == "constant" else lr * (1.0 + math.cos(math.pi * epoch / epochs)) / 2.0
 
     def make_optimizer(self, weights: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

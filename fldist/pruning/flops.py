@@ -117,6 +117,12 @@ class TrainingFlops:
     theoretical: int
     realised: int
 
+    @classmethod
+    def of(cls, macs: Macs, mask: Tensor | None = None, compacted: Macs | None = None) -> TrainingFlops:
+        """Of one sample, under a mask [P] (None: dense), in a compacted network (None: in the whole one)."""
+        counts = (macs.total, macs.total if mask is None else macs.under(mask), (compacted or macs).total)
+        return cls(*(FLOPS_PER_MAC * count for count in counts))
+
     def times(self, samples: int, epochs: int = 1) -> TrainingFlops:
         """Of so many samples, each trained so many times."""
         count = samples * epochs
@@ -136,8 +142,5 @@ def training_flops(
     dtype: torch.dtype = torch.float32,
 ) -> TrainingFlops:
     """What training costs for one sample, under a mask [P] (None: dense), in a compacted network (None: in whole)."""
-    macs = Macs.of(module, sample_shape, dtype)
-    dense = macs.total
-    under = dense if mask is None else macs.under(mask)
-    realised = dense if compaction is None else Macs.of(compaction.module(), sample_shape, dtype).total
-    return TrainingFlops(*(FLOPS_PER_MAC * count for count in (dense, under, realised)))
+    small = None if compaction is None else Macs.of(compaction.module(), sample_shape, dtype)
+    return TrainingFlops.of(Macs.of(module, sample_shape, dtype), mask, small)

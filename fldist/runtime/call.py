@@ -74,6 +74,8 @@ class Call:
             builder.add(Message(client), spec.call, values, {name: a.version for name, a in once.items()})
         if names := {argument: a.name for argument, a in once.items() if a.name is not None}:
             builder.frame.note["once"] = names
+        if not clients:  # such a host takes part in the broadcast, and has no use for what rides in the head
+            builder.frame.parts = builder.frame.world
         return builder.frame, given
 
     def unpacked(self, client: int, values: Sequence[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from fldist.runtime.call import Call, check_names
 from fldist.runtime.clocks import Clock
 from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import Folds, reducible
-from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.job import OWN, ClientMethod, Job
 from fldist.runtime.membership import Faults
 from fldist.runtime.once import OnceTable, size_of
 from fldist.runtime.placement import Placement
@@ -58,6 +58,7 @@ class RoundFacts:
     called: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     missing: dict[int, str] = field(default_factory=dict)
+    own: dict[int, Tensor] = field(default_factory=dict)  # by client: what it told of its last training, see `job.OWN`
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
     encoded: list[tuple[float, float]] = field(default_factory=list)  # from when to when the server packed and folded
@@ -311,6 +312,7 @@ class Caller:
             self._broken.update(replied)
             raise TooFewReplies(spec.name, {**running.missing, **dict.fromkeys(replied, str(error))}) from None
         self.facts.encoded.append((began, time.monotonic()))
+        self.facts.own.update({c: row for c, row in values.pop(OWN.name, {}).items() if row is not None})
         replies = Replies(values, replied, running.missing, running.seconds)
         for client, report in replies.reports.items():
             # a call that did not train tells less

@@ -25,7 +25,7 @@ from fldist.algorithm import State
 from fldist.data.cache import sync
 from fldist.params import Layout, Params, Slot
 
-FORMAT = 2
+FORMAT = 3
 SYNCS = 8
 """Files that are synced to the disk at a time."""
 _GROUPS = ("params", "buffers", "integers")

@@ -13,7 +13,7 @@ import torch
 from fldist.fold import Accumulator, Collect, Collected, FixedPoint, Fold, FoldContext, Mean, Refused, Sum
 from fldist.kinds import FOLDED, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
-from fldist.runtime.job import REPORT, ClientMethod, Job
+from fldist.runtime.job import ADDED, ClientMethod, Job
 from fldist.sparse import Kept, Packed, check_closed
 
 _REDUCIBLE: dict[str, type[Mean] | type[Sum]] = {"Mean": Mean, "Sum": Sum}
@@ -36,7 +36,7 @@ class Folds:
             if how is None:
                 if partly:
                     continue
-                if field.form not in (Form.FLOAT, Form.INT) and field is not REPORT:
+                if field.form not in (Form.FLOAT, Form.INT) and field not in ADDED:
                     raise ValueError(
                         f"{spec.name}: the reply field {field.name!r} ({field.kind.label}) needs a fold: "
                         "Mean, Sum, or collect() to keep every reply"

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fldist.algorithm import State
 from fldist.data.client_data import ClientData
 from fldist.kinds import HELD, Form, Kind
-from fldist.models.evaluate import warm_up_metrics
+from fldist.models.evaluate import evaluate, warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
@@ -60,7 +60,7 @@ class Host:
     def __init__(self, job: Job, place: Callable[[torch.Tensor], torch.Tensor] = to_host) -> None:
         warm_up(job.task.device)  # before the first call, so that no round's seconds hold it
         self.place = place
-        if job.evaluation.where != "server":
+        if job.evaluation.where != "server" or job.evaluation.own:
             warm_up_metrics(job.evaluation)
         self.job = job
         self.states = ClientStates(self._first_state, job.algorithm.stateful, job.task.device)
@@ -220,11 +220,21 @@ class Host:
             me = self.states.view(client)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
-            data = ClientData(job.task, client, streams, sent=self._sent.get(client), reports=job.reports(method.name))
+            data = ClientData(
+                job.task,
+                client,
+                streams,
+                sent=self._sent.get(client),
+                reports=job.reports(method.name),
+                own=round_number > 0 and job.scores_own(method.name),  # setup belongs to no round that has scores
+            )
             reseed(job.seed, "client", *streams.next_key("client"))
             result = method.run(me, data, **arguments)
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
+            scoring = time.monotonic_ns()
+            scores = _own_scores(job, data)  # whatever it draws: the next client's streams are its own
+            scoring_ns = time.monotonic_ns() - scoring
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -248,7 +258,9 @@ class Host:
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
-            told += (_report(data, (time.monotonic_ns() - reply.started_ns) / 1e9),)
+            told += (_report(data, (time.monotonic_ns() - reply.started_ns - scoring_ns) / 1e9),)
+        if job.scores_own(method.name):
+            told += (scores,)
         return told, None, wrote
 
     def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
@@ -340,6 +352,18 @@ def _once_name(method: ClientMethod, frame: Frame, argument: str) -> str:
     """Under what name this host keeps a `Once` argument of a call."""
     names = frame.note.get("once")
     return named(method.name, argument, str(names[argument]) if isinstance(names, dict) and argument in names else None)
+
+
+def _own_scores(job: Job, data: ClientData) -> torch.Tensor | None:
+    """See `job.OWN`; None for a call in which no model was trained, or none is to be scored."""
+    how, trained = job.evaluation, data.trained
+    if trained is None or data.own_model is None:
+        return None
+    assert how.split != "auto"
+    training = {**evaluate(nn.Identity(), trained.outputs, how).values, "loss": trained.loss}
+    scores = data.evaluate(data.own_model, how.split)
+    rows = [values[name] for values in (training, scores.values) for name in how.names]
+    return torch.tensor([scores.n, *rows], dtype=torch.float64)
 
 
 def _fail(reply: Message, text: str) -> None:

@@ -20,6 +20,11 @@ from fldist.wire.link import Limits
 
 REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
 """What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.ClientReport`."""
+OWN = Field("own_scores", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=1024)
+"""What the runtime adds to the replies of clients that have trained, under `eval.own`: float64 [1 + 2 M], how many
+samples of `eval.split` the client has, then the M metrics of its training and those of the trained model on these."""
+ADDED = (REPORT, OWN)
+"""Fields that no algorithm declares, so that none says how they are folded: they are collected."""
 
 
 Topology = Literal["star", "collective", "reduce"]
@@ -82,22 +87,25 @@ class Job:
         self.methods = {}
         for number, (name, method) in enumerate(self.algorithm.client_methods().items(), start=1):
             reply = reply_schema(method)
-            if self.reports(name):
-                reply = Schema((*reply.fields, REPORT))
+            added = [f for f, wanted in ((REPORT, self.reports(name)), (OWN, self.scores_own(name))) if wanted]
+            reply = Schema((*reply.fields, *added))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
         trains = [m for n, m in self.methods.items() if n != "evaluate_client"]
         if self.evaluation.model == "sent" and not any(
             (f.kind, f.form) == (Kind.WEIGHTS, Form.PARAMS) for m in trains for f in m.call.fields
         ):
             raise ValueError(f"eval.model: sent, but {who} sends its clients no model; use personal or global")
+        if self.evaluation.own and not trains:
+            raise ValueError(f"eval.own: no client of {who} trains a model; use eval.own: false")
         lacking = []
-        if self.evaluation.where != "server" and self.evaluation.split != "global":
+        if (self.evaluation.where != "server" or self.evaluation.own) and self.evaluation.split != "global":
             split = self.evaluation.split
             assert split != "auto"
             lacking = [c for c in range(self.task.num_clients) if self.task.sizes[c] and not self.task.count(c, split)]
         if lacking and len(lacking) == sum(n > 0 for n in self.task.sizes):
             raise ValueError(
-                f"eval.split: no client has a {self.evaluation.split} part; raise task.split, or use global"
+                f"eval.split: no client has a {self.evaluation.split} part; raise task.split, or use "
+                f"{'train' if self.evaluation.own else 'global'}"
             )
         if lacking:
             self.task.notes.append(f"{len(lacking)} clients have no {self.evaluation.split} part and are not scored")
@@ -110,6 +118,10 @@ class Job:
     def reports(self, method: str) -> bool:
         """Whether replies of a client method carry a report for the selector."""
         return self.selector.wants_reports and method != "evaluate_client"
+
+    def scores_own(self, method: str) -> bool:
+        """Whether replies of a client method carry scores of what it has trained."""
+        return self.evaluation.own and method != "evaluate_client"
 
     def layout(self, client: int) -> Layout:
         """The layout of a client's model."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 import fldist
-from fldist.algorithm import Stage, State, TooFewReplies
+from fldist.algorithm import Books, Stage, State, TooFewReplies
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime import timeline
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
@@ -24,7 +26,7 @@ from fldist.runtime.output import Output, config_hash, peak_rss_bytes
 from fldist.runtime.placement import Placement
 from fldist.runtime.signals import Interrupted, undisturbed
 from fldist.runtime.state import Watch, hash_state, moved
-from fldist.runtime.summary import over_clients
+from fldist.runtime.summary import difference, over_clients
 from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import forked
 from fldist.selection import ClientReport
@@ -35,6 +37,7 @@ log = logging.getLogger("fldist.server")
 
 SCHEMA = 1
 """Version of result.json's form."""
+_REFUSED = "refused: range: its scores are not what was asked for"
 
 
 class Observer(Protocol):
@@ -393,7 +396,7 @@ class ServerLoop:
         evaluated = time.monotonic()
         spent = self._spend(evaluated - began)
         self._ended = self._finished_by(number, spent, None)
-        scores = self._evaluate(number, view)
+        scores = self._evaluate(number, view, facts.own if committed else {})
         ended = time.monotonic()
         line = self._line(number, attempt, stage, facts, scores, server_s, ended - evaluated, began, committed)
         line["spent"] = spent
@@ -422,24 +425,32 @@ class ServerLoop:
         self._keep(number, view)
         self.observer.round(line)
 
-    def _evaluate(self, number: int, view: ServerView) -> dict[str, Any] | None:
-        """Scores by whom they are of: `global` at the server, `clients` over the clients; None when none are due."""
+    def _evaluate(self, number: int, view: ServerView, told: Mapping[int, Tensor]) -> dict[str, Any] | None:
+        """Scores by whom they are of; None when there are none. told: by client, see `job.OWN`.
+
+        `global` at the server, `clients` over the clients; `own`, `own_train` and `gap` as `docs/results.md` says.
+        """
         how = self.job.evaluation
-        if how.every == 0 or (number % how.every and self._ended is None):
-            return None
         scores: dict[str, Any] = {}
-        if how.where != "clients":
-            scores["global"] = dict(self.job.task.evaluate(self.job.algorithm.model(view)).values)
-        if how.where != "server":
-            at_clients = self._evaluate_clients(number, view)
-            if at_clients is not None:
-                scores["clients"] = at_clients
+        at_clients: Mapping[int, Scores] = {}
+        if how.every and (number % how.every == 0 or self._ended is not None):
+            if how.where != "clients":
+                scores["global"] = dict(self.job.task.evaluate(self.job.algorithm.model(view)).values)
+            if how.where != "server":
+                at_clients = self._evaluate_clients(number, view)
+            if at_clients:
+                scores["clients"] = over_clients(at_clients)
         head = self._headline(scores)
         if head is not None and not head["accuracy"] <= self._best.get("accuracy", -1.0):
             self._best = {"round": number, **head}
-        return scores
+        own, training = self._own_scores(number, told)
+        if own:
+            scores |= {"own": over_clients(own), "own_train": over_clients(training)}
+            if how.clients == "unselected" and at_clients and not at_clients.keys() & own.keys():
+                scores["gap"] = difference(scores["clients"], scores["own"])
+        return scores or None
 
-    def _evaluate_clients(self, number: int, view: ServerView) -> dict[str, Any] | None:
+    def _evaluate_clients(self, number: int, view: ServerView) -> Mapping[int, Scores]:
         how = self.job.evaluation
         self._caller.begin_evaluation()
         try:
@@ -448,28 +459,49 @@ class ServerLoop:
         except TooFewReplies as error:
             some = next(iter(error.missing.values()), f"no client has a {how.split} part")
             self.observer.warning(f"round {number}: no client could be scored: {some}")
-            return None
+            return {}
         assert how.split != "auto"
         missing, scores = dict(got.missing), {}
         for client, row in got.scores.items():
             n = self.job.task.num_scored(client, how.split)  # what it says is not taken for it
             if row.shape != (1 + len(how.names),) or float(row[0]) != n or not 0.0 <= float(row[1]) <= 1.0:
-                missing[client] = "refused: range: its scores are not what was asked for"
+                missing[client] = _REFUSED
             else:
                 scores[client] = Scores(n, dict(zip(how.names, row[1:].tolist(), strict=True)))
-        if missing:
-            client, reason = next(iter(missing.items()))
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            self.observer.warning(f"round {number}: client {client} could not be scored: {reason}{more}")
+        self._warn_of(missing, number, "could not be scored")
         self.output.clients(number, scores)
-        return over_clients(scores) if scores else None
+        return scores
+
+    def _own_scores(self, number: int, told: Mapping[int, Tensor]) -> tuple[dict[int, Scores], dict[int, Scores]]:
+        """By client: how the model that it trained did on its part, and how its training went. told: `job.OWN`."""
+        how, task = self.job.evaluation, self.job.task
+        assert how.split != "auto"
+        names = how.names
+        refused, own, training = {}, {}, {}
+        for client, row in sorted(told.items()):
+            n = task.num_scored(client, how.split)
+            values = row[1:].tolist() if row.shape == (1 + 2 * len(names),) and float(row[0]) == n else []
+            trained, scored = values[: len(names)], values[len(names) :]
+            # without a sample there is no figure: neither of a part that is empty, nor of a training of no step
+            if values and _is_share(trained[0], n=0) and _is_share(scored[0], n):
+                training[client] = Scores(task.sizes[client], dict(zip(names, trained, strict=True)))
+                own[client] = Scores(n, dict(zip(names, scored, strict=True)))
+            else:
+                refused[client] = _REFUSED
+        self._warn_of(refused, number, "trained a model whose scores were not used")
+        return own, training
+
+    def _warn_of(self, clients: Mapping[int, str], number: int, what: str) -> None:
+        """Name one of some clients, and why."""
+        if clients:
+            client, reason = next(iter(clients.items()))
+            more = f" (and {len(clients) - 1} more)" if len(clients) > 1 else ""
+            self.observer.warning(f"round {number}: client {client} {what}: {reason}{more}")
 
     def _headline(self, scores: dict[str, Any] | None) -> dict[str, float] | None:
         """The accuracy and loss that stand for a round: of the global model, else over the clients."""
-        if not scores:
-            return None
-        of = scores.get("global") or scores["clients"][self.job.evaluation.weights]
-        return {"accuracy": of["accuracy"], "loss": of["loss"]}
+        of = scores and (scores.get("global") or scores.get("clients", {}).get(self.job.evaluation.weights))
+        return {"accuracy": of["accuracy"], "loss": of["loss"]} if of else None
 
     def _line(
         self,
@@ -568,6 +600,23 @@ class ServerLoop:
         self._caller.send_verdicts()
         return hash_state({"server": view.state, "clients": clients})
 
+    def _summary(self) -> dict[str, float]:
+        """The algorithm's own figures of the run; none where no round was committed, or where it fails over them."""
+        if self._committed is None or not any(line["committed"] for line in self._lines):
+            return {}
+        view = ServerView(self.job, self._committed.copy())
+        view.enter(self._lines[-1]["round"], self.job.seed)
+        replied = [line["replied"] for line in self._lines]
+        books = Books(len(self._lines), replied, self._ledger.totals.nested())
+        try:
+            with forked(self.job.seed, "summary"):
+                told = self.job.algorithm.summary(view, books)
+            return {str(name): value if type(value) is int else float(value) for name, value in told.items()}
+        except Exception as error:  # the rounds are done, and their results must be written
+            log.exception("the algorithm's summary failed")
+            self.observer.warning(f"no summary of the run: {type(error).__name__}: {error}")
+            return {}
+
     def _result(self, status: str, reason: str | None, state_hash: str | None) -> dict[str, Any]:
         job = self.job
         scored = [line for line in self._lines if line["accuracy"] is not None]
@@ -583,6 +632,7 @@ class ServerLoop:
             "num_clients": job.task.num_clients,
             "final": final,
             "best": self._best or None,
+            "summary": self._summary(),
             "bytes": self._ledger.totals.as_dict(),
             "seconds": {
                 **{k: round(v, 6) for k, v in self._seconds.items()},
@@ -597,6 +647,11 @@ class ServerLoop:
             "version": fldist.__version__,
             "directory": str(self.output.directory),
         }
+
+
+def _is_share(value: float, n: int) -> bool:
+    """Whether it can be the accuracy of n samples; it may be NaN where there are none."""
+    return 0.0 <= value <= 1.0 or (n == 0 and math.isnan(value))
 
 
 def fix_threads(threads: int) -> Callable[[], None]:

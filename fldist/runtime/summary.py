@@ -29,3 +29,9 @@ def over_clients(scores: Mapping[int, Scores]) -> dict[str, Any]:
         for kind, figure in zip(("samples", "equal", "std"), figures, strict=True):
             summary[kind][name] = float(figure)
     return summary
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The first's means, as `over_clients` gives them, less the other's: `samples` and `equal`, of every metric."""
+    kinds = ("samples", "equal")
+    return {k: {name: value - other[k][name] for name, value in one[k].items() if name in other[k]} for k in kinds}

@@ -30,6 +30,9 @@ Outcome = Literal["delivered", "late", "lost", "resent", "refused", "open"]
 UNTRAINED_PHASES = frozenset({"setup", "select", "evaluate"})
 """Phases that are not training; `bytes.logical` and `bytes.by_kind` leave them out."""
 
+TABLES = ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase", "by_phase_and_kind")
+"""What `Totals` holds by name and direction."""
+
 ROTATE_BYTES = 256 * 10**6
 
 
@@ -133,6 +136,7 @@ class Totals:
     transport: dict[str, int] = field(default_factory=_by_direction)
     encoded_by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
     wire_by_phase: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
+    by_phase_and_kind: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(_by_direction))
 
     def add(self, message: Booked) -> None:
         """Count one settled message."""
@@ -146,6 +150,8 @@ class Totals:
             return
         self.by_phase[message.phase][way] += logical
         self.encoded_by_phase[message.phase][way] += sum(encoded for _, encoded in message.kinds.values())
+        for kind, (bytes_logical, _) in message.kinds.items():
+            self.by_phase_and_kind[f"{message.phase}.{kind.label}"][way] += bytes_logical
         if message.phase in UNTRAINED_PHASES:
             return
         self.logical[way] += logical
@@ -165,7 +171,7 @@ class Totals:
         """What `as_dict` gave."""
         made = cls(*(dict(saved[name]) for name in ("logical", "encoded", "framing", "wire")))
         made.transport = dict(saved["transport"])
-        for name in ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase"):
+        for name in TABLES:
             getattr(made, name).update({k: dict(v) for k, v in saved[name].items()})
         return made
 
@@ -182,7 +188,16 @@ class Totals:
             "transport": dict(self.transport),
             "encoded_by_phase": {k: dict(v) for k, v in sorted(self.encoded_by_phase.items())},
             "wire_by_phase": {k: dict(v) for k, v in sorted(self.wire_by_phase.items())},
+            "by_phase_and_kind": {k: dict(v) for k, v in sorted(self.by_phase_and_kind.items())},
         }
+
+    def nested(self) -> dict[str, dict[str, dict[str, int]]]:
+        """`by_phase_and_kind` as phase, kind and direction."""
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for key, ways in sorted(self.by_phase_and_kind.items()):
+            phase, _, kind = key.rpartition(".")
+            found.setdefault(phase, {})[kind] = dict(ways)
+        return found
 
     def spent(self) -> dict[str, int]:
         """What has been exchanged, scoring left out: encoded bytes of what was delivered, wire bytes of everything."""

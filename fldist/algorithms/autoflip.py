@@ -1,0 +1,346 @@
+"""AutoFLIP: C. Internò, E. Raponi, N. van Stein, T. Bäck, M. Olhofer, Y. Jin, B. Hammer, "Adaptive Hybrid Model Pruning
+in Federated Learning through Loss Exploration", arXiv 2405.10271. Clients explore first: each trains the common start
+theta_0 alone, and how far every parameter moved says how much the losses want it. What moved little is pruned; the
+rounds train, send and average the rest.
+
+    d_k = (e_k - a_k)^2                          `deviation`; a_k, e_k: explorer k at the start and at the end
+    D   = mean of d_k over the explorers         unweighted
+    G   = (D - min D) / (max D - min D)          `guidance`, for each tensor; or (D - median D) / (Q_0.75 D - Q_0.25 D)
+    tau = Q_T(G)                                 the T-quantile over all tensors together
+    M   = 1 where G > tau, else 0                `mask_from`; units without input or output are closed as well
+
+The rounds under M, the server's momentum and their bytes are in `fldist/masked.py`. Added to these, with N parameters,
+B buffer entries that travel, n_X explorers and K clients:
+
+    weights, explore    (4 N + 4 B) n_X down, 4 N n_X up, once (2 N up with `deviation_dtype: fp16`)
+    scalars, explore    8 n_X up: the epochs that each explorer ran
+    masks, train        ceil(N / 8) S down in every round, with `mask_schedule: per_round`
+
+Options of the shared laws: any partition (published: `shards` with two classes, `dirichlet_client`); `task.travel` says
+whether buffers are exchanged (`params` keeps them at their initial values, as published); cohorts are rounded down; one
+common initial model, from the run's seed; `rounds` counts federated rounds, the exploration is before the first.
+
+Departures from the published code, which can be had with `start: chain`, `warmup_epochs: 1`, `prune_rounds: false`:
+explorers there share one model, one after the other, over-trained before round 1, and the rounds are dense. A tensor
+that never moved, for which G is 0/0, is kept; there it prunes everything. T = 0 prunes nothing; without a quantile
+there is nothing to explore for, and nothing is. A problem of two classes has two outputs here as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fldist.algorithm import Clients, Me, Server, State, on_client
+from fldist.data.client_data import ClientData
+from fldist.data.task import Task
+from fldist.fold import Accumulator, Collect, FixedPoint, Fold, FoldContext, Mean, Refused, collect
+from fldist.kinds import Kind, MaxBytes, Scalar, Weights
+from fldist.masked import MaskedAveraging, pruned
+from fldist.params import Layout, Params
+from fldist.pruning.flops import TrainingFlops
+from fldist.pruning.masks import Eligible, by_quantile, quantile, refuse_empty
+from fldist.pruning.structure import Structure, close_dead_units, prune_units
+
+HALF_SCALE = 1024.0
+"""Movements are sent as float16 times this: from 6e-8 to 60 they keep their 11 bits."""
+
+Halves = Annotated[Tensor, Kind.WEIGHTS, MaxBytes(2**33)]
+
+
+def deviation(start: Tensor, end: Tensor) -> Tensor:
+    """d_k = (e_k - a_k)^2, element by element; both [N]."""
+    return (end - start).square()
+
+
+def to_half(start: Tensor, end: Tensor) -> Tensor:
+    """|e_k - a_k| in float16, scaled; its square is d_k within 0.1 %."""
+    return ((end - start).abs() * HALF_SCALE).half()
+
+
+def from_half(movement: Tensor) -> Tensor:
+    """d_k of a scaled movement."""
+    return (movement.float() / HALF_SCALE).square()
+
+
+def guidance(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Tensor:
+    """G [N] of the mean deviation D [N]: every tensor scaled on its own, 1 where its deviations have no spread.
+
+    `minmax`: to 0..1. `robust`: by the median (the lower one of two) and the distance of the quartiles.
+    """
+    scaled = torch.empty_like(mean)
+    for slot in layout.params:
+        values = mean[slot.offset : slot.offset + slot.numel]
+        if normalization == "minmax":
+            origin, spread = values.min(), values.max() - values.min()
+        else:
+            origin = values.median()
+            spread = torch.tensor(quantile(values, 0.75) - quantile(values, 0.25), dtype=values.dtype)
+        whole = values - origin
+        scaled[slot.offset : slot.offset + slot.numel] = whole / spread if spread > 0 else torch.ones_like(whole)
+    return scaled
+
+
+def mean_deviation(deviations: Mapping[int, Tensor], explorers: Sequence[int]) -> Tensor:
+    """D [N]: the unweighted mean over these explorers, added in the order of their numbers, in float64."""
+    total = torch.zeros(0, dtype=torch.float64)
+    for k in sorted(explorers):
+        d = deviations[k]
+        d = (from_half(d) if d.dtype is torch.float16 else d).double()
+        total = total + d if total.numel() else d
+    return (total / len(explorers)).float()
+
+
+class Explored(NamedTuple):
+    """One explorer's reply."""
+
+    d: Weights  # d_k [N]
+    epochs: Scalar  # that it ran
+
+
+class ExploredHalf(NamedTuple):
+    """One explorer's reply in half the bytes."""
+
+    m: Halves  # |e_k - a_k| HALF_SCALE, float16 [N]
+    epochs: Scalar
+
+
+class Walked(NamedTuple):
+    """What a client passes on in a chain."""
+
+    e: Weights  # the model after its training
+    d: Weights | None  # d_k, of the last explorer alone
+    epochs: Scalar
+
+
+@dataclass(frozen=True)
+class MeanOfHalves(Fold):
+    """D of movements that were sent as float16, in any order of arrival."""
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start a mean."""
+        return _Halves(context)
+
+    like: str = "x"
+
+
+class _Halves(Accumulator):
+    """A mean of d_k, each made of its movement when it is added."""
+
+    def __init__(self, context: FoldContext) -> None:
+        assert context.reference is not None
+        self._layout = context.reference.trainable.layout
+        self._mean = FixedPoint(dataclasses.replace(context, reference=context.reference.trainable), divide=True)
+
+    def _params(self, value: Tensor) -> Params:
+        if value.dtype is not torch.float16 or value.shape != (self._layout.num_params,):
+            raise Refused("shape", f"{value.dtype} {list(value.shape)} is not float16 [{self._layout.num_params}]")
+        return Params(self._layout, from_half(value))
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        self._mean.add(client, self._params(value), weight)
+
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        self._mean.remove(client, self._params(value), weight)
+
+    def result(self) -> Any:
+        return self._mean.result()
+
+
+@dataclass(frozen=True)
+class AutoFlip(MaskedAveraging):
+    """Federated averaging of the parameters that exploring clients moved most."""
+
+    T: Annotated[float, Field(ge=0, lt=1)] = 0.3  # quantile of the guidance that is pruned; 0: nothing
+    T_s: Annotated[float, Field(ge=0, lt=1)] = 0.0  # quantile of hidden units' scores that is pruned whole; 0: off
+    mask_schedule: Literal["static", "per_round"] = "static"  # one mask, or one from each round's explorers
+    regrow: Literal["freeze", "zero"] = "freeze"  # per_round: what is outside of a mask keeps its value, or is set to 0
+    normalization: Literal["minmax", "robust"] = "minmax"
+    invert: bool = False  # a control: prune what moved most
+    close_dead_units: bool = True
+    prune_1d: bool = True  # biases and normalisation take part
+    exclude: tuple[str, ...] = ()  # parameters that are kept whole
+    per_tensor_threshold: bool = False
+    prune_rounds: bool = True  # false: the mask is applied to the start alone, and the rounds are dense
+
+    rho: Annotated[float, Field(gt=0, le=1)] = 1.0  # rho, share of the clients that explore
+    explore_epochs: Annotated[int, Field(ge=0)] = 150  # E_x, at most
+    patience: Annotated[int, Field(ge=1)] = 40  # P_x, epochs without a new lowest loss
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0  # W_x, before a_k is taken
+    stop_on: Literal["last_batch", "epoch_mean"] = "last_batch"  # the loss that patience looks at
+    deviation_dtype: Literal["fp32", "fp16"] = "fp32"
+    start: Literal["common", "chain"] = "common"  # explorers start from theta_0, or each from where the last one ended
+    chain_epochs: Annotated[int, Field(ge=0)] = 2  # chain: epochs on every client in turn once the mask is applied
+
+    def check(self, task: Task) -> None:
+        """Refuse what cannot be pruned, and combinations without a meaning."""
+        super().check(task)
+        layout = task.init_params().layout
+        self.eligible.check(layout)
+        if self.mask_schedule == "per_round" and (self.start == "chain" or not self.prune_rounds):
+            raise ValueError(
+                "algorithm.mask_schedule: per_round makes each round's mask from that round's explorers; it needs "
+                "start: common and prune_rounds: true"
+            )
+        if self.T_s and not self.structure(task).hidden:
+            reasons = "; ".join(self.structure(task).unanalysed)
+            raise ValueError(f"algorithm.T_s: no hidden unit of this model can be pruned ({reasons}); set it to 0")
+
+    @property
+    def eligible(self) -> Eligible:
+        """The tensors that take part."""
+        return Eligible(self.prune_1d, self.exclude)
+
+    @property
+    def mask_each_round(self) -> bool:
+        """Whether masks are part of what a round sends."""
+        return self.mask_schedule == "per_round"
+
+    @property
+    def explores(self) -> bool:
+        """Whether anything depends on an exploration."""
+        return self.T > 0.0 or self.T_s > 0.0 or self.start == "chain"
+
+    def structure(self, task: Task) -> Structure:
+        """The hidden units of the task's model, without those that touch what is kept whole."""
+        return task.structure().without(self.exclude)
+
+    def init_server(self, task: Task) -> State:
+        """Model and velocity; what explorers found, where each round makes a mask of it; what exploring cost."""
+        state = super().init_server(task)
+        state.deviations = {}
+        state.explored_epochs = {}
+        return state
+
+    # ---- before round 1
+    def setup(self, server: Server, clients: Clients) -> None:
+        """Explore, make the mask, prune the start."""
+        if not self.explores:
+            return
+        ids = list(clients.all().ids)
+        count = max(1, round(self.rho * len(ids)))
+        drawn = torch.randperm(len(ids), generator=server.rng)[:count].tolist()
+        explorers = sorted(ids[i] for i in drawn)
+        mean = (
+            self.chain(server, clients, explorers)
+            if self.start == "chain"
+            else self.exploration(server, clients, explorers)
+        )
+        keep = self.mask_from(mean, server.task)
+        server.x = pruned(server.x, keep)
+        if not self.prune_rounds:
+            for k in ids if self.start == "chain" else []:
+                got = clients.only([k]).call(
+                    self.walk, x=server.x, epochs=self.chain_epochs, last=0, fold=WALKED, phase="explore"
+                )
+                server.x = got.e[k]
+        elif self.mask_schedule == "static":
+            self.put_mask(server, clients, keep)
+
+    def exploration(self, server: Server, clients: Clients, explorers: list[int]) -> Tensor:
+        """D over the explorers that replied, each from theta_0."""
+        half = self.deviation_dtype == "fp16"
+        method, field = (self.explore_half, "m") if half else (self.explore, "d")
+        mean: Fold = MeanOfHalves() if half else Mean(like="x", part="params")
+        fold: Fold = Collect() if self.mask_schedule == "per_round" else mean
+        got = clients.only(explorers).call(method, x=server.x, fold={field: fold}, phase="explore")
+        server.explored_epochs = {k: int(got.epochs[k]) for k in got.clients}
+        found = getattr(got, field)
+        if self.mask_schedule == "static":
+            d: Params = found
+            return d.floats
+        server.deviations = {k: d if half else d.floats for k, d in found.items()}
+        return mean_deviation(server.deviations, list(server.deviations))
+
+    def chain(self, server: Server, clients: Clients, explorers: list[int]) -> Tensor:
+        """D as published: of the last explorer of a chain, whose end is the start of the rounds."""
+        d: Params | None = None
+        epochs = {}
+        for k in explorers:
+            got = clients.only([k]).call(
+                self.walk, x=server.x, epochs=-1, last=int(k == explorers[-1]), fold=WALKED, phase="explore"
+            )
+            server.x, d, epochs[k] = got.e[k], got.d[k], int(got.epochs[k])
+        server.explored_epochs = epochs
+        assert d is not None
+        return d.floats
+
+    def mask_from(self, mean: Tensor, task: Task) -> Tensor:
+        """M bool [N] of the mean deviation D [N]; ValueError where it leaves a layer nothing."""
+        layout = task.init_params().layout
+        if self.T == 0.0 and self.T_s == 0.0:
+            return torch.ones(layout.num_params, dtype=torch.bool)
+        g = guidance(mean, layout, self.normalization)
+        g = -g if self.invert else g
+        keep = by_quantile(g, layout, self.T, self.eligible, self.per_tensor_threshold)
+        if self.T_s:
+            keep = prune_units(keep, g, self.structure(task), self.T_s)
+        if self.close_dead_units:
+            keep = close_dead_units(keep, self.structure(task))
+        refuse_empty(keep, layout, "lower algorithm.T or algorithm.T_s, or name the layer in algorithm.exclude")
+        return keep
+
+    # ---- rounds
+    def round(self, server: Server, clients: Clients) -> None:
+        """A round under the mask of the setup, or under one from the explorers of its cohort."""
+        if self.mask_schedule == "per_round" and server.deviations:
+            here = [k for k in clients.selected().ids if k in server.deviations]
+            mean = mean_deviation(server.deviations, here or list(server.deviations))
+            keep = self.mask_from(mean, server.task)
+            if self.regrow == "zero":
+                server.x = pruned(server.x, keep)
+            self.mask_for_round(server, keep)
+        self.masked_round(server, clients)
+
+    def flops_before(self, server: Server) -> int:
+        """Of the exploration and its warm-ups, which train the dense network."""
+        task = server.task
+        epochs = {k: e + self.warmup_epochs for k, e in server.explored_epochs.items()}
+        if self.start == "chain" and not self.prune_rounds:
+            epochs = {k: epochs.get(k, 0) + self.chain_epochs for k in range(task.num_clients) if task.sizes[k]}
+        one = TrainingFlops.of(task.macs())
+        return sum(one.times(task.sizes[k], e).dense for k, e in epochs.items())
+
+    # ---- clients
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        """Train a copy of theta_0 until patience ends; d_k [N]."""
+        a, e, epochs = self.trip(data, x)
+        return Explored(Params(a.layout, deviation(a.floats, e.floats)), epochs)
+
+    @on_client
+    def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
+        """The same; |e_k - a_k| in float16."""
+        a, e, epochs = self.trip(data, x)
+        return ExploredHalf(to_half(a.floats, e.floats), epochs)
+
+    @on_client
+    def walk(self, me: Me, data: ClientData, x: Weights, epochs: Scalar, last: Scalar) -> Walked:
+        """A link of a chain: so many epochs, or (-1) an exploration, of which the last one tells d_k."""
+        if epochs >= 0:
+            e = data.train(x, epochs=int(epochs)).params if epochs else x.clone()
+            return Walked(e, None, epochs)
+        a, e, ran = self.trip(data, x)
+        end = x.clone()
+        end.write(e)
+        return Walked(end, Params(a.layout, deviation(a.floats, e.floats)) if last else None, ran)
+
+    def trip(self, data: ClientData, x: Params) -> tuple[Params, Params, int]:
+        """An exploration: a_k and e_k [N], and the epochs of which there were at most E_x."""
+        start = data.train(x, epochs=self.warmup_epochs, clip=0.0).params if self.warmup_epochs else x
+        run, best, idle, epochs = None, float("inf"), 0, 0
+        while epochs < self.explore_epochs and idle < self.patience:
+            epochs += 1
+            run = data.train(start, epochs=epochs, clip=0.0, resume_from=run)
+            loss = run.progress.last_loss if self.stop_on == "last_batch" else run.progress.losses[-1]
+            best, idle = (loss, 0) if loss < best else (best, idle + 1)
+        return start.trainable, (run.params if run is not None else start).trainable, epochs
+
+
+WALKED: dict[str, Fold] = {"e": collect(), "d": collect()}
