@@ -253,6 +253,18 @@ def bench_workload(pairs: Pairs = None, json_file: Json = None, quick: Quick = F
     typer.echo(measure.told(lambda: workload.measure(pairs, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("autoflip")
+def bench_autoflip(
+    repeats: Annotated[int | None, typer.Option(help="Turns of all that is compared (default: 9).")] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """What a mask costs a step of local training, and what taking units out saves: TwoCNN and an MLP."""
+    from fldist.bench import autoflip, measure
+
+    typer.echo(measure.told(lambda: autoflip.measure(repeats, quick=quick, say=_aside), json_file))
+
+
 @bench_app.command("suite")
 def bench_suite(
     suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],

@@ -18,11 +18,12 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist import cli
-from fldist.bench import exchange, measure, workload
+from fldist.bench import autoflip, exchange, measure, workload
 from fldist.bench import round as of_round
 from fldist.bench.measure import Figure, Pair, Report, Target
 from fldist.bench.party import PartyFailed, stage
 from fldist.inspection import find_mpirun
+from fldist.models.train import warm_up
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="parties are found through /proc")
 
@@ -123,6 +124,7 @@ def test_a_report_says_machine_targets_and_what_is_absent() -> None:
         (["exchange", "--pairs", "0"], "--pairs: must be at least 1, got 0"),
         (["workload", "--pairs", "-3"], "--pairs: must be at least 1, got -3"),
         (["round", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["autoflip", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
         (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
         (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
@@ -285,3 +287,38 @@ def test_workload(
 ) -> None:
     figures, _ = measured(monkeypatch, capsys, tmp_path_factory, "workload", "--pairs", "1")
     assert all(figures[name] > 0.0 for name in ("loop_ratio", "speedup_ratio", "round_s", "hosts_round_s"))
+
+
+def test_turns_begin_with_another_variant_each_time() -> None:
+    called: list[str] = []
+
+    def variant(name: str) -> Callable[[], float]:
+        def call() -> float:
+            called.append(name)
+            return float(len(called))
+
+        return call
+
+    found = autoflip.turns({name: variant(name) for name in "abc"}, 4)
+    assert "".join(called) == "abcbcacababc"
+    assert found == {"a": [1.0, 6.0, 8.0, 10.0], "b": [2.0, 4.0, 9.0, 11.0], "c": [3.0, 5.0, 7.0, 12.0]}
+    assert autoflip.over([2.0, 3.0], [4.0, 2.0]) == [0.5, 1.5]
+
+
+@pytest.mark.timeout(300)
+def test_autoflip(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    warm_up()  # what torch imports at the first step of a process makes a directory of its own
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "autoflip")
+    for work in ("two_cnn", "mlp"):
+        assert figures[f"{work}_dense_s"] > figures[f"{work}_mask_s"] > 0.0
+        for setting in autoflip.SETTINGS:
+            key = f"{work}_{setting.key}"
+            assert figures[f"{key}_compact_ratio"] > 0.0
+            assert figures[f"{key}_difference"] <= 1e-12
+            assert figures[f"{key}_float32_difference"] <= 1e-3
+            assert figures[f"{key}_theoretical_ratio"] <= figures[f"{key}_realised_ratio"] <= 1.0
+        assert figures[f"{work}_random50_realised_ratio"] == 1.0
+        assert figures[f"{work}_t50_ts80_realised_ratio"] < 0.3
+    assert out.count("compaction takes nothing out and saves nothing") == 2

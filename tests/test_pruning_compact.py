@@ -235,14 +235,14 @@ def test_the_smaller_network_trains_as_the_masked_one(name, local):
     assert not torch.equal(there.params.floats, start.floats), "something was trained"
     back = compaction.expand(here.params, start)
     assert not back.trainable.floats[~mask].any()
-    difference = (back.trainable.floats - there.params.trainable.floats).abs().max()
-    assert difference <= 1e-6
+    tolerance = 1e-5 if "adam" in local else 1e-6  # Adam's first steps are as long for small gradients as for large
+    assert (back.trainable.floats - there.params.trainable.floats).abs().max() <= tolerance
     x = torch.randn(20, *shape, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         answers = whole.frozen_copy(there.params)(x)
         smaller = small.frozen_copy(here.params)(x)
-    assert (answers - smaller).abs().max() <= 1e-6 * answers.abs().max()
-    assert here.loss == pytest.approx(there.loss, rel=1e-6)
+    assert (answers - smaller).abs().max() <= tolerance * answers.abs().max()
+    assert here.loss == pytest.approx(there.loss, rel=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fldist.models.cnn import CnnBn, LeNet5
+from fldist.models.lstm import NextCharLstm
 from fldist.models.mlp import Mlp
 from fldist.models.resnet import ResNet18
 from fldist.params import Layout
 from fldist.pruning.compact import Compaction
 from fldist.pruning.flops import Macs, TrainingFlops, training_flops
 from fldist.pruning.structure import Structure, close_dead_units
-from tests.test_pruning_structure import NETWORKS, NextCharacter, full_mask, network, random_mask, two_cnn
+from tests.test_pruning_structure import NETWORKS, full_mask, network, next_character, random_mask, two_cnn
 
 
 def test_macs_by_hand():
@@ -35,7 +36,7 @@ def test_macs_by_hand():
     ],
 )
 def test_macs_of_two_cnn_as_published(channels, width, classes, linear, size, published):
-    macs = Macs.of(two_cnn(channels, width, classes, linear), (channels, size, size))
+    macs = Macs.of(two_cnn(channels, width, classes, linear, size), (channels, size, size))
     assert macs.total / 1e6 == pytest.approx(published, rel=2e-3)
 
 
@@ -51,9 +52,11 @@ def test_the_parts_of_two_cnn():
 
 def test_a_recurrent_network_multiplies_at_every_step():
     """Embedding 80 x 8: no product; LSTM 8 -> 6 -> 6, 4 gates, 5 steps; linear on the last one."""
-    macs = Macs.of(NextCharacter(), (5,), torch.int64)
+    macs = Macs.of(next_character(), (5,), torch.int64)
     assert macs.total == 5 * 4 * 6 * (8 + 6 + 6 + 6) + 6 * 80
     assert macs.uncounted == ()
+    published = NextCharLstm().build((80,), 80)
+    assert Macs.of(published, (80,), torch.int64).total == 80 * 4 * 256 * (8 + 256 + 2 * 256) + 256 * 80
     time_first = nn.LSTM(8, 6, bidirectional=True)
     assert Macs.of(_OverTime(time_first), (5, 8)).total == 2 * 5 * 4 * 6 * (8 + 6)
     assert Macs.of(_OverTime(nn.GRU(8, 6)), (5, 8)).total == 5 * 3 * 6 * (8 + 6)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fldist.models.cnn import Cnn, CnnBn, LeNet5, NiidCnn
+from fldist.models.cnn import Cnn, CnnBn, LeNet5, NiidCnn, TwoCnn
+from fldist.models.lstm import NextCharLstm
 from fldist.models.mlp import Mlp
 from fldist.models.resnet import BasicBlock, Bottleneck, ResidualNet, ResNet18, ResNet18Small, ResNet50
 from fldist.params import Layout, Params
@@ -18,14 +19,9 @@ MNIST = (1, 28, 28)
 SMALL = (2, 12, 12)
 
 
-def two_cnn(channels=2, width=4, classes=5, linear=9):
+def two_cnn(channels=2, width=4, classes=5, hidden=9, size=12):
     """Two padded convolutions with padded pooling, an average that enlarges, two linear layers."""
-    return nn.Sequential(
-        *(nn.Conv2d(channels, width, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)),
-        *(nn.Conv2d(width, 2 * width, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)),
-        *(nn.AdaptiveAvgPool2d(7), nn.Flatten()),
-        *(nn.Linear(98 * width, linear), nn.ReLU(), nn.Linear(linear, classes)),
-    )
+    return TwoCnn(width, hidden).build((channels, size, size), classes)
 
 
 class Stack(nn.Module):
@@ -167,19 +163,13 @@ def test_of_residual_networks_only_what_no_addition_reads(model, inside):
     assert len(structure.unanalysed) == convolutions - inside
 
 
-class NextCharacter(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(80, 8)
-        self.lstm = nn.LSTM(8, 6, 2, batch_first=True)
-        self.linear = nn.Linear(6, 80)
-
-    def forward(self, x):
-        return self.linear(self.lstm(self.embedding(x))[0][:, -1])
+def next_character():
+    """Embedding 80 x 8, two LSTM layers of 6, linear to 80; reads tokens."""
+    return NextCharLstm(hidden=6).build((5,), 80)
 
 
 def test_a_recurrent_network_has_no_units_and_says_so():
-    structure = Structure.of(NextCharacter(), (5,), torch.int64)
+    structure = Structure.of(next_character(), (5,), torch.int64)
     assert structure.hidden == ()
     assert structure.unanalysed == ("embedding: Embedding is not analysed", "lstm: LSTM is not analysed")
 
@@ -546,7 +536,7 @@ def test_guidance_that_is_no_number_and_quantiles_out_of_range_are_refused():
 
 
 def test_a_network_without_units_refuses_to_lose_some():
-    structure = Structure.of(NextCharacter(), (5,), torch.int64)
+    structure = Structure.of(next_character(), (5,), torch.int64)
     guidance = torch.rand(structure.layout.num_params)
     with pytest.raises(ValueError, match=r"no units to prune .*lstm: LSTM is not analysed"):
         prune_units(full_mask(structure), guidance, structure, 0.1)
