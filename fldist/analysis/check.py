@@ -238,9 +238,7 @@ def _check_spent(run: Run, found: Checked, rounds: Mapping[int, Bytes]) -> None:
         )
         told = last["spent"][name]
         if told > own or (told < own and not missing):
-            found.failed.append(
-                f"rounds.jsonl: spent.{name} of the last round is {told:,}, the rows give {own:,}"
-            )
+            found.failed.append(f"rounds.jsonl: spent.{name} of the last round is {told:,}, the rows give {own:,}")
         else:
             found.passed.append(f"spent.{name} of the last round agrees with the ledger's rows ({told:,} B)")
 
