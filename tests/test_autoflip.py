@@ -34,6 +34,7 @@ from fldist.runner import run_here
 from fldist.seeding import Streams
 from fldist.sparse import encoded_bytes, unpack
 from tests.conftest import Hosts
+from tests.needs import needs_data
 from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model
 
 MLP_LAYOUT = Layout.of(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
@@ -659,3 +660,38 @@ def test_masks_of_every_round_count_with_the_rounds(tmp_path: Path) -> None:
 def test_nothing_saved_is_no_round(tmp_path: Path) -> None:
     autoflip(tmp_path / "run", T=0)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"]["break_even_round"] is None
+
+
+# ---- the small comparison
+CONFIGS = Path(__file__).parents[1] / "configs" / "autoflip"
+
+
+@pytest.mark.parametrize("name", ["small-mnist", "small-fashion-mnist", "small-shakespeare"])
+def test_two_rounds_of_a_small_configuration(tmp_path: Path, name: str) -> None:
+    needs_data({"small-mnist": "MNIST/raw", "small-fashion-mnist": "FashionMNIST/raw"}.get(name, "tinyshakespeare.txt"))
+    changes = ["rounds=2", "algorithm.explore_epochs=1", "local.epochs=1", "eval.every=2"]
+    if name == "small-shakespeare":
+        changes.append("task.data={name: roles, stride: 400}")
+    result = run_here(load(CONFIGS / f"{name}.yaml", changes), output=tmp_path / "run")
+    assert (result["status"], result["rounds"]) == ("finished", 2)
+
+
+def test_masks_from_exploration_keep_what_random_ones_lose(tmp_path: Path) -> None:
+    """At a fifth of the parameters; means over two seeds and the last five rounds, since curves swing by 0.1."""
+    needs_data("MNIST/raw")
+    methods = {
+        "fedavg": "{name: fedavg}",
+        "autoflip": "{name: autoflip, T: 0.8, beta: 0, explore_epochs: 5}",
+        "random": "{name: random_mask, density: 0.2, beta: 0}",
+    }
+    accuracy, sent = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
+    for method, algorithm in methods.items():
+        for seed in (0, 1):
+            settings_ = load(CONFIGS / "small-mnist.yaml", [f"algorithm={algorithm}", f"seed={seed}"])
+            result = run_here(settings_, output=tmp_path / f"{method}-{seed}")
+            rows = lines(tmp_path / f"{method}-{seed}")
+            accuracy[method] += sum(row["accuracy"] for row in rows[-5:]) / 10
+            sent[method] += result["bytes"]["by_phase"]["train"]["down"]
+    assert accuracy["autoflip"] > accuracy["random"] + 0.1
+    assert accuracy["autoflip"] > accuracy["fedavg"] - 0.1
+    assert sent["autoflip"] / sent["fedavg"] == pytest.approx(0.2, abs=0.002)
