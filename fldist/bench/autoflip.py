@@ -352,5 +352,5 @@ def _report(
     if left == structure.num_units:
         told += ": scattered zeros, of which compaction takes nothing out and saves nothing"
     else:
-        told += f"; FLOPs allow {realised:.2f} of a step, {ratio:.2f} was measured"
+        told += f"; FLOPs allow {realised:.2f} of a dense step, {ratio:.2f} of the masked one was measured"
     report.limits.append(told)
