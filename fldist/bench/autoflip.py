@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,8 +28,8 @@ from fldist.models.cnn import TwoCnn
 from fldist.models.mlp import Mlp
 from fldist.models.train import LocalTraining
 from fldist.params import Params
-from fldist.pruning.compact import Compaction
-from fldist.pruning.flops import training_flops
+from fldist.pruning.flops import Macs, TrainingFlops
+from fldist.pruning.masks import by_quantile
 from fldist.pruning.structure import Structure, close_dead_units, prune_units
 from fldist.seeding import Streams, generator
 
@@ -95,13 +94,13 @@ def workloads(quick: bool) -> tuple[Workload, ...]:
 
 
 # ---- guidance and masks
-def task_of(work: Workload, dataset: Dataset, build: Callable[[], nn.Module] | None = None, clients: int = 1) -> Task:
-    """The digits for one client, or two classes for each of several; build: instead of the workload's network."""
+def task_of(work: Workload, dataset: Dataset, clients: int = 1) -> Task:
+    """The digits for one client, or two classes for each of several."""
     return Task(
         dataset=dataset,
         partition=Iid() if clients == 1 else Shards(2),
         num_clients=clients,
-        build=work.model.build if build is None else lambda shape, classes: build(),
+        build=work.model.build,
         local=LocalTraining(batch_size=work.batch, lr=work.lr, optimizer="adam", tail="drop"),
         seed=SEED,
         partition_seed=SEED,
@@ -127,7 +126,7 @@ def explored(work: Workload, dataset: Dataset) -> Tensor:
 def mask_of(setting: Setting, guidance: Tensor, structure: Structure) -> Tensor:
     """The closed mask [P] of a setting."""
     scores = guidance if setting.guided else torch.rand(guidance.shape, generator=generator(SEED, "random-mask"))
-    mask = scores > float(np.quantile(scores.numpy(), setting.T))
+    mask = by_quantile(scores, structure.layout, setting.T)
     return close_dead_units(prune_units(mask, guidance, structure, setting.T_s), structure)
 
 
@@ -155,16 +154,18 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Trainer:
-    """One variant of a network: its task, its start, its mask or None."""
+    """One variant of a network: its task, which no other has, its start, its mask or None, whether it is compacted."""
 
     task: Task
     start: Params
     mask: Tensor | None = None
+    compact: bool = False
 
     def train(self, epochs: int) -> tuple[Params, int, float]:
         """The trained model, the steps made and the CPU seconds of a step."""
         began = time.process_time()
-        trained = ClientData(self.task, 0, Streams(SEED, 1, 0)).train(self.start, mask=self.mask, epochs=epochs)
+        data = ClientData(self.task, 0, Streams(SEED, 1, 0))
+        trained = data.train(self.start, mask=self.mask, epochs=epochs, compact=self.compact)
         return trained.params, trained.steps, (time.process_time() - began) / trained.steps
 
     def answers(self, epochs: int, x: Tensor) -> tuple[Tensor, int]:
@@ -175,11 +176,15 @@ class Trainer:
 
     def exact_answers(self, epochs: int, x: Tensor) -> Tensor:
         """The same with float64 throughout, by a loop of its own: local training is float32."""
-        net = self.task.frozen_copy(self.start).double().train().requires_grad_(True)
+        start, keep = self.start, torch.ones(self.task.layout.num_params) if self.mask is None else self.mask
+        net = self.task.frozen_copy(start)
+        if self.compact:
+            compaction = self.task.compacted(keep).compaction
+            net, start, keep = compaction.module(), compaction.shrink(start), compaction.shrink_mask(keep)
+            start.bind(net)
+        net.double().train().requires_grad_(True)
         tensors = list(net.parameters())
-        keep = torch.ones(self.task.layout.num_params) if self.mask is None else self.mask.double()
-        slots = self.task.layout.params
-        parts = [keep[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in slots]
+        parts = [keep[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in start.layout.params]
         optimizer = self.task.local.make_optimizer(tensors)
         data = ClientData(self.task, 0, Streams(SEED, 1, 0))
         order = data.order()
@@ -205,7 +210,6 @@ class Pruned:
 
     setting: Setting
     mask: Tensor
-    compaction: Compaction
     masked: Trainer
     small: Trainer
 
@@ -242,8 +246,7 @@ def _measure(work: Workload, report: Report, repeats: int, say: Say) -> None:
     subset = dataclasses.replace(dataset, train_x=dataset.train_x[:rows], train_y=dataset.train_y[:rows])
     epochs = max(1, work.steps // 10)
     task = task_of(work, subset)
-    template = task.architecture().template
-    structure = Structure.of(template, task.shape)
+    structure = task.structure()
     dense = Trainer(task, task.init_params())
     pruned: list[Pruned] = []
     for setting in SETTINGS:
@@ -254,10 +257,8 @@ def _measure(work: Workload, report: Report, repeats: int, say: Say) -> None:
             continue
         start = task.init_params()
         start.trainable.floats.mul_(mask)
-        compaction = Compaction.of(template, mask, structure)
-        smaller = task_of(work, subset, compaction.module)
-        small = Trainer(smaller, compaction.shrink(start), compaction.shrink_mask(mask))
-        pruned.append(Pruned(setting, mask, compaction, Trainer(task, start, mask), small))
+        small = Trainer(task_of(work, subset), start, mask, compact=True)
+        pruned.append(Pruned(setting, mask, Trainer(task, start, mask), small))
     variants = {"dense": dense}
     for one in pruned:
         variants |= {f"{one.setting.key} masked": one.masked, f"{one.setting.key} small": one.small}
@@ -337,24 +338,19 @@ def _report(
     exact = apart(one.masked.exact_answers(epochs, x), one.small.exact_answers(epochs, x))
     report.add(Figure(f"{key}_difference", f"{name}: answers apart after {steps} steps, float64", [exact], "", SAME))
     report.add(Figure(f"{key}_float32_difference", f"{name}: the same, float32", [apart(whole, small)]))
-    template = one.masked.task.architecture().template
-    flops = training_flops(template, one.masked.task.shape, one.mask, one.compaction)
+    compacted = one.small.task.compacted(one.mask)
+    macs, fewer = (
+        Macs.of(made.template, x.shape[1:]) for made in (one.small.task.architecture(), compacted.architecture)
+    )
+    flops = TrainingFlops.of(macs, one.mask, fewer)
     theoretical, realised = flops.theoretical / flops.dense, flops.realised / flops.dense
     report.add(Figure(f"{key}_theoretical_ratio", f"{name}: FLOPs under the mask / dense", [theoretical]))
     report.add(Figure(f"{key}_realised_ratio", f"{name}: FLOPs compacted / dense", [realised]))
     density = int(one.mask.sum()) / len(one.mask)
-    left = structure.num_units - one.compaction.num_removed
+    left = structure.num_units - compacted.compaction.num_removed
     told = f"{work.what}, {one.setting}: density {density:.3f}, {left} of {structure.num_units} units stay"
     if left == structure.num_units:
         told += ": scattered zeros, of which compaction takes nothing out and saves nothing"
     else:
-        began = time.process_time()
-        there = one.compaction.shrink(one.masked.start)
-        middle = time.process_time()
-        one.compaction.expand(there, one.masked.start)
-        ended = time.process_time()
-        told += (
-            f"; FLOPs allow {realised:.2f} of a step, {ratio:.2f} was measured; there and back once a training: "
-            f"{1e3 * (middle - began):.1f} and {1e3 * (ended - middle):.1f} ms"
-        )
+        told += f"; FLOPs allow {realised:.2f} of a dense step, {ratio:.2f} of the masked one was measured"
     report.limits.append(told)

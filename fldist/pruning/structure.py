@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fldist.params import Layout, Slot
+from fldist.pruning import masks
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def prune_units(mask: Tensor, guidance: Tensor, structure: Structure, quantile: 
         why = "; ".join(structure.unanalysed) or "it has no hidden layer"
         raise ValueError(f"unit quantile: {quantile} cannot be: the model has no units to prune ({why}); set it to 0")
     scores = unit_scores(guidance, structure)
-    threshold = _quantile(torch.cat(scores), quantile)
+    threshold = masks.quantile(torch.cat(scores), quantile)
     lost = [score <= threshold for score in scores]
     for group, units in zip(structure.hidden, lost, strict=True):
         if bool(units.all()):
@@ -230,15 +231,6 @@ def prune_units(mask: Tensor, guidance: Tensor, structure: Structure, quantile: 
     for group, units in zip(structure.hidden, lost, strict=True):
         _close(pruned, group.spans, units)
     return pruned
-
-
-def _quantile(values: Tensor, quantile: float) -> float:
-    """The linearly interpolated quantile of values [n], at position quantile (n - 1) of the sorted ones."""
-    ordered = values.sort().values
-    position = quantile * (len(ordered) - 1)
-    below = math.floor(position)
-    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
-    return low + (high - low) * (position - below)
 
 
 def _any(spans: Collection[Span], mask: Tensor) -> Tensor:
