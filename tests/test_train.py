@@ -785,3 +785,61 @@ def test_networks_are_clipped_together_or_each_by_its_own_norm():
     assert grown([5.0, 100.0]) == pytest.approx([5.0, 80.0], rel=1e-4)
     together = math.hypot(6.0, 80.0)
     assert grown(10.0) == pytest.approx([6.0 * 10 / together, 80.0 * 10 / together], rel=1e-4)
+
+
+# ---- a number of steps, another network
+def test_steps_go_over_as_many_passes_as_they_take():
+    task = make_task()
+    start = task.init_params()
+    module = ordinary(MODELS["mlp"], start)
+    trained = data_of(task).train(start, steps=6)
+    x, y = task.rows(0)
+    order = Streams(SEED, 1, 0).generator("order")
+    batches = [b for _ in range(2) for b in torch.randperm(len(y), generator=order).split(8)][:6]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for rows in batches:
+        optimizer.zero_grad()
+        cross_entropy(module(x[rows]), y[rows]).backward()
+        optimizer.step()
+    assert_close(trained.params, module)
+    assert (trained.steps, trained.progress.epochs, trained.progress.samples) == (6, 1, 8 + 8 + 8 + 6 + 8 + 8)
+    assert data_of(task).train(start, epochs=3).progress.samples == 90
+    assert data_of(task).train(start, steps=2, epochs=3).steps == 6
+
+
+def test_steps_that_make_one_pass_are_an_epoch_bit_for_bit():
+    task = make_task(momentum=0.9)
+    start = task.init_params()
+    assert bits(data_of(task).train(start, steps=4).params) == bits(data_of(task).train(start, epochs=1).params)
+
+
+def test_without_a_batch_there_is_no_step():
+    task = make_task(MODELS["cnn_bn"], n=1)
+    trained = data_of(task).train(task.init_params(), steps=5)
+    assert (trained.steps, trained.progress.samples) == (0, 0)
+
+
+def test_a_hook_sees_the_gradient_before_it_is_masked_and_clipped():
+    task = make_task()
+    start, keep = task.init_params(), half_mask(task.init_params())
+    start.trainable.floats.mul_(keep)
+    seen = []
+    data_of(task).train(start, steps=1, mask=keep, clip=1e-3, before_step=lambda g: seen.append(g.clone()))
+    module = ordinary(MODELS["mlp"], start)
+    rows = torch.randperm(30, generator=Streams(SEED, 1, 0).generator("order"))[:8]
+    x, y = task.rows(0)
+    cross_entropy(module(x[rows]), y[rows]).backward()
+    gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
+    torch.testing.assert_close(seen[0], gradient, rtol=0, atol=1e-6)
+    assert seen[0][~keep].abs().max() > 1e-3
+
+
+def test_a_network_of_another_architecture_is_trained_and_scored():
+    task, other = make_task(), make_task(Mlp((3,)).build)
+    smaller = other.architecture()
+    trained = data_of(task).train(smaller.initial, epochs=2, architecture=smaller)
+    assert bits(trained.params) == bits(data_of(other).train(smaller.initial, epochs=2).params)
+    assert trained.architecture is smaller
+    assert data_of(task).train(task.init_params(), epochs=1).architecture is None
+    scores = data_of(task).evaluate(trained.params, "train", smaller)
+    assert scores == data_of(other).evaluate(trained.params, "train")

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from fldist.clock import Clock, Measured
 from fldist.data.augment import add_noise, to_unit
 from fldist.data.partition import Noise
-from fldist.data.task import CPU, Split, Task
+from fldist.data.task import CPU, Architecture, Split, Task
 from fldist.models.evaluate import Scores
 from fldist.models.train import Network, Order, Progress, train
 from fldist.params import Params
@@ -48,7 +48,7 @@ class Trained:
     last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
     (0 unless the selector wants reports); outputs: what the model gave for each batch of the last epoch before its
     step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without `eval.own`); progress:
-    to go on.
+    to go on; architecture: of the model, where it is not the client's own.
     """
 
     params: Params
@@ -61,6 +61,7 @@ class Trained:
     outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lr_sum: float = 0.0
     rng: torch.Generator | None = None  # draws augmentation
+    architecture: Architecture | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class _Plan:
     """What `ClientData.train` was asked for, on the client's device; keep: 1 and 0 by parameter."""
 
     epochs: int
+    order: Order
     proximal: float
     drift: Params | None
     keep: Tensor | None
     loss: Loss | None
     clip: float
+    before_step: Callable[[Tensor], object] | None
     after_step: Callable[[Tensor], None] | None
 
 
@@ -188,8 +191,11 @@ class ClientData:
 
         return read
 
-    def order(self, num_samples: int | None = None, batch_size: int | None = None) -> Order:
-        """Mini-batches of the client's samples (or of `num_samples` others) as the section `local` says."""
+    def order(self, num_samples: int | None = None, batch_size: int | None = None, steps: int | None = None) -> Order:
+        """Mini-batches of the client's samples (or of `num_samples` others) as the section `local` says.
+
+        steps: an epoch is so many batches instead of one pass.
+        """
         local = self.task.local
         return Order(
             self.n if num_samples is None else num_samples,
@@ -197,6 +203,7 @@ class ClientData:
             self.streams.generator("order") if local.order == "shuffle" else None,
             local.tail,
             no_single=self._no_single,
+            steps=steps,
         )
 
     @property
@@ -213,6 +220,7 @@ class ClientData:
         start: Params,
         *,
         epochs: int | None = None,
+        steps: int | None = None,
         proximal: float = 0.0,
         drift: Params | None = None,
         mask: Tensor | None = None,
@@ -220,43 +228,54 @@ class ClientData:
         batch_norm: Literal["batch", "running"] = "batch",
         loss: Loss | None = None,
         clip: float | None = None,
+        before_step: Callable[[Tensor], object] | None = None,
         after_step: Callable[[Tensor], None] | None = None,
         compact: bool = False,
+        architecture: Architecture | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
         """Train a copy of `start` on the client's samples as the section `local` says.
 
-        epochs: the total (default `local.epochs`); proximal: mu of (mu/2) ||y - start||^2 over the trainable
+        epochs: the total (default `local.epochs`); steps: an epoch is so many steps, from as many passes over the
+        samples as that takes, and by default there is one; proximal: mu of (mu/2) ||y - start||^2 over the trainable
         parameters; drift: d [P], y <- y - eta d after every step, frozen parameters excepted; mask: [P], 1 where a
         parameter is kept, 0 where it stays zero (start is masked, then gradients and parameters at every step);
         frozen: names of parameters or modules that are not trained; batch_norm: see `Network`; loss: instead of
         cross-entropy; clip: largest gradient norm (default `local.clip`, 0: any);
+        before_step: gets the gradient [P] of the loss before every step, as it is before it is masked or clipped;
         after_step: gets the parameters [P] after every step, to change them in place; compact: train the network that
         is left when the hidden units are taken out of which the mask keeps nothing;
+        architecture: of `start` and what is trained, instead of the client's: a smaller network;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
         task, local = self.task, self.task.local
+        if epochs is None:
+            epochs = local.epochs if steps is None else 1
         start = start.to(self.device)
         plan = _Plan(
-            local.epochs if epochs is None else epochs,
+            epochs,
+            self.order(steps=steps) if resume_from is None else resume_from.progress.order,
             proximal,
             None if drift is None else drift.to(self.device),
             None if mask is None else mask.to(self.device, torch.float32),
             loss,
             local.clip if clip is None else clip,
+            before_step,
             after_step,
         )
         if plan.keep is not None and plan.keep.shape != (start.layout.num_params,):
             raise ValueError(f"mask: shape {tuple(plan.keep.shape)}, not [{start.layout.num_params}], the parameters")
         if compact:
-            if plan.keep is None or resume_from is not None:
-                raise ValueError("compact needs a mask, and cannot go on with an earlier training")
+            if plan.keep is None or resume_from is not None or architecture is not None:
+                raise ValueError("compact needs a mask of the own network, and goes on with no earlier training")
             return self._train_compacted(start, plan, frozen, batch_norm)
         from_here = start if resume_from is None else resume_from.whole
-        with task.network(from_here, self._model_of, frozen, batch_norm) as network:
+        with task.network(from_here, architecture or self._model_of, frozen, batch_norm) as network:
             if plan.keep is not None:
                 network.params.trainable.floats.mul_(plan.keep)
-            return self._train(network, start, plan, resume_from)
+            trained = self._train(network, start, plan, resume_from)
+        trained.architecture = architecture
+        return trained
 
     def _train_compacted(
         self, start: Params, plan: _Plan, frozen: Sequence[str], batch_norm: Literal["batch", "running"]
@@ -270,7 +289,7 @@ class ClientData:
         small = compaction.shrink(whole)
         drift = None if plan.drift is None else compaction.shrink(plan.drift)
         plan = dataclasses.replace(plan, keep=compaction.shrink_mask(plan.keep), drift=drift)
-        with self.task.network(small, self._model_of, frozen, batch_norm, compacted) as network:
+        with self.task.network(small, compacted.architecture, frozen, batch_norm) as network:
             trained = self._train(network, small, plan, None)
         trained.whole = compaction.expand(trained.whole, whole)
         part = start.layout
@@ -283,9 +302,7 @@ class ClientData:
         local, epochs, drift, keep = self.task.local, plan.epochs, plan.drift, plan.keep
         if resume_from is None:
             optimizers = [local.make_optimizer(network.weights)]
-            order = self.order()
         else:
-            order = resume_from.progress.order
             optimizers = list(resume_from.progress.optimizers)
             take_over(optimizers[0], network)
         rng = resume_from.rng if resume_from is not None else self.streams.generator("augment") if self.varies else None
@@ -319,6 +336,8 @@ class ClientData:
             return value
 
         def before_step() -> None:
+            if plan.before_step is not None:
+                plan.before_step(network.gradient)
             if plan.proximal:
                 network.gradient.add_(trainable - anchor, alpha=plan.proximal)
             if keep is not None:
@@ -336,6 +355,7 @@ class ClientData:
                 if keep is not None:
                     trainable.mul_(keep)  # weight decay and momentum may have moved what the mask closes
 
+        touched = bool(plan.proximal) or any(hook is not None for hook in (keep, plan.before_step))
         hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
         with watched.watching(network.module, self._reports or self._own):
             progress = train(
@@ -343,10 +363,10 @@ class ClientData:
                 step_loss,
                 optimizers,
                 epochs=epochs,
-                order=order,
+                order=plan.order,
                 clip=plan.clip,
                 before_epoch=before_epoch,
-                before_step=before_step if plan.proximal or keep is not None else None,
+                before_step=before_step if touched else None,
                 after_step=after_step if hooked else None,
                 resume_from=resume_from.progress if resume_from else None,
             )
@@ -364,9 +384,11 @@ class ClientData:
         """A module of its own with these values, in eval mode, that takes no gradients."""
         return self.task.frozen_copy(model, self._model_of)
 
-    def evaluate(self, model: Params, split: Split | Literal["global"]) -> Scores:
-        """Score a model on the client's own part, or on the global test set."""
-        return self.task.evaluate_client(model, self.client, split)
+    def evaluate(
+        self, model: Params, split: Split | Literal["global"], architecture: Architecture | None = None
+    ) -> Scores:
+        """Score a model on the client's own part, or on the global test set. architecture: if not the client's own."""
+        return self.task.evaluate_client(model, self.client, split, architecture)
 
 
 class _Outputs:
@@ -432,7 +454,9 @@ class PooledData(ClientData):
         trained.params = trained.params.to(CPU)
         return trained
 
-    def evaluate(self, model: Params, split: Split | Literal["global"]) -> Scores:
+    def evaluate(
+        self, model: Params, split: Split | Literal["global"], architecture: Architecture | None = None
+    ) -> Scores:
         """Score a model on the global test set; ValueError for the splits, which only clients have."""
         if split != "global":
             raise ValueError(f"the pooled data have no split {split!r}; use global")

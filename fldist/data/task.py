@@ -401,8 +401,10 @@ class Task:
         layout = Layout.of(module)
         return Architecture(name, module, layout, Params.of(module, layout), has_batch_norm(module), self.device)
 
-    def architecture(self, client: int | None = None) -> Architecture:
-        """A client's architecture, or the server's."""
+    def architecture(self, client: int | Architecture | None = None) -> Architecture:
+        """A client's architecture, or the server's; one that is given itself is given back."""
+        if isinstance(client, Architecture):
+            return client
         return self.architectures[0 if client is None else self._cycle[client % len(self._cycle)]]
 
     @property
@@ -427,7 +429,7 @@ class Task:
         with forked(self.seed, "own-init", client):
             return Params.of(build(self.shape, self.num_classes), made.layout).restricted(travel)
 
-    def full(self, part: Params, client: int | None = None) -> Params:
+    def full(self, part: Params, client: int | Architecture | None = None) -> Params:
         """Fresh blocks of the whole model, on the task's device: `part`, and initial values where it has none."""
         made = self.architecture(client)
         if part.layout == made.layout:
@@ -470,26 +472,22 @@ class Task:
     def network(
         self,
         params: Params,
-        client: int | None = None,
+        client: int | Architecture | None = None,
         frozen: Sequence[str] = (),
         batch_norm: Literal["batch", "running"] = "batch",
-        compacted: Compacted | None = None,
     ) -> Iterator[Network]:
         """A network with these values (what does not travel: initial ones) to train for the time of a `with`.
 
         `network.params` are fresh blocks, and stay valid afterwards. Several may be open at once.
-        compacted: the smaller network, with all of its values.
         """
-        architecture = self.architecture(client) if compacted is None else compacted.architecture
-        with architecture.module() as module:
-            values = self.full(params, client) if compacted is None else params.clone()
-            network = Network(module, values, frozen, batch_norm)
+        with self.architecture(client).module() as module:
+            network = Network(module, self.full(params, client), frozen, batch_norm)
             try:
                 yield network
             finally:
                 network.release()
 
-    def frozen_copy(self, model: Params, client: int | None = None) -> nn.Module:
+    def frozen_copy(self, model: Params, client: int | Architecture | None = None) -> nn.Module:
         """A module of its own with these values, in eval mode, that takes no gradients."""
         module = self.architecture(client).copy()
         self.full(model, client).bind(module)
@@ -500,17 +498,22 @@ class Task:
         """Score a model of the server's architecture on the global test set."""
         return self._score(model, None, self.test_batches(self.evaluation.batch_size))
 
-    def evaluate_client(self, model: Params, client: int, split: Split | Literal["global"]) -> Scores:
-        """Score a client's model on one of its splits, or on the global test set."""
+    def evaluate_client(
+        self, model: Params, client: int, split: Split | Literal["global"], architecture: Architecture | None = None
+    ) -> Scores:
+        """Score a client's model on one of its splits, or on the global test set. architecture: instead of its own."""
         size = self.evaluation.batch_size
+        of = architecture or client
         if split == "global":
-            return self._score(model, client, self.test_batches(size))
+            return self._score(model, of, self.test_batches(size))
         x, y = self.rows(client, split)
         # clones: a slice's address could change the bits of a matrix product
         batches = ((x[start:stop].clone(), y[start:stop]) for start, stop in spans(len(y), size))
-        return self._score(model, client, batches)
+        return self._score(model, of, batches)
 
-    def _score(self, model: Params, client: int | None, batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
+    def _score(
+        self, model: Params, client: int | Architecture | None, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> Scores:
         with self.architecture(client).module() as module:
             self.full(model, client).bind(module)
             return evaluate(module, batches, self.evaluation)

@@ -6,6 +6,7 @@ proximal, drift, mask, frozen part) are made of its hooks by `data/client_data.p
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,8 @@ class Order:
     """Mini-batches of indices: a permutation drawn anew each epoch from one generator, or without one 0, 1, 2 ...
 
     tail: what happens to a last batch smaller than `batch_size`, unless it is the only one; with `no_single` a
-    batch of one sample is left out whatever the tail, since BatchNorm cannot train on it.
+    batch of one sample is left out whatever the tail, since BatchNorm cannot train on it. steps: an epoch is so many
+    batches, from as many passes over the samples as that takes, and not one pass.
     """
 
     num_samples: int
@@ -153,9 +155,24 @@ class Order:
     generator: torch.Generator | None
     tail: Literal["keep", "drop", "merge"] = "keep"
     no_single: bool = False
+    steps: int | None = None
 
     def epoch(self) -> Iterator[Tensor]:
         """The index batches [b] of one epoch."""
+        if self.steps is None:
+            yield from self._pass()
+            return
+        left = self.steps
+        while left:
+            before = left
+            for batch in itertools.islice(self._pass(), left):
+                left -= 1
+                yield batch
+            if left == before:  # there is no batch to give
+                return
+
+    def _pass(self) -> Iterator[Tensor]:
+        """The index batches [b] of one pass over the samples."""
         if self.generator is None:
             indices = torch.arange(self.num_samples)
         else:
@@ -192,6 +209,7 @@ class Progress:
     order: Order
     epochs: int = 0
     steps: int = 0
+    samples: int = 0  # of all batches; one that was drawn twice counts twice
     losses: list[float] = field(default_factory=list)  # mean loss per sample, one entry an epoch
     last_loss: float = float("nan")  # of the last batch
 
@@ -245,6 +263,7 @@ def train(
             if after_step is not None:
                 after_step()
             progress.steps += 1
+            progress.samples += len(batch)
             losses.append(loss.detach())
             counts.append(len(batch))
         progress.epochs += 1

@@ -362,7 +362,7 @@ def _own_scores(job: Job, data: ClientData) -> torch.Tensor | None:
         return None
     assert how.split != "auto"
     training = {**evaluate(nn.Identity(), trained.outputs, how).values, "loss": trained.loss}
-    scores = data.evaluate(data.own_model, how.split)
+    scores = data.evaluate(data.own_model, how.split, trained.architecture)
     rows = [values[name] for values in (training, scores.values) for name in how.names]
     return torch.tensor([scores.n, *rows], dtype=torch.float64)
 
