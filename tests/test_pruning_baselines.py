@@ -1,0 +1,284 @@
+"""PruneFL, EFLPrune and LotteryFL: their steps worked by hand, and every byte that they send."""
+
+import itertools
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fldist
+from fldist.algorithm import on_client
+from fldist.algorithms import efl_prune
+from fldist.algorithms.efl_prune import EflPrune, select, smaller, structure_of, unit_norms
+from fldist.config import build, load, load_resumed
+from fldist.data.client_data import ClientData
+from fldist.inspection import dry_run
+from fldist.kinds import Masks
+from fldist.models.train import warm_up
+from fldist.params import Params
+from fldist.runner import run_here
+from fldist.runtime.checkpoint import Checkpoints, ClientFiles
+from fldist.seeding import Streams
+from fldist.sparse import pack
+from tests.conftest import small
+
+CNN_BN = {"name": "cnn_bn", "widths": [4, 6]}
+SEED = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports():
+    """Let no test pay for what torch imports at its first step."""
+    warm_up()
+
+
+def settings_of(algorithm, **changes):
+    """Six clients on the digits, three of them a round, and a linear network with 8 hidden units."""
+    base = {"seed": SEED, "eval__every": 0, "clients": {"num_clients": 6, "fraction": 0.5}, "local__batch_size": 16}
+    return small(algorithm=algorithm, **{**base, **changes})
+
+
+def states(directory):
+    """The state of the server at the end of a run, and of every client that has one."""
+    found = Checkpoints(directory / "checkpoints").newest()
+    assert found is not None
+    _, server, facts, _ = found
+    files = ClientFiles(directory / "clients")
+    return server, {int(c): files.read(int(c), version) for c, version in facts["versions"].items()}
+
+
+def kinds(directory, phase, kind, way, status="delivered"):
+    """[(round, client, logical bytes)] of the ledger."""
+    rows = [json.loads(line) for line in (directory / "messages.jsonl").read_text().splitlines()]
+    return [
+        (r["round"], r["client"], r["logical_bytes"])
+        for r in rows
+        if r["row"] == "kind"
+        and (r["phase"], r["kind"], r["direction"], r["status"]) == (phase, kind, way, status)
+    ]  # fmt: skip
+
+
+def lines_of(directory):
+    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+def same_bits(one, other):
+    return one.floats.numpy().tobytes() == other.floats.numpy().tobytes()
+
+
+def plain_sgd(module, task, client, number, keep=None, steps=None):
+    """Ordinary training in the order of a client's stream of a round; the gradients of all steps, and samples seen."""
+    x, y = task.rows(client)
+    order = Streams(SEED, number, client).generator("order")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    module.train()
+    gradients, seen = [], 0
+    while not gradients or (steps and len(gradients) < steps):
+        for rows in torch.randperm(len(y), generator=order).split(16)[: steps and steps - len(gradients)]:
+            optimizer.zero_grad()
+            cross_entropy(module(x[rows]), y[rows]).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+            seen += len(rows)
+            if keep is not None:
+                for p, open_ in zip(
+                    module.parameters(), keep.split([p.numel() for p in module.parameters()]), strict=True
+                ):
+                    p.grad.mul_(open_.view(p.shape))
+            optimizer.step()
+    return gradients, seen
+
+
+def flat(module):
+    """All parameters of a module, [P]."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+# ---- EFLPrune
+def mlp(*widths):
+    layers = [nn.Flatten()]
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_scores_and_selection_by_hand():
+    task = build(load(settings_of("efl_prune", task__model={"name": "mlp", "hidden": [3, 4]}))).task
+    x = task.init_params()
+    named = dict(x.named())
+    named["1.weight"].fill_(0.5)
+    named["1.weight"][1] = -1.0
+    named["1.bias"].fill_(100.0)  # biases do not count
+    named["3.weight"].copy_(torch.tensor([[1.0, 1, 1], [0, 0, -9], [1, 1, 1], [0, 2, 0]]))
+    structure = structure_of(task.architecture(), task.shape)
+    scores = unit_norms(x.trainable.floats, structure)
+    assert [s.tolist() for s in scores] == [[32.0, 64.0, 32.0], [3.0, 9.0, 3.0, 2.0]]
+    # two of three, the first of equals; two of four
+    assert select(scores, 0.5).tolist() == [True, True, False, True, True, False, False]
+    assert select(scores, 0.01).tolist() == [False, True, False, False, True, False, False]
+    assert select(scores, 1.0).all()
+
+
+def test_a_round_trains_the_smaller_network_and_leaves_the_rest(tmp_path):
+    settings = settings_of({"name": "efl_prune", "keep": 0.5}, rounds=1, clients={"num_clients": 1})
+    fldist.run(settings, output=tmp_path / "run")
+    after = states(tmp_path / "run")[0]["x"]
+    task = build(load(settings)).task
+    before = task.init_params()
+    w1, b1, w2, b2 = (view.clone() for _, view in before.named())
+    kept = w1.abs().sum(dim=1).argsort(descending=True)[:4].sort().values
+    module = mlp(64, 4, 10)
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), (w1[kept], b1[kept], w2[:, kept], b2), strict=True):
+            parameter.copy_(value)
+    plain_sgd(module, task, client=0, number=1)
+    expected = [w1, b1, w2, b2]
+    expected[0][kept], expected[1][kept], expected[2][:, kept], expected[3] = (p.detach() for p in module.parameters())
+    for (name, got), wanted in zip(after.named(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6, msg=name)
+    others = [u for u in range(8) if u not in kept.tolist()]
+    for name, cut in (
+        ("1.weight", lambda t: t[others]),
+        ("1.bias", lambda t: t[others]),
+        ("3.weight", lambda t: t[:, others]),
+    ):
+        assert torch.equal(cut(dict(after.named())[name]), cut(dict(before.named())[name])), name
+    assert not torch.equal(after.floats, before.floats)
+
+
+def test_training_the_smaller_network_is_training_the_masked_one():
+    task = build(load(settings_of("efl_prune", task__model=CNN_BN, task__travel="params"))).task
+    structure, x = structure_of(task.architecture(), task.shape), task.init_params()
+    units = select(unit_norms(x.trainable.floats, structure), 0.5)
+    compaction, architecture = smaller(task.architecture(), task.shape, pack(units).numpy().tobytes())
+    small_y = ClientData(task, 2, Streams(SEED, 1, 2)).train(compaction.shrink(x), architecture=architecture).params
+    inside = Params.zeros(compaction.layout.restricted("params"))
+    inside.floats.fill_(1.0)
+    mask = compaction.expand(inside, x.zeros_like()).floats > 0
+    assert 0.2 < mask.double().mean() < 0.6
+    y = ClientData(task, 2, Streams(SEED, 1, 2)).train(x, mask=mask).params
+    torch.testing.assert_close(compaction.shrink(y).floats, small_y.floats, rtol=0, atol=1e-5)
+
+
+def test_keeping_all_units_is_fedavg_bit_for_bit(tmp_path):
+    changes = {"rounds": 3, "task__model": CNN_BN, "task__travel": "floats"}
+    all_units = fldist.run(settings_of({"name": "efl_prune", "keep": 1.0}, **changes), output=tmp_path / "one")
+    assert (
+        all_units["state_hash"] == fldist.run(settings_of("fedavg", **changes), output=tmp_path / "two")["state_hash"]
+    )
+
+
+@pytest.mark.parametrize(("travel", "buffers"), [("all", 2 * (2 + 3)), ("params", 0)])
+def test_bytes_are_those_of_the_smaller_network(tmp_path, travel, buffers):
+    settings = settings_of({"name": "efl_prune", "keep": 0.5}, task__model=CNN_BN, task__travel=travel, eval__every=2)
+    settings["eval"]["where"] = "clients"
+    result = fldist.run(settings, output=tmp_path / "run")
+    # 3x3 kernels from 1 to 2 and from 2 to 3 channels with BatchNorm behind, then 3 to 10
+    parameters = 9 * 2 + 2 * 2 + 9 * 2 * 3 + 2 * 3 + 3 * 10 + 10
+    one, replies = 4 * (parameters + buffers), 2 * 3
+    assert result["bytes"]["by_kind"] == {
+        "weights": {"up": replies * one, "down": replies * one},
+        "masks": {"up": 0, "down": replies * 2},  # 4 + 6 units
+        "scalars": {"up": replies * 8, "down": 0},
+    }
+    whole = 4 * (9 * 4 + 8 + 9 * 4 * 6 + 12 + 60 + 10) + (4 * 20 + 8 * 2 if travel == "all" else 0)
+    assert result["bytes"]["by_phase"]["evaluate"]["down"] == 6 * whole
+    assert lines_of(tmp_path / "run")[0]["log"]["sparsity"] == pytest.approx(1 - parameters / 342)
+    text = dry_run(load(settings), 1)
+    assert f"training     up {3 * (one + 8):>16,}   down {3 * (one + 2):>16,}" in text
+
+
+@dataclass(frozen=True)
+class Watched(EflPrune):
+    """Says which units take part, as bits."""
+
+    def round(self, server, clients):
+        structure = structure_of(server.task.architecture(), server.task.shape)
+        units = select(unit_norms(server.x.trainable.floats, structure), self.keep)
+        server.log(units=sum(2**i for i in units.nonzero().flatten().tolist()))
+        super().round(server, clients)
+
+
+def test_a_unit_that_was_left_out_comes_back(tmp_path):
+    """Weight decay shrinks those that take part, until the others are larger."""
+    algorithm = {"name": "tests.test_pruning_baselines:Watched", "keep": 0.5}
+    settings = settings_of(algorithm, rounds=4, local__weight_decay=0.5, clients={"num_clients": 1})
+    fldist.run(settings, output=tmp_path / "run")
+    chosen = [int(line["log"]["units"]) for line in lines_of(tmp_path / "run")]
+    assert all(units.bit_count() == 4 for units in chosen)
+    assert any(chosen[0] & ~chosen[i] & chosen[j] for i, j in itertools.combinations(range(1, 4), 2)), chosen
+
+
+@dataclass(frozen=True)
+class WrongSize(EflPrune):
+    """Client 2 sends a network of another size."""
+
+    @on_client
+    def update(self, me, data, x: efl_prune.Floats, units: Masks) -> efl_prune.Update:
+        got = super().update(me, data, x, units)
+        return efl_prune.Update(got.y[:-1].clone(), got.n) if data.client == 2 else got
+
+
+def test_a_network_of_another_size_is_refused(tmp_path):
+    settings = settings_of("tests.test_pruning_baselines:WrongSize", clients={"num_clients": 3})
+    fldist.run(settings, output=tmp_path / "run")
+    for line in lines_of(tmp_path / "run"):
+        assert list(line["missing"]) == ["2"]
+        assert line["missing"]["2"].startswith("refused: y: shape: ")
+
+
+def test_clients_score_the_smaller_network_that_they_have_trained(tmp_path):
+    settings = settings_of({"name": "efl_prune", "keep": 0.5}, rounds=1, task__split={"test": 0.25}, eval={"own": True})
+    fldist.run(settings, output=tmp_path / "run")
+    told = lines_of(tmp_path / "run")[0]
+    task = build(load(settings)).task
+    x = task.init_params()
+    units = select(unit_norms(x.trainable.floats, structure_of(task.architecture(), task.shape)), 0.5)
+    compaction, architecture = smaller(task.architecture(), task.shape, pack(units).numpy().tobytes())
+    losses = []
+    for client in {c for _, c, _ in kinds(tmp_path / "run", "train", "weights", "up")}:
+        data = ClientData(task, client, Streams(SEED, 1, client))
+        y = data.train(compaction.shrink(x), architecture=architecture).params
+        losses.append(data.evaluate(y, "test", architecture).loss)
+    assert told["scores"]["own"]["equal"]["loss"] == pytest.approx(sum(losses) / 3, abs=1e-7)
+
+
+def test_a_model_without_hidden_units_is_refused():
+    with pytest.raises(ValueError, match=r"algorithm\.keep: no hidden unit of this model can be left out"):
+        build(load(settings_of("efl_prune", task__model={"name": "mlp", "hidden": []})))
+
+
+# ---- all three, on several ranks
+CASES = {
+    "efl_prune": {"task__model": CNN_BN},
+}
+
+
+@pytest.mark.parametrize("topology", ["star", "collective"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_change_nothing(tmp_path, hosts, name, topology):
+    settings = settings_of({"name": name}, **CASES[name])
+    alone = fldist.run(settings, output=tmp_path / "alone")
+    many = run_here(load({**settings, "topology": topology}), nproc=3, output=tmp_path / "many", spawn=hosts)
+    assert many["state_hash"] == alone["state_hash"]
+    assert many["bytes"]["by_kind"] == alone["bytes"]["by_kind"]
+    assert alone["rounds"] == settings["rounds"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_goes_on_is_the_same(tmp_path, name):
+    settings = settings_of({"name": name}, **{**CASES[name], "rounds": 4})
+    straight = fldist.run(settings, output=tmp_path / "straight")
+    fldist.run({**settings, "rounds": 2}, output=tmp_path / "two")
+    on = run_here(load_resumed(tmp_path / "two", ["rounds=4"]), output=tmp_path / "two", resume=True)
+    assert on["state_hash"] == straight["state_hash"]
+    assert on["bytes"]["by_kind"] == straight["bytes"]["by_kind"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reduce_is_refused_before_the_first_round(tmp_path, hosts, name):
+    settings = settings_of({"name": name}, **CASES[name], topology="reduce")
+    with pytest.raises(ValueError, match="use topology: star or collective"):
+        run_here(load(settings), nproc=2, output=tmp_path / "run", spawn=hosts)
