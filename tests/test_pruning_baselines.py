@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,19 +11,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fldist
-from fldist.algorithm import on_client
-from fldist.algorithms import efl_prune
+from fldist.algorithm import State, on_client
+from fldist.algorithms import efl_prune, lottery_fl
 from fldist.algorithms.efl_prune import EflPrune, select, smaller, structure_of, unit_norms
+from fldist.algorithms.lottery_fl import LotteryFl, MeanOfHolders, density, held, marked, pruned_further
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
+from fldist.fold import FoldContext, Refused
 from fldist.inspection import dry_run
-from fldist.kinds import Masks
+from fldist.kinds import Masks, SparseWeights, Weights
+from fldist.masked import pruned
 from fldist.models.train import warm_up
-from fldist.params import Params
+from fldist.params import Layout, Params
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
 from fldist.seeding import Streams
-from fldist.sparse import pack
+from fldist.sparse import Kept, encoded_bytes, pack, unpack
 from tests.conftest import small
 
 CNN_BN = {"name": "cnn_bn", "widths": [4, 6]}
@@ -250,9 +254,238 @@ def test_a_model_without_hidden_units_is_refused():
         build(load(settings_of("efl_prune", task__model={"name": "mlp", "hidden": []})))
 
 
+# ---- LotteryFL
+def one_layer(weights, bias):
+    """The layout of a linear layer with so many weights and biases."""
+    return Layout.of(nn.Linear(weights // bias, bias))
+
+
+def test_pruning_further_by_hand():
+    layout = one_layer(8, 2)
+    weights = torch.tensor([5.0, -0.5, 0.25, 3.0, 0.0, -4.0, 2.0, 1.0, 0.001, 0.002])
+    keep = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
+    # kept magnitudes 0, .25, .5, 3, 4, 5: the 0.3-quantile is at 1.5, 0.375
+    assert pruned_further(keep, weights, layout, 0.3).tolist() == [1, 1, 0, 1, 0, 1, 0, 0, 1, 1]
+    assert density(keep, layout) == 0.75
+    # a held 0 is a weight like any other, and the last one stays
+    assert pruned_further(keep, weights, layout, 0.1).sum() == keep.sum() - 1
+    alone = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)
+    assert torch.equal(pruned_further(alone, weights, layout, 0.9), alone)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "bitmask_values", "index_values"])
+def test_a_held_zero_is_told_from_what_is_not_held(encoding):
+    layout = one_layer(8, 2)
+    y = Params(layout, torch.tensor([1.0, 0.0, -0.0, 3.0, 0.0, 5.0, 6.0, 0.0, 0.0, 2.0]))
+    keep = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    kept = Kept(marked(y, keep), encoding=encoding)
+    assert kept.z == 7
+    assert held(kept.value).tolist() == keep.tolist()
+    assert kept.value.floats.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 5.0, 6.0, 0.0, 0.0, 2.0]
+    assert y.floats[3] == 3.0
+
+
+def test_a_parameter_is_averaged_over_its_holders_in_any_order():
+    layout = one_layer(4, 1)
+    ones = Params(layout, torch.ones(5))
+    sent = {  # client 4 holds a weight that is 0; client 7 holds one alone; nobody holds the third
+        0: ([1.0, 0.1, 0.0, 0.0, 1.0], [1, 1, 0, 0, 1]),
+        4: ([2.0, 0.0, 0.0, 0.0, 2.0], [1, 1, 0, 0, 1]),
+        7: ([4.0, 0.0, 0.0, 0.7, 6.0], [1, 0, 0, 1, 1]),
+    }
+    models = {
+        c: marked(Params(layout, torch.tensor(v)), torch.tensor(m, dtype=torch.bool)) for c, (v, m) in sent.items()
+    }
+    other = marked(Params(layout, torch.full((5,), 9.0)), torch.tensor([1, 0, 1, 1, 1], dtype=torch.bool))
+    results = []
+    for order in itertools.permutations(models):
+        fold = MeanOfHolders().begin(FoldContext(ones, 10.0))
+        fold.add(9, other, 1.0)
+        for client in order:
+            fold.add(client, models[client], 1.0)
+        fold.remove(9, other, 1.0)
+        results.append(fold.result())
+    for got in results:
+        assert same_bits(got.mean, results[0].mean)
+        assert got.holders.tolist() == [3, 2, 0, 1, 3]
+        assert list(got.masks) == [0, 4, 7]
+        assert unpack(got.masks[7], 5).tolist() == [True, False, False, True, True]
+    torch.testing.assert_close(results[0].mean.floats, torch.tensor([7 / 3, 0.05, 0.0, 0.7, 3.0]), rtol=0, atol=1e-7)
+    assert results[0].mean.floats[3] == torch.tensor(0.7)
+    fold = MeanOfHolders().begin(FoldContext(ones, 10.0))
+    with pytest.raises(Refused, match="nan"):
+        fold.add(1, Params(layout, torch.tensor([math.nan, 0, 0, 0, 0])), 1.0)
+    assert fold.holders.sum() == 0
+    assert not fold.masks
+
+
+def lottery(**changes):
+    base = {"task__split": {"val": 0.2}, "algorithm__threshold": 0.0, "algorithm__prune": 0.25}
+    return settings_of({"name": "lottery_fl"}, **{**base, **changes})
+
+
+def a_client(job, client=1, number=1):
+    return ClientData(job.task, client, Streams(SEED, number, client))
+
+
+def test_a_client_whose_submodel_is_poor_keeps_its_mask():
+    job = build(load(lottery()))
+    x = job.task.init_params()
+    me = State(mask=None)
+    algorithm = LotteryFl(threshold=1.0)
+    got = algorithm.update(me, a_client(job), x0=x, x=x)
+    assert me.mask is None
+    assert got.y.z == x.layout.num_params
+    assert same_bits(got.y.value, a_client(job).train(x, mask=torch.ones(x.layout.num_params)).params)
+
+
+def test_a_client_prunes_what_it_got_and_starts_again_from_the_initial_values():
+    job = build(load(lottery()))
+    task = job.task
+    x0 = task.init_params()
+    n = x0.layout.num_params
+    keep = torch.ones(n, dtype=torch.bool)
+    keep[:100] = False
+    x = pruned(x0 * -2.0 + Params(x0.layout, torch.linspace(-0.1, 0.1, n)), keep)
+    me = State(mask=pack(keep))
+    got = job.algorithm.update(me, a_client(job), x0=x0, x=x)
+    new = unpack(me.mask, n)
+    expected = keep.clone()
+    for slot in x.layout.params:
+        if len(slot.shape) == 2:
+            place = slice(slot.offset, slot.offset + slot.numel)
+            kept = x.floats[place][keep[place]].abs()
+            smallest = kept.sort().values[: math.ceil(0.25 * (len(kept) - 1))]
+            expected[place] &= x.floats[place].abs() > smallest[-1]
+    assert torch.equal(new, expected)
+    module = mlp(64, 8, 10)
+    module.load_state_dict({name: view.clone() for name, view in pruned(x0, new).named()})
+    plain_sgd(module, task, client=1, number=1, keep=new)
+    torch.testing.assert_close(got.y.value.floats, flat(module), rtol=0, atol=1e-6)
+    assert torch.equal(held(got.y.value), new)
+    dense_enough = LotteryFl(threshold=0.0, target=0.9)
+    me = State(mask=pack(keep))
+    dense_enough.update(me, a_client(job), x0=x0, x=x)
+    assert torch.equal(unpack(me.mask, n), keep), "the target is reached"
+
+
+def test_rounds_change_what_somebody_holds_alone(tmp_path):
+    """Three rounds by hand: masks differ once clients have taken part differently often."""
+    job = build(load(lottery(rounds=3, algorithm__prune=0.4)))
+    fldist.run(lottery(rounds=3, algorithm__prune=0.4), output=tmp_path / "run")
+    x0 = x = job.task.init_params()
+    mine = {client: State(mask=None) for client in range(6)}
+    held_by = set()
+    for number in (1, 2, 3):
+        replies = []
+        for _, client, _ in [k for k in kinds(tmp_path / "run", "train", "weights", "up") if k[0] == number]:
+            me = mine[client]
+            keep = held(marked(x, torch.ones(610, dtype=torch.bool) if me.mask is None else unpack(me.mask, 610)))
+            replies.append(job.algorithm.update(me, a_client(job, client, number), x0=x0, x=pruned(x, keep)).y.value)
+        holders = sum(held(y).double() for y in replies)
+        mean = sum(y.floats.double() for y in replies) / holders.clamp(min=1)
+        x = Params(x.layout, torch.where(holders > 0, mean.float(), x.floats))
+        held_by |= set(holders.tolist())
+    assert held_by == {0.0, 1.0, 2.0, 3.0}
+    server, clients = states(tmp_path / "run")
+    torch.testing.assert_close(server["x"].floats, x.floats, rtol=0, atol=1e-6)
+    assert torch.equal(server["x"].floats[holders == 0], x.floats[holders == 0])
+    for client, me in mine.items():
+        if me.mask is not None:
+            assert torch.equal(me.mask, clients[client]["mask"])
+            assert torch.equal(me.mask, server["masks"][client])
+
+
+@pytest.mark.parametrize("encoding", ["auto", "bitmask_values", "index_values", "dense"])
+def test_bytes_of_submodels(tmp_path, encoding):
+    settings = lottery(rounds=4, algorithm__encoding=encoding, eval={"every": 4, "where": "clients"})
+    fldist.run(settings, output=tmp_path / "run")
+    sizes, biases = [64 * 8, 8 * 10], 18
+    n = sum(sizes) + biases
+
+    def bytes_at(times):
+        """Of a model whose mask was pruned so often."""
+        z = biases
+        for size in sizes:
+            kept = size
+            for _ in range(times):
+                kept -= math.ceil(0.25 * (kept - 1))
+            z += kept
+        smallest = min(encoded_bytes(e, n, z) for e in ("dense", "bitmask_values", "index_values"))
+        return smallest if encoding == "auto" else encoded_bytes(encoding, n, z)
+
+    times = dict.fromkeys(range(6), 0)
+    up, down = [], []
+    for number, client, _ in kinds(tmp_path / "run", "train", "weights", "up"):
+        down.append((number, client, bytes_at(times[client]) + (4 * n if not times[client] else 0)))
+        times[client] += 1
+        up.append((number, client, bytes_at(times[client])))
+    assert max(times.values()) >= 2
+    assert sorted(kinds(tmp_path / "run", "train", "weights", "down")) == sorted(down)
+    assert kinds(tmp_path / "run", "train", "weights", "up") == up
+    scored = kinds(tmp_path / "run", "evaluate", "weights", "down")
+    assert sorted(scored) == [(4, client, bytes_at(times[client])) for client in range(6)]
+
+
+def test_personal_models_are_the_global_one_under_each_clients_mask(tmp_path):
+    settings = lottery(rounds=3, eval={"every": 3, "where": "both", "split": "val"})
+    fldist.run(settings, output=tmp_path / "run")
+    server, clients = states(tmp_path / "run")
+    task = build(load(settings)).task
+    scores = {}
+    for client in range(6):
+        model = server["x"]
+        if client in clients:
+            model = pruned(model, unpack(clients[client]["mask"], model.layout.num_params))
+        scores[client] = task.evaluate_client(model, client, "val").loss
+    told = {
+        r["client"]: r["loss"] for r in map(json.loads, (tmp_path / "run" / "clients.jsonl").read_text().splitlines())
+    }
+    assert told == pytest.approx(scores, abs=1e-9)
+    assert len(set(told.values())) == 6
+
+
+@dataclass(frozen=True)
+class Spoilt(LotteryFl):
+    """In round 2, client 1 sends NaN and client 2 fails once it has written its mask."""
+
+    @on_client
+    def update(self, me, data, x0: Weights, x: SparseWeights) -> lottery_fl.Update:
+        got = super().update(me, data, x0, x)
+        if data.round == 2 and data.client == 1:
+            got.y.params.floats[-1] = math.nan
+        if data.round == 2 and data.client == 2:
+            raise RuntimeError("gone")
+        return got
+
+
+def test_a_reply_that_is_lost_or_refused_leaves_no_trace(tmp_path):
+    settings = lottery(clients={"num_clients": 4}, algorithm__name="tests.test_pruning_baselines:Spoilt")
+    fldist.run({**settings, "rounds": 3}, output=tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
+    assert [sorted(line["missing"]) for line in lines] == [[], ["1", "2"], []]
+    assert lines[1]["missing"]["1"].startswith("refused: y: nan")
+    server, clients = states(tmp_path / "run")
+    kept = {client: int(unpack(state["mask"], 610).sum()) for client, state in clients.items()}
+    assert kept[0] == kept[3] < kept[1] == kept[2]
+    for client in range(4):
+        assert torch.equal(server["masks"][client], clients[client]["mask"])
+
+
+def test_clients_need_a_part_of_their_own_to_decide_by():
+    with pytest.raises(ValueError, match=r"algorithm\.split: .* have no val part; set task\.split\.val=0\.1"):
+        build(load(lottery(task__split={})))
+    with pytest.raises(ValueError, match=r"have no test part"):
+        build(load(lottery(algorithm__split="test")))
+    task = build(load(lottery(task__split={"test": 0.2}))).task
+    assert LotteryFl().decides(task) == "test"
+    assert LotteryFl().decides(build(load(lottery(task__split={"val": 0.1, "test": 0.2}))).task) == "val"
+
+
 # ---- all three, on several ranks
 CASES = {
     "efl_prune": {"task__model": CNN_BN},
+    "lottery_fl": {"task__model": CNN_BN, "task__split": {"val": 0.2}, "algorithm__threshold": 0.0},
 }
 
 
