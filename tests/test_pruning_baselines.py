@@ -12,9 +12,11 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist.algorithm import State, on_client
-from fldist.algorithms import efl_prune, lottery_fl
+from fldist.algorithms import efl_prune, lottery_fl, prunefl
 from fldist.algorithms.efl_prune import EflPrune, select, smaller, structure_of, unit_norms
 from fldist.algorithms.lottery_fl import LotteryFl, MeanOfHolders, density, held, marked, pruned_further
+from fldist.algorithms.prunefl import PruneFl, reconfigure
+from fldist.clock import Scripted
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
 from fldist.fold import FoldContext, Refused
@@ -482,10 +484,318 @@ def test_clients_need_a_part_of_their_own_to_decide_by():
     assert LotteryFl().decides(build(load(lottery(task__split={"val": 0.1, "test": 0.2}))).task) == "val"
 
 
+# ---- PruneFL
+TWO_LAYERS = Layout.of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1, bias=False)))  # 4 weights, 2 biases, 2 weights
+
+
+def test_a_reconfiguration_by_hand():
+    weights = torch.tensor([4.0, -3.0, 2.0, 1.0, 0.0, 0.0, 5.0, 6.0])
+    mask = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0], dtype=torch.bool)
+    s = torch.tensor([1.0, 1.0, 8.0, 2.0, 1.0, 1.0, 2.0, 9.0])
+    c = {"0.weight": 1.0, "1.weight": 3.0}
+    # certain: 4 and -3 of the first layer (floor(0.5 4) = 2 smaller ones are not), 5 of the second (floor(0.5 1) = 0)
+    # A = 1 + 1 + (1 + 1) + 2 = 6, t = 1 + 2 + 3 = 6; 8/1 > 1: A = 14, t = 7; 9/3 > 2: A = 23, t = 10; 2/1 < 2.3
+    new = reconfigure(weights, s, mask, c, 1.0, 0.5, TWO_LAYERS)
+    assert new.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+    # a larger constant makes everything worth its time; a layer that is never pruned adds to A alone
+    assert reconfigure(weights, s, mask, c, 10.0, 0.5, TWO_LAYERS).all()
+    # A = 2 + 11 + 2 = 15, t = 1 + 2; 8/1 > 15/3: A = 23, t = 4; 2/1 < 23/4
+    only = reconfigure(weights, s, mask, {"0.weight": 1.0}, 1.0, 0.5, TWO_LAYERS)
+    assert only.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+    # f = 0: what is kept stays; A = 12 + 2 + 2, t = 4 + 3; 9/3 > 16/7, and 6/3 is not
+    assert reconfigure(weights, s, mask, c, 0.0, 0.0, TWO_LAYERS).all()
+    s[7] = 6.0
+    assert torch.equal(reconfigure(weights, s, mask, c, 0.0, 0.0, TWO_LAYERS), mask)
+
+
+def one_by_one(weights, s, mask, c, t, f, layout):
+    """The same in a loop over candidates."""
+    keep, a, rest = [True] * len(weights), 0.0, []
+    for slot in layout.params:
+        indices = range(slot.offset, slot.offset + slot.numel)
+        if slot.name not in c:
+            a += sum(float(s[i]) for i in indices)
+            continue
+        active = sorted(abs(float(weights[i])) for i in indices if mask[i])
+        for i in indices:
+            if mask[i] and abs(float(weights[i])) >= active[int(f * len(active))]:
+                a, t = a + float(s[i]), t + c[slot.name]
+            else:
+                keep[i] = False
+                rest.append((float(s[i]) / c[slot.name], i, c[slot.name]))
+    for ratio, i, cost in sorted(rest, key=lambda r: (-r[0], r[1])):
+        if not ratio > a / t:
+            break
+        keep[i], a, t = True, a + float(s[i]), t + cost
+    return keep
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_reconfiguration_is_that_of_a_loop(seed):
+    rng = torch.Generator().manual_seed(seed)
+    layout = Layout.of(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)))
+    n = layout.num_params
+    weights, s = torch.randn(n, generator=rng), torch.rand(n, generator=rng) ** 3
+    mask = torch.rand(n, generator=rng) < 0.6
+    costs = torch.rand(2, generator=rng).tolist()
+    c = {"0.weight": costs[0], "2.weight": costs[1]}
+    t, f = 5 * float(torch.rand(1, generator=rng)), 0.3 if seed % 2 else 0.7
+    new = reconfigure(weights, s, mask, c, t, f, layout)
+    assert new.tolist() == one_by_one(weights, s, mask, c, t, f, layout)
+    assert not new.all()
+    assert (new & ~mask).any() or seed % 2 == 0
+
+
+def test_without_gradients_the_smallest_go_and_nothing_comes_back():
+    layout = one_layer(10, 1)
+    weights = torch.arange(1.0, 12.0)
+    mask = torch.tensor([True] * 9 + [False, True])
+    new = reconfigure(weights, torch.zeros(11), mask, {"weight": 1e-6}, 0.0, 0.3, layout)
+    assert new.tolist() == [False] * 2 + [True] * 7 + [False, True]  # floor(0.3 9) = 2
+    nothing = torch.zeros(11, dtype=torch.bool)
+    assert reconfigure(weights, torch.zeros(11), nothing, {"weight": 1.0}, 0.0, 0.3, layout).tolist() == [
+        False
+    ] * 10 + [True]
+
+
+TIMES = {"step": 0.5, "1": 0.128, "3": 0.016}
+SCRIPT = {"name": "scripted", "seconds": TIMES}
+
+
+def prune(**changes):
+    base = {"clock": SCRIPT, "algorithm__reconfigure_every": 2, "algorithm__initial_passes": 0, "rounds": 4}
+    return settings_of({"name": "prunefl"}, **{**base, **changes})
+
+
+def test_times_are_those_of_the_clients_clock():
+    job = build(load(prune(algorithm__bandwidth=8000.0, algorithm__steps=4)))
+    data = ClientData(job.task, 1, Streams(SEED, 0, 1), clock=job.clock)
+    times = job.algorithm.measure(State(), data).times
+    assert times.tolist() == [0.5, 0.128, 0.016]
+    c, t_const = job.algorithm.costs(times, job.task.layout)
+    assert c == pytest.approx({"1.weight": 4 * 0.128 / 512 + 0.001, "3.weight": 4 * 0.016 / 80 + 0.001})
+    assert t_const == pytest.approx(4 * (0.5 - 0.144) + 18 * 0.001)
+    measured = job.algorithm.measure(State(), ClientData(job.task, 1, Streams(SEED, 0, 1))).times
+    assert (measured > 0).all()
+    assert measured[0] < 1.0
+    with pytest.raises(ValueError, match=r"clock\.seconds: it has no '3'"):
+        job.algorithm.measure(
+            State(), ClientData(job.task, 1, Streams(SEED, 0, 1), clock=Scripted({"step": 1, "1": 1}))
+        )
+
+
+def test_layers_of_every_kind_are_timed():
+    model = {"name": "tests.test_pruning_baselines:Recurrent"}
+    job = build(load(prune(task__model=model, clock={"name": "scripted", "default": 1.0}, algorithm__bandwidth=8e9)))
+    assert job.algorithm.layers(job.task.layout) == {"lstm": 8 * 12 + 3 * 12, "head": 30}
+    times = job.algorithm.measure(State(), ClientData(job.task, 0, Streams(SEED, 0, 0))).times
+    assert (times[:3] > 0).all()
+    c, _ = job.algorithm.costs(torch.ones(3), job.task.layout)
+    assert c["lstm.weight_ih_l0"] == c["lstm.weight_hh_l0"] == pytest.approx(5 / 132)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """An LSTM over the rows of an image."""
+
+    def build(self, shape, classes):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lstm = nn.LSTM(shape[2], 3, batch_first=True)
+                self.head = nn.Linear(3, classes)
+
+            def forward(self, x):
+                return self.head(self.lstm(x[:, 0])[0][:, -1])
+
+        return Net()
+
+
+def test_a_clients_share_of_s_is_the_squared_sum_of_a_rounds_gradients():
+    job = build(load(prune(algorithm__steps=17)))
+    task, algorithm = job.task, job.algorithm
+    x = task.init_params()
+    n = x.layout.num_params
+    keep = torch.arange(n) % 3 > 0
+    x = pruned(x, keep)
+    module = mlp(64, 8, 10)
+    module.load_state_dict({name: view.clone() for name, view in x.named()})
+    gradients, seen = plain_sgd(module, task, client=1, number=3, keep=keep, steps=17)
+    assert len(gradients) == 17 > task.sizes[1] / 16
+    s = torch.stack(gradients).sum(dim=0).square() * seen
+    assert s[~keep].max() > 1e-3
+    me = State(s=None, interval=-1)
+    got = algorithm.update(me, a_client(job, 1, 3), x=x, mask=pack(keep))
+    assert (got.n, me.interval) == (seen, 1)
+    torch.testing.assert_close(me.s, s, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.y.value.floats, flat(module), rtol=0, atol=1e-6)
+    first = me.s
+    algorithm.update(me, a_client(job, 1, 4), x=x, mask=pack(keep))  # the second round of the same interval
+    other = State(s=None, interval=-1)
+    algorithm.update(other, a_client(job, 1, 4), x=x, mask=pack(keep))
+    assert torch.equal(me.s, first + other.s)
+    algorithm.update(me, a_client(job, 1, 5), x=x, mask=pack(keep))  # another one
+    assert me.interval == 2
+    told = algorithm.squares(me, a_client(job, 1, 5)).s
+    assert me.s is None
+    fresh = State(s=None, interval=-1)
+    algorithm.update(fresh, a_client(job, 1, 5), x=x, mask=pack(keep))
+    assert torch.equal(told.floats, fresh.s)
+
+
+def test_a_reconfiguration_takes_what_the_clients_of_the_round_gathered(tmp_path):
+    """Rounds by hand: f of the round, weights of the mean by samples seen, closed weights that stay and come back."""
+    settings = prune(rounds=4, clients={"num_clients": 2}, algorithm__fraction=0.6, algorithm__half_life=2.0)
+    settings["task"]["partition"] = {"name": "tests.test_family:Sizes", "sizes": [40, 500]}
+    result = fldist.run(settings, output=tmp_path / "run")
+    job = build(load(settings))
+    algorithm, layout = job.algorithm, job.task.layout
+    x, keep, masks, versions = job.task.init_params(), torch.ones(610, dtype=torch.bool), [], []
+    mine = {0: State(s=None, interval=-1), 1: State(s=None, interval=-1)}
+    c, t_const = algorithm.costs(torch.tensor([0.5, 0.128, 0.016], dtype=torch.float64), layout)
+    for number in (1, 2, 3, 4):
+        got = {
+            k: algorithm.update(me, a_client(job, k, number), x=pruned(x, keep), mask=pack(keep))
+            for k, me in mine.items()
+        }
+        seen = sum(g.n for g in got.values())
+        mean = sum(g.n / seen * g.y.value.floats.double() for g in got.values()).float()
+        x = Params(layout, torch.where(keep, mean, x.floats))
+        if number % 2 == 0:
+            s = sum(algorithm.squares(me, a_client(job, k, number)).s.floats.double() for k, me in mine.items())
+            keep = reconfigure(x.floats, s, keep, c, t_const, 0.6 * 0.5 ** (number / 2.0), layout)
+            masks.append(keep)
+            versions.append(x)
+    assert {k: g.n for k, g in got.items()} == {0: 16 + 16 + 8 + 16 + 16, 1: 5 * 16}
+    assert (masks[1] & ~masks[0]).any()
+    assert 0.2 < masks[1].double().mean() < 0.95
+    server, clients = states(tmp_path / "run")
+    assert torch.equal(unpack(server["mask"], 610), keep)
+    torch.testing.assert_close(server["x"].floats, x.floats, rtol=0, atol=1e-6)
+    back = masks[1] & ~masks[0]
+    assert torch.equal(x.floats[back], versions[0].floats[back])
+    assert server["x"].floats[~keep].abs().min() > 0
+    assert all(state["s"] is None for state in clients.values())
+    left = keep[:512].sum() + keep[520:600].sum()
+    assert result["summary"] == {"initial_passes": 0, "density": pytest.approx(float(left) / 592)}
+
+
+@pytest.mark.parametrize(("passes", "delivery"), [(0, "broadcast"), (25, "first_contact")])
+def test_bytes_of_a_run(tmp_path, passes, delivery):
+    settings = prune(
+        rounds=5, task__model=CNN_BN, algorithm__initial_passes=passes, algorithm__mask_delivery=delivery,
+        clock={"name": "scripted", "default": 0.001}, local__lr=0.2,
+    )  # fmt: skip
+    result = fldist.run(settings, output=tmp_path / "run")
+    n, buffers, counters, layers = 342, 20, 2, 3
+    tail = 4 * buffers + 8 * counters
+    phases = result["bytes"]["by_phase"]
+    run = tmp_path / "run"
+    if passes:
+        assert phases["initial"] == {"down": 4 * n + tail, "up": 4 * n + tail + -(-n // 8) + 8 * (layers + 1) + 8}
+    else:
+        assert phases["initial"] == {"down": 0, "up": 8 * (layers + 1)}
+    kept = [round(n / line["log"]["compression_rate"]) for line in lines_of(run)]  # after each round
+    changes = [2, 4]
+    sent = {1: n if not passes else kept[0], 2: None, 3: kept[1], 4: kept[2], 5: kept[3]}
+    sent[2] = sent[1]
+    for way in ("down", "up"):
+        rows = kinds(run, "train", "weights", way)
+        assert [(r, b) for r, _, b in rows] == [(r, 4 * z + tail) for r, z in sent.items() for _ in range(3)]
+    assert [(r, b) for r, _, b in kinds(run, "reconfigure", "gradients", "up")] == [
+        (r, 4 * n) for r in changes for _ in range(3)
+    ]
+    assert result["bytes"]["by_kind"]["gradients"] == {"up": 2 * 3 * 4 * n, "down": 0}
+    assert result["bytes"]["by_kind"]["scalars"]["up"] == 5 * 3 * 8 + (8 if passes else 0)
+    if delivery == "broadcast":
+        assert phases["mask"] == {"down": len(changes) * 6 * -(-n // 8), "up": 0}
+    else:
+        by_version = {}
+        for number, client, _ in kinds(run, "train", "weights", "up"):
+            by_version.setdefault((number - 1) // 2, set()).add(client)
+        given = kinds(run, "train", "masks", "down")
+        assert all(size == -(-n // 8) for *_, size in given)
+        assert len(given) == sum(map(len, by_version.values()))
+
+
+def alone_of(job, client=0):
+    return job.algorithm.alone(
+        State(), ClientData(job.task, client, Streams(SEED, 0, client), clock=job.clock), x=job.task.init_params()
+    )
+
+
+def test_the_initial_stage_ends_when_the_density_stays():
+    """With f = 0 nothing is ever closed: one reconfiguration, and five that change nothing."""
+    job = build(load(prune(algorithm__fraction=0.0, algorithm__initial_passes=400, local__lr=0.5)))
+    got = alone_of(job)
+    assert got.passes in (20, 30, 40)
+    assert unpack(got.mask, 610).all()
+    assert got.times.tolist() == list(TIMES.values())
+
+
+def test_the_initial_stage_prunes_and_is_bounded():
+    job = build(load(prune(algorithm__initial_passes=30, algorithm__reconfigure_every=4, local__lr=0.2)))
+    got = alone_of(job)
+    keep = unpack(got.mask, 610)
+    assert got.passes <= 30
+    assert 0.05 < keep.double().mean() < 0.9
+    assert got.y.floats[~keep].abs().min() > 0, "closed weights keep their values"
+    accuracy = job.task.evaluate(pruned(got.y, keep)).accuracy
+    assert accuracy > 0.5 > job.task.evaluate(job.task.init_params()).accuracy
+    idle = alone_of(build(load(prune(algorithm__initial_passes=30, local__lr=1e-6))))
+    assert (idle.passes, unpack(idle.mask, 610).all()) == (30, True), "it never began to reconfigure"
+
+
+def test_the_client_of_the_initial_stage_is_drawn_or_named(tmp_path):
+    drawn = {}
+    for seed in (1, 2, 3):
+        fldist.run(prune(seed=seed, rounds=1), output=tmp_path / str(seed))
+        drawn[seed] = [client for _, client, _ in kinds(tmp_path / str(seed), "initial", "report", "up")]
+    assert all(len(clients) == 1 for clients in drawn.values())
+    assert len({clients[0] for clients in drawn.values()}) > 1
+    fldist.run(prune(rounds=1, algorithm__initial_client=4), output=tmp_path / "named")
+    assert [client for _, client, _ in kinds(tmp_path / "named", "initial", "report", "up")] == [4]
+    with pytest.raises(ValueError, match=r"algorithm\.initial_client: there is no client 6 with samples"):
+        build(load(prune(algorithm__initial_client=6)))
+
+
+def test_a_scripted_clock_repeats_a_run_and_another_changes_it(tmp_path):
+    hashes = []
+    for name, script in (("a", SCRIPT), ("b", SCRIPT), ("c", {**SCRIPT, "seconds": {**TIMES, "1": 12.8}})):
+        hashes.append(fldist.run(prune(clock=script), output=tmp_path / name)["state_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@dataclass(frozen=True)
+class Lies(PruneFl):
+    """Client 2 makes up what it has gathered."""
+
+    @on_client
+    def squares(self, me, data) -> prunefl.Squares:
+        s = super().squares(me, data).s.clone()
+        if data.client == 2:
+            s.floats[3] = -1.0 if data.round == 2 else math.inf
+        return prunefl.Squares(s)
+
+
+def test_gradients_that_cannot_be_are_refused_and_kept_by_the_client(tmp_path):
+    settings = prune(clients={"num_clients": 3}, algorithm__name="tests.test_pruning_baselines:Lies")
+    result = fldist.run(settings, output=tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
+    assert ["2" in line["missing"] for line in lines] == [False, True, False, True]
+    assert lines[1]["missing"]["2"].startswith("refused: s: range: ")
+    assert result["bytes"]["wasted"]["refused"]["up"] == 2 * 4 * 610
+    _, clients = states(tmp_path / "run")
+    assert clients[0]["s"] is None
+    assert clients[2]["s"] is not None
+    assert clients[2]["interval"] == 1
+
+
 # ---- all three, on several ranks
 CASES = {
     "efl_prune": {"task__model": CNN_BN},
     "lottery_fl": {"task__model": CNN_BN, "task__split": {"val": 0.2}, "algorithm__threshold": 0.0},
+    "prunefl": {"clock": {"name": "scripted", "default": 1e-3}, "algorithm__reconfigure_every": 2, "rounds": 4},
 }
 
 
