@@ -83,6 +83,11 @@ class Run:
         return {axis: _column(self.rounds, partial(_spent, axis=axis)) for axis in AXES}
 
     @property
+    def num_scored(self) -> int:
+        """How many of its rounds were scored."""
+        return int(np.count_nonzero(~np.isnan(self.accuracy)))
+
+    @property
     def last_accuracy(self) -> float:
         """Of the last scored round; NaN when none was scored."""
         scored = self.accuracy[~np.isnan(self.accuracy)]
