@@ -453,6 +453,52 @@ def test_runs_with_fewer_scored_rounds_are_told() -> None:
     assert "fedavg with seed 5 (1) and 3 more." in " ".join(text_of(many, last=2).split())
 
 
+# ---- the algorithms' own figures
+def telling(summary: dict[str, float | None], algorithm: str, seed: int = 0) -> Run:
+    run = run_of([0.5], algorithm, seed)
+    assert run.result is not None
+    return replace(run, result={**run.result, "summary": summary})
+
+
+def figures(runs: Sequence[Run]) -> list[str]:
+    """The lines of the table of figures and below."""
+    lines = text_of(runs, [0.9]).splitlines()
+    begins = lines.index("Figures of the algorithms, each in its own unit, mean over seeds")
+    return lines[begins + 2 : lines.index("Notes") - 1]
+
+
+def test_the_figures_of_algorithms_are_means_over_seeds() -> None:
+    masked = [telling({"flops": 24_709_082_112, "even": 4.06, "nil": 0, "few": 12}, "autoflip")]
+    masked.append(telling({"flops": 24_882_384_384, "even": 4.07, "nil": 0, "few": 12}, "autoflip", seed=1))
+    other = [telling({"even": 0.03481384, "mine": 10_000}, "other", seed=seed) for seed in (0, 1)]
+    assert figures([run_of([0.5]), *masked, *other]) == [
+        "method        flops     even  nil  few       mine",
+        "--------  ---------  -------  ---  ---  ---------",
+        "autoflip  2.480e+10    4.065    0   12          -",
+        "other             -  0.03481    -    -  1.000e+04",
+        "",
+        "As the algorithms tell them of whole runs; methods that tell none are not here.",
+    ]
+    assert "Figures of the algorithms" not in text_of([run_of([0.5]), telling({}, "other")])
+
+
+def test_no_mean_is_made_of_figures_that_are_finite_in_some_runs_only() -> None:
+    never = [telling({"even": None}, "never", seed=seed) for seed in (0, 1)]
+    some = [telling({"even": even}, "some", seed=seed) for seed, even in enumerate((3.0, None))]
+    cut = [telling({"even": 2.0}, "cut"), run_of([0.5], "cut", seed=1, status=None)]
+    assert figures([*never, *some, *cut]) == [
+        "method            even",
+        "------  --------------",
+        "cut         2 (1 of 2)",
+        "never             none",
+        "some    none in 1 of 2",
+        "",
+        "As the algorithms tell them of whole runs; methods that tell none are not here.",
+        "none: not finite, as of what never comes; where only some runs are so, there is no mean.",
+        "(k of n): so many runs have told it, and the mean is theirs.",
+    ]
+
+
 # ---- mean curves and the front
 def test_a_mean_curve_has_the_rounds_that_are_scored_for_all_seeds() -> None:
     curve = mean_curve(method_of([run_of([0.1, 0.2, 0.3, 0.4]), run_of([None, 0.4, 0.5], seed=1, up=300)]), "rounds")
@@ -850,6 +896,26 @@ def test_the_csv_says_over_how_many_rounds_the_final_accuracy_is(tmp_path: Path)
     assert {key: row for key, row in rows(path).items() if key[1] != "final_accuracy"} == rest
 
 
+def test_the_csv_holds_the_figures_of_algorithms(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    runs = [
+        telling({"flops": flops, "even": even}, "autoflip", seed) for seed, flops, even in ((0, 1, None), (1, 4, 2.5))
+    ]
+    tables.write_csv(path, split([run_of([0.5]), *runs]), None, [], [0.5], Final())
+    table = rows(path)
+    flops, even = (table["autoflip", f"figure_{name}", ""] for name in ("flops", "even"))
+    assert [flops[name] for name in ("mean", "median", "num_seeds", "seeds", "values")] == [
+        "2.5",
+        "2.5",
+        "2",
+        "0;1",
+        "1;4",
+    ]
+    assert float(flops["std"]) == pytest.approx(statistics.stdev([1, 4]))
+    assert [even[name] for name in ("mean", "std", "median", "values")] == ["", "", "", "none;2.5"]
+    assert not any(measure.startswith("figure") for method, measure, _ in table if method == "fedavg")
+
+
 @pytest.mark.parametrize("ending", plot.ENDINGS)
 def test_curves_are_drawn(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"curves{ending}"
@@ -998,6 +1064,9 @@ def test_a_configuration_of_another_form_leaves_its_run_out_and_no_other(tmp_pat
     [
         ("result.json", '{"stop": null}'),
         ("result.json", '{"status": "finished", "stop": "rounds"}'),
+        ("result.json", '{"status": "finished", "summary": []}'),
+        ("result.json", '{"status": "finished", "summary": {"flops": "many"}}'),
+        ("result.json", '{"status": "finished", "summary": {"flops": Infinity}}'),
         ("result.json", nested()),
         ("environment.json", '{"suite": "mine"}'),
         ("environment.json", '{"suite": {"jobs": null}}'),
@@ -1145,5 +1214,6 @@ def test_the_page_explains_every_measure_and_option() -> None:
     page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
     for name in (*tables.COLUMNS, "final_accuracy", "accuracy_at_", "_to_accuracy", "_to_accuracy_ratio"):
         assert f"`{name}`" in page or f"{name}AXIS" in page or f"AXIS{name}" in page, name
+    assert "`figure_NAME`" in page
     for option in ("--baseline", "--at", "--to", "--last", "--csv", "--plot", "--against"):
         assert f"`{option}" in page, option

@@ -603,6 +603,34 @@ def _rounded_down(value: float) -> float:
     return round(scaled, digits)
 
 
+# ---- the algorithms' own figures
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a method by seed, for the runs that have it: None where it is not finite, as of what never comes."""
+
+    values: dict[int, float | None]
+
+    @property
+    def not_finite(self) -> int:
+        """For how many runs it is not finite."""
+        return sum(value is None for value in self.values.values())
+
+    @property
+    def finite(self) -> list[float]:
+        """The values, if all of them are finite; else none: a mean over those that are flatters."""
+        return [] if self.not_finite else [float(value) for value in self.values.values() if value is not None]
+
+
+def figure(method: Method, name: str) -> Figure:
+    """A figure of a method; without values where it has not this one."""
+    return Figure({run.seed: run.summary[name] for run in method.runs if name in run.summary})
+
+
+def figures_of(methods: Iterable[Method]) -> list[str]:
+    """The names of all figures that any of the methods has, in the order in which these tell them."""
+    return list(dict.fromkeys(name for method in methods for run in method.runs for name in run.summary))
+
+
 # ---- mean curves
 @dataclass(frozen=True)
 class Curve:

@@ -17,6 +17,7 @@ from fldist.analysis.cautions import cautions, few, of_intervals
 from fldist.analysis.compare import (
     COSTS,
     Budget,
+    Figure,
     Final,
     Interval,
     Method,
@@ -26,6 +27,8 @@ from fldist.analysis.compare import (
     baseline_of,
     budgets_of,
     default_targets,
+    figure,
+    figures_of,
     front,
     needed,
     paired,
@@ -45,6 +48,10 @@ NAMES: dict[Axis, str] = {
     "seconds": "seconds",
 }
 UNITS: dict[Axis, str] = {axis: "B" if axis.endswith("_bytes") else "rounds" for axis in AXES} | {"seconds": "s"}
+
+
+_LARGE = 1e4
+"""Figures of algorithms from here on are in scientific notation."""
 
 
 # ---- numbers
@@ -111,6 +118,17 @@ def _cost(axis: Axis, found: Needed) -> str:
         bound = " <=" if found.median_is_bound else ""
         return "-" if math.isnan(found.median) else f"median{bound} {quantity(axis, found.median)}"
     return f"(by {quantity(axis, found.limit)})"
+
+
+def _figure(found: Figure, num_seeds: int) -> str:
+    count = len(found.values)
+    if not count:
+        return "-"
+    if found.not_finite not in {0, count}:
+        return f"none in {found.not_finite} of {count}"
+    mean = math.nan if found.not_finite else float(np.mean(found.finite))
+    told = "none" if found.not_finite else f"{mean:.3e}" if abs(mean) >= _LARGE else f"{mean:.4g}"
+    return told + (f" ({count} of {num_seeds})" if count < num_seeds else "")
 
 
 # ---- text
@@ -213,6 +231,8 @@ def _task(
         yield from ["", *lines] if lines else []
     if len(ordered) > 1:
         yield from ["", *_fronts(task, axes)]
+    if lines := _figure_table(ordered):
+        yield from ["", *lines]
     notes = [*cautions(task), *of_intervals(intervals)]
     if notes:
         yield from ["", "Notes", ""]
@@ -345,6 +365,31 @@ def _fronts(task: Task, axes: Sequence[Axis]) -> list[str]:
     return lines
 
 
+def _figure_table(methods: Sequence[Method]) -> list[str]:
+    """No lines where no method has figures of its own."""
+    names = figures_of(methods)
+    if not names:
+        return []
+    found = [(method, [figure(method, name) for name in names]) for method in methods]
+    rows = [
+        [method.label, *(_figure(each, len(method.runs)) for each in line)]
+        for method, line in found
+        if any(each.values for each in line)
+    ]
+    lines = [
+        "Figures of the algorithms, each in its own unit, mean over seeds",
+        "",
+        *grid(["method", *names], rows),
+        "",
+    ]
+    lines += _wrapped("As the algorithms tell them of whole runs; methods that tell none are not here.")
+    if any(each.not_finite for _, line in found for each in line):
+        lines += _wrapped("none: not finite, as of what never comes; where only some runs are so, there is no mean.")
+    if any(0 < len(each.values) < len(method.runs) for method, line in found for each in line):
+        lines += _wrapped("(k of n): so many runs have told it, and the mean is theirs.")
+    return lines
+
+
 # ---- CSV
 COLUMNS = (
     "task", "method", "measure", "at", "unit", "num_seeds", "mean", "std", "median", "not_reached", "difference",
@@ -398,6 +443,8 @@ def rows_of(
                 if method is not baseline and axis.endswith("_bytes"):
                     told = _ratio_row(ratio(method, baseline, axis, target))
                     yield common | at | {"measure": f"{axis}_to_accuracy_ratio", "unit": "ratio"} | told
+        for name in figures_of([method]):
+            yield common | {"measure": f"figure_{name}"} | _figure_row(figure(method, name))
 
 
 def _accuracy_row(method: Method, baseline: Method, budget: Budget | Final) -> dict[str, str]:
@@ -450,6 +497,18 @@ def _ratio_row(found: Interval) -> dict[str, str]:
         "seeds": _joined(map(str, found.values)),
         "values": _joined(map(_exact, found.values.values())),
     }
+
+
+def _figure_row(found: Figure) -> dict[str, str]:
+    row = {
+        "num_seeds": str(len(found.values)),
+        "seeds": _joined(map(str, found.values)),
+        "values": _joined("none" if value is None else _exact(value) for value in found.values.values()),
+    }
+    if found.finite:
+        row |= {"mean": _exact(float(np.mean(found.finite))), "std": _exact(spread(found.finite))}
+        row["median"] = _exact(float(np.median(found.finite)))
+    return row
 
 
 def _exact(value: float) -> str:
