@@ -118,6 +118,7 @@ def compare(
         list[str] | None, typer.Option(help="A budget, such as rounds=20, uplink_bytes=5MB, seconds=60; repeatable.")
     ] = None,
     to: Annotated[list[float] | None, typer.Option(help="An accuracy to reach, such as 0.8; repeatable.")] = None,
+    last: Annotated[int, typer.Option(help="Final accuracy is each run's mean over so many last scored rounds.")] = 1,
     csv: Annotated[Path | None, typer.Option(help="Write the figures in full into this file, too.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.png, .pdf, .svg).")] = None,
     against: Annotated[
@@ -128,10 +129,11 @@ def compare(
     """Compare runs: at equal budgets, to an accuracy, in pairs of seeds against a baseline; a task at a time."""
     from fldist.analysis import plot as drawing
     from fldist.analysis import tables
-    from fldist.analysis.compare import axis_of, check_target, gather, parse_budget, split
+    from fldist.analysis.compare import Final, axis_of, check_last, check_target, gather, parse_budget, split
 
     budgets = [parse_budget(text) for text in at or []]
     targets = sorted({check_target(target) for target in to or []})
+    final = Final(check_last(last))
     axes = list(dict.fromkeys(axis_of(name, "--against") for name in against or ["total_bytes"]))
     for option, path in (("--csv", csv), ("--plot", plot)):
         if path is not None:
@@ -140,9 +142,9 @@ def compare(
         drawing.require_ending(plot)
     usable, left_out = gather(runs)
     tasks = split(usable)
-    typer.echo(tables.text_of(tasks, baseline, budgets, targets, left_out))
+    typer.echo(tables.text_of(tasks, baseline, budgets, targets, left_out, final))
     if csv is not None:
-        tables.write_csv(csv, tasks, baseline, budgets, targets)
+        tables.write_csv(csv, tasks, baseline, budgets, targets, final)
         typer.echo(f"figures in {csv}")
     if plot is not None:
         drawing.draw(tasks, plot, axes)

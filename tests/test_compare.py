@@ -27,6 +27,7 @@ import fldist.cli
 from fldist.analysis import cautions, plot, tables
 from fldist.analysis.compare import (
     Budget,
+    Final,
     Method,
     Needed,
     Reached,
@@ -39,6 +40,7 @@ from fldist.analysis.compare import (
     gather,
     interval,
     mean_curve,
+    mean_of_last,
     median_of,
     needed,
     nondominated,
@@ -140,8 +142,9 @@ def written(run: Run, directory: Path) -> Path:
 
 
 def text_of(runs: Sequence[Run], targets: Sequence[float] = (), **options: Any) -> str:
+    final = Final(options.get("last", 1))
     return tables.text_of(
-        split(runs), options.get("baseline"), options.get("at", []), targets, options.get("left_out", [])
+        split(runs), options.get("baseline"), options.get("at", []), targets, options.get("left_out", []), final
     )
 
 
@@ -164,6 +167,14 @@ def test_accuracy_at_a_budget_is_that_of_the_last_scored_round_within_it() -> No
     assert accuracy_at(cost, accuracy, 39.9) == 0.3, "round 3 was not scored"
     assert accuracy_at(cost, accuracy, 1e9) == 0.2, "the last, not the best"
     assert math.isnan(accuracy_at(cost, accuracy, 9.9))
+
+
+def test_the_mean_of_the_last_rounds_is_over_those_that_were_scored() -> None:
+    accuracy = np.array([0.1, NAN, 0.5, 0.3, NAN])
+    assert mean_of_last(accuracy, 1) == 0.3
+    assert mean_of_last(accuracy, 2) == pytest.approx(0.4)
+    assert mean_of_last(accuracy, 3) == mean_of_last(accuracy, 9) == pytest.approx(0.3)
+    assert math.isnan(mean_of_last(np.array([NAN, NAN]), 2))
 
 
 def test_cost_to_an_accuracy_is_that_of_the_first_scored_round_that_has_it() -> None:
@@ -368,7 +379,7 @@ def test_targets_are_chosen_from_the_baseline() -> None:
     assert default_targets(method_of([run_of([0.5, 0.8])])) == [0.64, 0.76]
     assert default_targets(method_of([run_of([0.0073])])) == [0.0058, 0.0069]
     assert default_targets(method_of([run_of([0.0])])) == []
-    assert "chosen from these runs: 80 % and 95 % of fedavg's mean final accuracy" in text_of(SMALL)
+    assert "chosen from these runs: 80 % and 95 % of fedavg's mean accuracy in the last" in text_of(SMALL)
     assert "chosen from these runs" not in text_of(SMALL, [0.5])
 
 
@@ -399,6 +410,93 @@ def test_marks_stand_where_an_interval_excludes_no_difference() -> None:
     told = {line.split()[0]: line for line in ratios[5:8]}
     assert told["moon"].count("*") == 0, "the same rounds and bytes"
     assert told["fednova"].count("*") == 2, "half the rounds, at more than twice the bytes"
+
+
+# ---- the mean over the last rounds
+SWINGING = [
+    run_of([0.1, 0.4, 0.6], seed=0), run_of([0.1, 0.5, 0.9], seed=1),
+    run_of([0.9, 0.8, 0.6], "moon", seed=0, up=101), run_of([0.4, None, 0.8], "moon", seed=1, up=101),
+]  # fmt: skip
+
+
+def test_the_final_accuracy_is_a_mean_over_the_last_scored_rounds() -> None:
+    (task,) = split(SWINGING)
+    fedavg, moon = (reached(method, Final(2)) for method in task.methods)
+    assert fedavg.values == {0: pytest.approx(0.5), 1: pytest.approx(0.7)}
+    assert moon.values == {0: pytest.approx(0.7), 1: pytest.approx(0.6)}, "round 2 of seed 1 was not scored"
+    text = text_of(SWINGING, [0.5], last=2)
+    lines = text.splitlines()
+    accuracies = lines.index("Accuracy at equal budgets, mean ± sample standard deviation over seeds")
+    assert lines[accuracies + 2].split("  at")[0].split() == ["final", "(last", "2"]
+    assert lines[accuracies + 3].split()[:3] == ["method", "scored", "rounds)"]
+    assert lines[accuracies + 5].startswith("fedavg  0.6000 ± 0.1414  0.7500 ± 0.2121"), "at 3 rounds as ever"
+    assert lines[accuracies + 6].startswith("moon    0.6500 ± 0.0707  0.7000 ± 0.1414")
+    assert "final: each run's mean over its last 2 scored rounds, not over the best ones." in lines
+    below = lines.index("Difference to fedavg in accuracy, mean and 95 % interval of the paired differences")
+    half = 12.706204736432095 * 0.15  # the differences are 0.2 and -0.1; t for 1 degree of freedom
+    assert lines[below + 5].startswith(f"moon    2  +0.0500 [{0.05 - half:+.4f}, {0.05 + half:+.4f}] ")
+    assert "fewer scored rounds" not in text
+
+
+def test_only_the_final_accuracy_depends_on_how_many_rounds_it_is_over() -> None:
+    one, two = (text_of(SWINGING, last=last) for last in (1, 2))
+    parts = [text[text.index("To an accuracy of 0.6 ") :] for text in (one, two)]
+    assert parts[0] == parts[1], "targets, ratios and fronts"
+    assert "final: of the last scored round, not of the best one." in one
+
+
+def test_runs_with_fewer_scored_rounds_are_told() -> None:
+    text = " ".join(text_of(SWINGING, last=3).split())
+    assert "Runs with fewer scored rounds count with those they have: moon with seed 1 (2)." in text
+    assert reached(split(SWINGING)[0].methods[1], Final(3)).values[1] == pytest.approx(0.6)
+    many = [run_of([0.5], seed=seed) for seed in range(9)]
+    assert "fedavg with seed 5 (1) and 3 more." in " ".join(text_of(many, last=2).split())
+
+
+# ---- the algorithms' own figures
+def telling(summary: dict[str, float | None], algorithm: str, seed: int = 0) -> Run:
+    run = run_of([0.5], algorithm, seed)
+    assert run.result is not None
+    return replace(run, result={**run.result, "summary": summary})
+
+
+def figures(runs: Sequence[Run]) -> list[str]:
+    """The lines of the table of figures and below."""
+    lines = text_of(runs, [0.9]).splitlines()
+    begins = lines.index("Figures of the algorithms, each in its own unit, mean over seeds")
+    return lines[begins + 2 : lines.index("Notes") - 1]
+
+
+def test_the_figures_of_algorithms_are_means_over_seeds() -> None:
+    masked = [telling({"flops": 24_709_082_112, "even": 4.06, "nil": 0, "few": 12}, "autoflip")]
+    masked.append(telling({"flops": 24_882_384_384, "even": 4.07, "nil": 0, "few": 12}, "autoflip", seed=1))
+    other = [telling({"even": 0.03481384, "mine": 10_000}, "other", seed=seed) for seed in (0, 1)]
+    assert figures([run_of([0.5]), *masked, *other]) == [
+        "method        flops     even  nil  few       mine",
+        "--------  ---------  -------  ---  ---  ---------",
+        "autoflip  2.480e+10    4.065    0   12          -",
+        "other             -  0.03481    -    -  1.000e+04",
+        "",
+        "As the algorithms tell them of whole runs; methods that tell none are not here.",
+    ]
+    assert "Figures of the algorithms" not in text_of([run_of([0.5]), telling({}, "other")])
+
+
+def test_no_mean_is_made_of_figures_that_are_finite_in_some_runs_only() -> None:
+    never = [telling({"even": None}, "never", seed=seed) for seed in (0, 1)]
+    some = [telling({"even": even}, "some", seed=seed) for seed, even in enumerate((3.0, None))]
+    cut = [telling({"even": 2.0}, "cut"), run_of([0.5], "cut", seed=1, status=None)]
+    assert figures([*never, *some, *cut]) == [
+        "method            even",
+        "------  --------------",
+        "cut         2 (1 of 2)",
+        "never             none",
+        "some    none in 1 of 2",
+        "",
+        "As the algorithms tell them of whole runs; methods that tell none are not here.",
+        "none: not finite, as of what never comes; where only some runs are so, there is no mean.",
+        "(k of n): so many runs have told it, and the mean is theirs.",
+    ]
 
 
 # ---- mean curves and the front
@@ -746,7 +844,7 @@ def rows(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
 
 def test_the_csv_holds_the_figures_in_full(tmp_path: Path) -> None:
     path = tmp_path / "figures.csv"
-    tables.write_csv(path, split(SMALL), None, [Budget("wire_bytes", 100)], [0.6, 0.75, 0.9])
+    tables.write_csv(path, split(SMALL), None, [Budget("wire_bytes", 100)], [0.6, 0.75, 0.9], Final())
     table = rows(path)
     assert {tuple(row) for row in table.values()} == {tables.COLUMNS}
     assert len(table) == 2 * (1 + 5 + 3 * 5) + 3 * 3, "each measure once, and ratios of one method's bytes"
@@ -756,6 +854,7 @@ def test_the_csv_holds_the_figures_in_full(tmp_path: Path) -> None:
     assert (final["unit"], final["num_seeds"], final["not_reached"]) == ("fraction", "3", "0")
     assert [float(v) for v in final["values"].split(";")] == [0.75, 0.8, 0.85]
     assert (final["seeds"], final["baseline"], final["num_pairs"]) == ("0;1;2", "fedavg", "3")
+    assert final["rounds_averaged"] == "1;1;1"
     assert float(final["mean"]) == pytest.approx(0.8)
     assert float(final["std"]) == pytest.approx(0.05)
     expected = paired({0: 0.75, 1: 0.8, 2: 0.85}, {0: 0.7, 1: 0.8, 2: 0.75})
@@ -781,6 +880,40 @@ def test_the_csv_holds_the_figures_in_full(tmp_path: Path) -> None:
     assert float(told["lower"]) < float(told["mean"]) < float(told["upper"])
     assert table["scaffold", "total_bytes_to_accuracy_ratio", "0.75"]["num_pairs"] == "0"
     assert ("fedavg", "total_bytes_to_accuracy_ratio", "0.6") not in table
+
+
+def test_the_csv_says_over_how_many_rounds_the_final_accuracy_is(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    tables.write_csv(path, split(SWINGING), None, [], [0.5], Final(3))
+    table = rows(path)
+    final = table["moon", "final_accuracy", ""]
+    assert final["rounds_averaged"] == "3;2"
+    assert [float(v) for v in final["values"].split(";")] == [pytest.approx(2.3 / 3), pytest.approx(0.6)]
+    assert float(final["difference"]) == pytest.approx((2.3 / 3 - 1.1 / 3 + 0.6 - 0.5) / 2)
+    rest = {key: row for key, row in table.items() if key[1] != "final_accuracy"}
+    assert {row["rounds_averaged"] for row in rest.values()} == {""}
+    tables.write_csv(path, split(SWINGING), None, [], [0.5], Final())
+    assert {key: row for key, row in rows(path).items() if key[1] != "final_accuracy"} == rest
+
+
+def test_the_csv_holds_the_figures_of_algorithms(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    runs = [
+        telling({"flops": flops, "even": even}, "autoflip", seed) for seed, flops, even in ((0, 1, None), (1, 4, 2.5))
+    ]
+    tables.write_csv(path, split([run_of([0.5]), *runs]), None, [], [0.5], Final())
+    table = rows(path)
+    flops, even = (table["autoflip", f"figure_{name}", ""] for name in ("flops", "even"))
+    assert [flops[name] for name in ("mean", "median", "num_seeds", "seeds", "values")] == [
+        "2.5",
+        "2.5",
+        "2",
+        "0;1",
+        "1;4",
+    ]
+    assert float(flops["std"]) == pytest.approx(statistics.stdev([1, 4]))
+    assert [even[name] for name in ("mean", "std", "median", "values")] == ["", "", "", "none;2.5"]
+    assert not any(measure.startswith("figure") for method, measure, _ in table if method == "fedavg")
 
 
 @pytest.mark.parametrize("ending", plot.ENDINGS)
@@ -931,6 +1064,9 @@ def test_a_configuration_of_another_form_leaves_its_run_out_and_no_other(tmp_pat
     [
         ("result.json", '{"stop": null}'),
         ("result.json", '{"status": "finished", "stop": "rounds"}'),
+        ("result.json", '{"status": "finished", "summary": []}'),
+        ("result.json", '{"status": "finished", "summary": {"flops": "many"}}'),
+        ("result.json", '{"status": "finished", "summary": {"flops": Infinity}}'),
         ("result.json", nested()),
         ("environment.json", '{"suite": "mine"}'),
         ("environment.json", '{"suite": {"jobs": null}}'),
@@ -1037,6 +1173,9 @@ def test_the_command_prints_writes_and_draws(
     assert "2 s" in text
     assert compare(monkeypatch, suite, "--at", "seconds=2.5") == 0
     assert "2.500 s" in capsys.readouterr().out
+    assert compare(monkeypatch, suite, "--last", "2", "--csv", table) == 0
+    assert "final: each run's mean over its last 2 scored rounds" in capsys.readouterr().out
+    assert rows(table)["fedavg", "final_accuracy", ""]["rounds_averaged"] == "2;2;2"
 
 
 @pytest.mark.parametrize(
@@ -1052,6 +1191,8 @@ def test_the_command_prints_writes_and_draws(
         (["--to", "80"], "--to: 80 is no accuracy to reach; give a share above 0 and at most 1, such as 0.8"),
         (["--to", "0"], "--to: 0 is no accuracy"),
         (["--to", "nan"], "--to: nan is no accuracy"),
+        (["--last", "0"], "--last: 0 is no number of scored rounds; give 1 or more"),
+        (["--last", "-3"], "--last: -3 is no number of scored rounds"),
         (["--against", "bytes"], "--against: 'bytes' is no axis"),
         (["--plot", "curves.gif"], "--plot: curves.gif must end in .png, .pdf, .svg; got '.gif'"),
         (["--plot", "curves"], "--plot: curves must end in .png, .pdf, .svg; got 'no ending'"),
@@ -1073,5 +1214,6 @@ def test_the_page_explains_every_measure_and_option() -> None:
     page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
     for name in (*tables.COLUMNS, "final_accuracy", "accuracy_at_", "_to_accuracy", "_to_accuracy_ratio"):
         assert f"`{name}`" in page or f"{name}AXIS" in page or f"AXIS{name}" in page, name
-    for option in ("--baseline", "--at", "--to", "--csv", "--plot", "--against"):
+    assert "`figure_NAME`" in page
+    for option in ("--baseline", "--at", "--to", "--last", "--csv", "--plot", "--against"):
         assert f"`{option}" in page, option

@@ -44,7 +44,7 @@ def _seeds(task: Task) -> list[str]:
         found.append(f"One seed only, hence neither deviation nor interval: {', '.join(single)}.")
     if len({method.seeds for method in task.methods}) > 1:
         sets = _by_value(task.methods, lambda method: f"seeds {', '.join(map(str, method.seeds))}")
-        told = "; ".join(f"{seeds} of {_few(labels)}" for seeds, labels in sets.items())
+        told = "; ".join(f"{seeds} of {few(labels)}" for seeds, labels in sets.items())
         found.append(f"The methods have different seeds ({told}): differences are over the common ones only.")
     return found
 
@@ -56,7 +56,7 @@ def _unlike_methods(task: Task) -> list[str]:
         if key.startswith(("algorithm.", "place.")):
             continue
         values = _by_value(task.methods, partial(_fact, key=key))
-        told = ", ".join(f"{value} ({_few(labels)})" for value, labels in values.items())
+        told = ", ".join(f"{value} ({few(labels)})" for value, labels in values.items())
         found.append(f"The methods differ in more than their algorithms: {key} is {told}.")
     return found
 
@@ -69,7 +69,7 @@ def _scores(task: Task) -> list[str]:
     found = []
     kinds = _by_value(task.methods, lambda method: " and ".join(sorted({_scored(run) for run in method.runs})))
     if len(kinds) > 1:
-        told = "; ".join(f"{kind} for {_few(labels)}" for kind, labels in kinds.items())
+        told = "; ".join(f"{kind} for {few(labels)}" for kind, labels in kinds.items())
         found.append(f"Accuracy is not the same thing for all methods: {told}.")
     found += _unlike(task, "eval.every (costs to an accuracy are no finer)", _every)
     return found
@@ -99,13 +99,13 @@ def _lengths(task: Task) -> list[str]:
     stopped = [method.label for method in task.methods if any(_stop_rule(run) == "accuracy" for run in method.runs)]
     if stopped:
         found.append(
-            f"Runs of {_few(stopped)} ended because they had reached an accuracy: their final accuracy was chosen "
+            f"Runs of {few(stopped)} ended because they had reached an accuracy: their final accuracy was chosen "
             "where it was high, and says no more than that it was reached."
         )
     silent = [method.label for method in task.methods if method.exchanges_nothing("total_bytes")]
     if silent:
         found.append(
-            f"Nothing is exchanged in runs of {_few(silent)}: they decide about no budget of bytes, stand at every one "
+            f"Nothing is exchanged in runs of {few(silent)}: they decide about no budget of bytes, stand at every one "
             "with their last accuracy, and are on no Pareto front of bytes."
         )
     return found
@@ -166,7 +166,7 @@ def _unlike(task: Task, what: str, of: Callable[[Run], str]) -> list[str]:
     for method in task.methods:
         for run in method.runs:
             by_value.setdefault(of(run), {}).setdefault(method.label)
-    told = [f"{value} ({_few(labels)})" for value, labels in list(by_value.items())[:_NAMED]]
+    told = [f"{value} ({few(labels)})" for value, labels in list(by_value.items())[:_NAMED]]
     more = f", and {len(by_value) - _NAMED} more" if len(by_value) > _NAMED else ""
     return [f"The runs have different {what}: {'; '.join(told)}{more}."]
 
@@ -179,7 +179,7 @@ def _by_value(methods: Iterable[Method], of: Callable[[Method], str]) -> dict[st
     return found
 
 
-def _few(labels: Iterable[str]) -> str:
+def few(labels: Iterable[str]) -> str:
     """Some of many labels."""
     named = list(labels)
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""

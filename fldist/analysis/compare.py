@@ -39,6 +39,12 @@ def accuracy_at(cost: Floats, accuracy: Floats, budget: float) -> float:
     return float(accuracy[within][-1]) if within.any() else math.nan
 
 
+def mean_of_last(accuracy: Floats, num: int) -> float:
+    """Mean over the last `num` scored rounds, or those there are; NaN when none was scored. Array as above."""
+    scored = accuracy[~np.isnan(accuracy)][-num:]
+    return float(scored.mean()) if len(scored) else math.nan
+
+
 def cost_to(cost: Floats, accuracy: Floats, target: float) -> float:
     """Cost of the first scored round with at least this accuracy; infinite when there is none. Arrays as above."""
     there = accuracy >= target
@@ -398,8 +404,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Final:
+    """The end of every run: the mean over its last `last` scored rounds."""
+
+    last: int = 1
+
+
+@dataclass(frozen=True)
 class Reached:
-    """A method's accuracy at a budget, by seed.
+    """A method's accuracy at a budget or in the end, by seed.
 
     ended: seeds of runs that ended before it; unscored: of runs of which no round was scored within it.
     """
@@ -469,6 +482,13 @@ def check_target(target: float) -> float:
     return target
 
 
+def check_last(last: int) -> int:
+    """The number itself, of scored rounds, at least 1; ValueError for anything else."""
+    if last < 1:
+        raise ValueError(f"--last: {last} is no number of scored rounds; give 1 or more")
+    return last
+
+
 def budgets_of(task: Task, asked: Sequence[Budget]) -> list[Budget]:
     """The budgets that were asked for; for other axes the largest that every run has reached with a scored round.
 
@@ -496,10 +516,10 @@ def _smallest(axis: Axis, ends: Sequence[tuple[float, str]]) -> Budget:
     return Budget(axis, amount, "all runs" if len(named) == len(ends) else f"{named[0]}{more}")
 
 
-def reached(method: Method, budget: Budget | None) -> Reached:
-    """A method's accuracy at a budget, or without one in the end. A run that exchanges nothing is within every one."""
-    if budget is None:
-        return Reached(method.final)
+def reached(method: Method, budget: Budget | Final) -> Reached:
+    """A method's accuracy at a budget, or in the end. A run that exchanges nothing is within every budget of bytes."""
+    if isinstance(budget, Final):
+        return Reached({run.seed: mean_of_last(run.accuracy, budget.last) for run in method.runs})
     values, ended, unscored = {}, [], []
     for run in method.runs:
         cost = run.spent(budget.axis)
@@ -570,7 +590,7 @@ def ratio(method: Method, baseline: Method, axis: Axis, target: float) -> Interv
 
 
 def default_targets(baseline: Method) -> list[float]:
-    """80 % and 95 % of a method's mean final accuracy, rounded down to two digits: early, and nearly all of it."""
+    """80 % and 95 % of a method's mean accuracy in the last scored round, rounded down to two digits."""
     final = float(np.mean(list(baseline.final.values())))
     if final <= 0:
         return []
@@ -581,6 +601,34 @@ def _rounded_down(value: float) -> float:
     digits = 1 - math.floor(math.log10(value))
     scaled: float = math.floor(value * 10.0**digits + 1e-9) / 10.0**digits
     return round(scaled, digits)
+
+
+# ---- the algorithms' own figures
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a method by seed, for the runs that have it: None where it is not finite, as of what never comes."""
+
+    values: dict[int, float | None]
+
+    @property
+    def not_finite(self) -> int:
+        """For how many runs it is not finite."""
+        return sum(value is None for value in self.values.values())
+
+    @property
+    def finite(self) -> list[float]:
+        """The values, if all of them are finite; else none: a mean over those that are flatters."""
+        return [] if self.not_finite else [float(value) for value in self.values.values() if value is not None]
+
+
+def figure(method: Method, name: str) -> Figure:
+    """A figure of a method; without values where it has not this one."""
+    return Figure({run.seed: run.summary[name] for run in method.runs if name in run.summary})
+
+
+def figures_of(methods: Iterable[Method]) -> list[str]:
+    """The names of all figures that any of the methods has, in the order in which these tell them."""
+    return list(dict.fromkeys(name for method in methods for run in method.runs for name in run.summary))
 
 
 # ---- mean curves

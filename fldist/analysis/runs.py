@@ -64,6 +64,12 @@ class Run:
         """As in result.json; `cut off` where there is none (killed, or still going)."""
         return str(self.result["status"]) if self.result else "cut off"
 
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """The algorithm's own figures of the run, None where one is not finite; empty where it has none."""
+        figures: dict[str, float | None] = (self.result or {}).get("summary", {})
+        return figures
+
     @cached_property
     def accuracy(self) -> Floats:
         """Accuracy of every round, NaN where it was not scored. [rounds]."""
@@ -81,6 +87,11 @@ class Run:
     @cached_property
     def _spent(self) -> dict[Axis, Floats]:
         return {axis: _column(self.rounds, partial(_spent, axis=axis)) for axis in AXES}
+
+    @property
+    def num_scored(self) -> int:
+        """How many of its rounds were scored."""
+        return int(np.count_nonzero(~np.isnan(self.accuracy)))
 
     @property
     def last_accuracy(self) -> float:
@@ -251,7 +262,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_result(value: dict[str, Any]) -> bool:
-    return isinstance(value.get("status"), str) and isinstance(value.get("stop"), dict | None)
+    figures = value.get("summary", {})
+    return (
+        isinstance(value.get("status"), str)
+        and isinstance(value.get("stop"), dict | None)
+        and isinstance(figures, dict)
+        and all(figure is None or _is_number(figure) for figure in figures.values())
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fldist.analysis.cautions import cautions, of_intervals
+from fldist.analysis.cautions import cautions, few, of_intervals
 from fldist.analysis.compare import (
     COSTS,
     Budget,
+    Figure,
+    Final,
     Interval,
     Method,
     Needed,
@@ -25,6 +27,8 @@ from fldist.analysis.compare import (
     baseline_of,
     budgets_of,
     default_targets,
+    figure,
+    figures_of,
     front,
     needed,
     paired,
@@ -44,6 +48,10 @@ NAMES: dict[Axis, str] = {
     "seconds": "seconds",
 }
 UNITS: dict[Axis, str] = {axis: "B" if axis.endswith("_bytes") else "rounds" for axis in AXES} | {"seconds": "s"}
+
+
+_LARGE = 1e4
+"""Figures of algorithms from here on are in scientific notation."""
 
 
 # ---- numbers
@@ -112,6 +120,17 @@ def _cost(axis: Axis, found: Needed) -> str:
     return f"(by {quantity(axis, found.limit)})"
 
 
+def _figure(found: Figure, num_seeds: int) -> str:
+    count = len(found.values)
+    if not count:
+        return "-"
+    if found.not_finite not in {0, count}:
+        return f"none in {found.not_finite} of {count}"
+    mean = math.nan if found.not_finite else float(np.mean(found.finite))
+    told = "none" if found.not_finite else f"{mean:.3e}" if abs(mean) >= _LARGE else f"{mean:.4g}"
+    return told + (f" ({count} of {num_seeds})" if count < num_seeds else "")
+
+
 # ---- text
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right; a header may have several lines.
@@ -151,9 +170,17 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def text_of(
-    tasks: Sequence[Task], label: str | None, asked: Sequence[Budget], targets: Sequence[float], left_out: Sequence[str]
+    tasks: Sequence[Task],
+    label: str | None,
+    asked: Sequence[Budget],
+    targets: Sequence[float],
+    left_out: Sequence[str],
+    final: Final,
 ) -> str:
-    """The whole comparison. label: of the baseline; asked, targets: empty for those that suit; left_out: as told."""
+    """The whole comparison.
+
+    label: of the baseline; asked, targets: empty for those that suit; left_out: as told; final: over how many rounds.
+    """
     lines = [line for text in left_out for line in _wrapped(f"left out: {text}")]
     for task in tasks:
         lines += [line for run in task.runs for note in run.notes for line in _wrapped(f"{run.path}: {note}")]
@@ -165,21 +192,23 @@ def text_of(
     for number, task in enumerate(tasks, start=1):
         title = f"Task {number} of {len(tasks)}: {task.title}" if len(tasks) > 1 else task.title
         lines += [*_wrapped(title), "=" * min(WIDTH, len(title)), ""]
-        lines += [*_task(task, label, asked, targets), ""]
+        lines += [*_task(task, label, asked, targets, final), ""]
     return "\n".join(lines).rstrip()
 
 
-def _task(task: Task, label: str | None, asked: Sequence[Budget], targets: Sequence[float]) -> Iterator[str]:
+def _task(
+    task: Task, label: str | None, asked: Sequence[Budget], targets: Sequence[float], final: Final
+) -> Iterator[str]:
     baseline = baseline_of(task, label)
     others = [method for method in task.methods if method is not baseline]
     ordered = [baseline, *others]
     budgets = budgets_of(task, asked)
     axes = _axes(budgets)
     yield from _runs(ordered)
-    yield from ["", *_budget_table(ordered, budgets)]
+    yield from ["", *_budget_table(ordered, final, budgets)]
     intervals: list[Interval] = []
     if others:
-        lines, intervals = _difference_table(baseline, others, budgets)
+        lines, intervals = _difference_table(baseline, others, [final, *budgets])
         yield from ["", *lines]
     wanted = list(targets) or default_targets(baseline)
     for target in wanted:
@@ -193,8 +222,8 @@ def _task(task: Task, label: str | None, asked: Sequence[Budget], targets: Seque
     if not targets and wanted:
         yield ""
         yield from _wrapped(
-            f"The accuracies were chosen from these runs: 80 % and 95 % of {baseline.label}'s mean final accuracy, "
-            "rounded down. For a report, fix them beforehand with --to."
+            f"The accuracies were chosen from these runs: 80 % and 95 % of {baseline.label}'s mean accuracy in "
+            "the last scored round, rounded down. For a report, fix them beforehand with --to."
         )
     if others and wanted:
         lines, more = _ratio_table(baseline, others, [a for a in axes if a.endswith("_bytes")], wanted)
@@ -202,6 +231,8 @@ def _task(task: Task, label: str | None, asked: Sequence[Budget], targets: Seque
         yield from ["", *lines] if lines else []
     if len(ordered) > 1:
         yield from ["", *_fronts(task, axes)]
+    if lines := _figure_table(ordered):
+        yield from ["", *lines]
     notes = [*cautions(task), *of_intervals(intervals)]
     if notes:
         yield from ["", "Notes", ""]
@@ -232,8 +263,8 @@ def _runs(methods: Sequence[Method]) -> list[str]:
     return [*lines, "", *_wrapped(f"{'; '.join(more)}.")] if more else lines
 
 
-def _budget_table(methods: Sequence[Method], budgets: Sequence[Budget]) -> list[str]:
-    columns: list[Budget | None] = [None, *budgets]
+def _budget_table(methods: Sequence[Method], final: Final, budgets: Sequence[Budget]) -> list[str]:
+    columns: list[Budget | Final] = [final, *budgets]
     found = [[reached(method, budget) for budget in columns] for method in methods]
     rows = [
         [method.label, *(_accuracy(each, len(method.runs)) for each in line)]
@@ -241,7 +272,18 @@ def _budget_table(methods: Sequence[Method], budgets: Sequence[Budget]) -> list[
     ]
     lines = ["Accuracy at equal budgets, mean ± sample standard deviation over seeds", ""]
     lines += [*grid(["method", *map(_column, columns)], rows), ""]
-    lines += _wrapped("final: of the last scored round, not of the best one.")
+    if final.last == 1:
+        lines += _wrapped("final: of the last scored round, not of the best one.")
+    else:
+        lines += _wrapped(f"final: each run's mean over its last {final.last} scored rounds, not over the best ones.")
+    fewer = [
+        f"{method.label} with seed {run.seed} ({run.num_scored})"
+        for method in methods
+        for run in method.runs
+        if run.num_scored < final.last
+    ]
+    if fewer:
+        lines += _wrapped(f"Runs with fewer scored rounds count with those they have: {few(fewer)}.")
     chosen = [f"{_amount(budget)} (set by {budget.set_by})" for budget in budgets if budget.set_by]
     if chosen:
         lines += _wrapped(f"Budgets that --at does not set are what every run has spent: {', '.join(chosen)}.")
@@ -253,17 +295,16 @@ def _budget_table(methods: Sequence[Method], budgets: Sequence[Budget]) -> list[
     return lines
 
 
-def _column(budget: Budget | None) -> str:
-    if budget is None:
-        return "\nfinal"
+def _column(budget: Budget | Final) -> str:
+    if isinstance(budget, Final):
+        return "\nfinal" if budget.last == 1 else f"final (last {budget.last}\nscored rounds)"
     amount = quantity(budget.axis, budget.amount)
     return f"at\n{amount} rounds" if budget.axis == "rounds" else f"at {NAMES[budget.axis]}\n{amount}"
 
 
 def _difference_table(
-    baseline: Method, others: Sequence[Method], budgets: Sequence[Budget]
+    baseline: Method, others: Sequence[Method], columns: Sequence[Budget | Final]
 ) -> tuple[list[str], list[Interval]]:
-    columns: list[Budget | None] = [None, *budgets]
     base = [reached(baseline, budget) for budget in columns]
     rows: list[list[str]] = []
     intervals: list[Interval] = []
@@ -324,10 +365,35 @@ def _fronts(task: Task, axes: Sequence[Axis]) -> list[str]:
     return lines
 
 
+def _figure_table(methods: Sequence[Method]) -> list[str]:
+    """No lines where no method has figures of its own."""
+    names = figures_of(methods)
+    if not names:
+        return []
+    found = [(method, [figure(method, name) for name in names]) for method in methods]
+    rows = [
+        [method.label, *(_figure(each, len(method.runs)) for each in line)]
+        for method, line in found
+        if any(each.values for each in line)
+    ]
+    lines = [
+        "Figures of the algorithms, each in its own unit, mean over seeds",
+        "",
+        *grid(["method", *names], rows),
+        "",
+    ]
+    lines += _wrapped("As the algorithms tell them of whole runs; methods that tell none are not here.")
+    if any(each.not_finite for _, line in found for each in line):
+        lines += _wrapped("none: not finite, as of what never comes; where only some runs are so, there is no mean.")
+    if any(0 < len(each.values) < len(method.runs) for method, line in found for each in line):
+        lines += _wrapped("(k of n): so many runs have told it, and the mean is theirs.")
+    return lines
+
+
 # ---- CSV
 COLUMNS = (
     "task", "method", "measure", "at", "unit", "num_seeds", "mean", "std", "median", "not_reached", "difference",
-    "lower", "upper", "baseline", "num_pairs", "seeds", "values",
+    "lower", "upper", "baseline", "num_pairs", "seeds", "values", "rounds_averaged",
 )  # fmt: skip
 """lower, upper: of the difference, or in rows of ratios of the ratio; num_pairs: how many seeds these are over."""
 
@@ -339,7 +405,12 @@ def require_directory(option: str, path: Path) -> None:
 
 
 def write_csv(
-    path: Path, tasks: Sequence[Task], label: str | None, asked: Sequence[Budget], targets: Sequence[float]
+    path: Path,
+    tasks: Sequence[Task],
+    label: str | None,
+    asked: Sequence[Budget],
+    targets: Sequence[float],
+    final: Final,
 ) -> None:
     """A row per task, method and measure; arguments as of `text_of`."""
     try:
@@ -347,22 +418,23 @@ def write_csv(
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             for task in tasks:
-                writer.writerows(rows_of(task, label, asked, targets))
+                writer.writerows(rows_of(task, label, asked, targets, final))
     except OSError as error:
         raise ValueError(f"--csv: {path} cannot be written: {error.strerror}") from None
 
 
 def rows_of(
-    task: Task, label: str | None, asked: Sequence[Budget], targets: Sequence[float]
+    task: Task, label: str | None, asked: Sequence[Budget], targets: Sequence[float], final: Final
 ) -> Iterator[dict[str, str]]:
     """The rows of one task, numbers in full."""
     baseline = baseline_of(task, label)
     budgets = budgets_of(task, asked)
+    columns: list[Budget | Final] = [final, *budgets]
     axes = _axes(budgets)
     for method in task.methods:
         common = {"task": task.title, "method": method.label, "baseline": baseline.label}
-        for budget in (None, *budgets):
-            yield common | _accuracy_row(method, baseline, budget)
+        for column in columns:
+            yield common | _accuracy_row(method, baseline, column)
         for target in list(targets) or default_targets(baseline):
             for axis in axes:
                 found = needed(method, axis, target)
@@ -371,13 +443,18 @@ def rows_of(
                 if method is not baseline and axis.endswith("_bytes"):
                     told = _ratio_row(ratio(method, baseline, axis, target))
                     yield common | at | {"measure": f"{axis}_to_accuracy_ratio", "unit": "ratio"} | told
+        for name in figures_of([method]):
+            yield common | {"measure": f"figure_{name}"} | _figure_row(figure(method, name))
 
 
-def _accuracy_row(method: Method, baseline: Method, budget: Budget | None) -> dict[str, str]:
+def _accuracy_row(method: Method, baseline: Method, budget: Budget | Final) -> dict[str, str]:
     found = reached(method, budget)
-    row = {
-        "measure": "final_accuracy" if budget is None else f"accuracy_at_{budget.axis}",
-        "at": "" if budget is None else _exact(budget.amount),
+    if isinstance(budget, Final):
+        averaged = _joined(str(min(budget.last, run.num_scored)) for run in method.runs)
+        row = {"measure": "final_accuracy", "rounds_averaged": averaged}
+    else:
+        row = {"measure": f"accuracy_at_{budget.axis}", "at": _exact(budget.amount)}
+    row |= {
         "unit": "fraction",
         "num_seeds": str(len(method.runs)),
         "mean": _exact(found.mean),
@@ -420,6 +497,18 @@ def _ratio_row(found: Interval) -> dict[str, str]:
         "seeds": _joined(map(str, found.values)),
         "values": _joined(map(_exact, found.values.values())),
     }
+
+
+def _figure_row(found: Figure) -> dict[str, str]:
+    row = {
+        "num_seeds": str(len(found.values)),
+        "seeds": _joined(map(str, found.values)),
+        "values": _joined("none" if value is None else _exact(value) for value in found.values.values()),
+    }
+    if found.finite:
+        row |= {"mean": _exact(float(np.mean(found.finite))), "std": _exact(spread(found.finite))}
+        row["median"] = _exact(float(np.median(found.finite)))
+    return row
 
 
 def _exact(value: float) -> str:
