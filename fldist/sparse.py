@@ -212,8 +212,12 @@ class Kept:
             self.where = Positions.of(params.floats[:n].view(torch.int32) != 0)
         else:
             self.where = positions(mask, n, params.device)
-        z = self.where.z
-        self.encoding: Encoding = smallest(n, z, mask is not None) if encoding == "auto" else encoding
+        self.encoding: Encoding = smallest(n, self.z, mask is not None) if encoding == "auto" else encoding
+
+    @property
+    def z(self) -> int:
+        """How many parameters travel."""
+        return self.where.z
 
     @cached_property
     def payload(self) -> Tensor:
@@ -230,7 +234,7 @@ class Kept:
     def compact(self) -> Params:
         """The kept entries as a model of their own, with its buffers."""
         params, n = self.params, self.params.layout.num_params
-        layout = compact_layout(params.layout, self.where.z)
+        layout = compact_layout(params.layout, self.z)
         return Params(layout, compact(params.floats, n, self.where), params.ints)
 
     def whole(self, part: Params) -> Params:
@@ -242,7 +246,7 @@ class Kept:
         """Bytes that travel, integer counters included."""
         layout = self.params.layout
         tail = layout.num_floats - layout.num_params
-        return encoded_bytes(self.encoding, layout.num_params, self.where.z) + 4 * tail + 8 * layout.num_ints
+        return encoded_bytes(self.encoding, layout.num_params, self.z) + 4 * tail + 8 * layout.num_ints
 
 
 class Packed:

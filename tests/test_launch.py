@@ -30,8 +30,13 @@ BIN = Path(sys.executable).parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised", "autoflip")
 
-
-FIELDS = {"autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True}}
+MASKED = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl")
+"""These run under MPI as well; their own tests run them on gloo."""
+FIELDS: dict[str, dict[str, Any]] = {
+    "autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True},
+    "prunefl": {"initial_passes": 4, "reconfigure_every": 2},
+    "lottery_fl": {"threshold": 0.1},
+}
 
 
 def config(algorithm: str, **changes: Any) -> dict[str, Any]:
@@ -45,6 +50,8 @@ def config(algorithm: str, **changes: Any) -> dict[str, Any]:
             "model": {"name": "cnn_bn", "widths": [8, 16]},
         },
         local={"epochs": 1, "batch_size": 32, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
+        **({"clock": {"name": "scripted", "default": 0.01}} if algorithm == "prunefl" else {}),
+        **({"task__split": {"val": 0.2}} if algorithm == "lottery_fl" else {}),
         **changes,
     )
 
@@ -75,7 +82,7 @@ def ledger(directory: str | Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     base = tmp_path_factory.mktemp("alone")
-    return {name: fldist.run(config(name), output=base / name) for name in ALGORITHMS}
+    return {name: fldist.run(config(name), output=base / name) for name in (*ALGORITHMS, *MASKED)}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -138,7 +145,8 @@ def _messages(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    jobs = [{"config": config(name), "output": str(tmp_path / name)} for name in ALGORITHMS]
+    names = (*ALGORITHMS, *MASKED)
+    jobs = [{"config": config(name), "output": str(tmp_path / name)} for name in names]
     resumed = ("fedavg", "scaffold", "moon")
     for name in resumed:  # begun in one process, ended under MPI
         fldist.run({**config(name), "rounds": 1}, output=tmp_path / f"{name}-on")
@@ -146,7 +154,7 @@ def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tm
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = mpirun(3, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
     assert done.returncode == 0, done.stderr
-    for name in ALGORITHMS:
+    for name in names:
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert outcome(result) == outcome(alone[name])
         assert ledger(tmp_path / name) == ledger(alone[name]["directory"])

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fldist
 from fldist.algorithm import State, on_client
 from fldist.algorithms import efl_prune, lottery_fl, prunefl
-from fldist.algorithms.efl_prune import EflPrune, select, smaller, structure_of, unit_norms
+from fldist.algorithms.efl_prune import EflPrune, select, smaller, unit_norms
 from fldist.algorithms.lottery_fl import LotteryFl, MeanOfHolders, density, held, marked, pruned_further
 from fldist.algorithms.prunefl import PruneFl, reconfigure
 from fldist.clock import Scripted
@@ -118,7 +118,7 @@ def test_scores_and_selection_by_hand():
     named["1.weight"][1] = -1.0
     named["1.bias"].fill_(100.0)  # biases do not count
     named["3.weight"].copy_(torch.tensor([[1.0, 1, 1], [0, 0, -9], [1, 1, 1], [0, 2, 0]]))
-    structure = structure_of(task.architecture(), task.shape)
+    structure = task.structure()
     scores = unit_norms(x.trainable.floats, structure)
     assert [s.tolist() for s in scores] == [[32.0, 64.0, 32.0], [3.0, 9.0, 3.0, 2.0]]
     # two of three, the first of equals; two of four
@@ -156,9 +156,9 @@ def test_a_round_trains_the_smaller_network_and_leaves_the_rest(tmp_path):
 
 def test_training_the_smaller_network_is_training_the_masked_one():
     task = build(load(settings_of("efl_prune", task__model=CNN_BN, task__travel="params"))).task
-    structure, x = structure_of(task.architecture(), task.shape), task.init_params()
+    structure, x = task.structure(), task.init_params()
     units = select(unit_norms(x.trainable.floats, structure), 0.5)
-    compaction, architecture = smaller(task.architecture(), task.shape, pack(units).numpy().tobytes())
+    compaction, architecture = smaller(task.architecture(), task.structure(), pack(units).numpy().tobytes())
     small_y = ClientData(task, 2, Streams(SEED, 1, 2)).train(compaction.shrink(x), architecture=architecture).params
     inside = Params.zeros(compaction.layout.restricted("params"))
     inside.floats.fill_(1.0)
@@ -201,7 +201,7 @@ class Watched(EflPrune):
     """Says which units take part, as bits."""
 
     def round(self, server, clients):
-        structure = structure_of(server.task.architecture(), server.task.shape)
+        structure = server.task.structure()
         units = select(unit_norms(server.x.trainable.floats, structure), self.keep)
         server.log(units=sum(2**i for i in units.nonzero().flatten().tolist()))
         super().round(server, clients)
@@ -241,8 +241,8 @@ def test_clients_score_the_smaller_network_that_they_have_trained(tmp_path):
     told = lines_of(tmp_path / "run")[0]
     task = build(load(settings)).task
     x = task.init_params()
-    units = select(unit_norms(x.trainable.floats, structure_of(task.architecture(), task.shape)), 0.5)
-    compaction, architecture = smaller(task.architecture(), task.shape, pack(units).numpy().tobytes())
+    units = select(unit_norms(x.trainable.floats, task.structure()), 0.5)
+    compaction, architecture = smaller(task.architecture(), task.structure(), pack(units).numpy().tobytes())
     losses = []
     for client in {c for _, c, _ in kinds(tmp_path / "run", "train", "weights", "up")}:
         data = ClientData(task, client, Streams(SEED, 1, client))

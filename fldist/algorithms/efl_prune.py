@@ -71,17 +71,10 @@ def select(scores: Sequence[Tensor], keep: float) -> Tensor:
     return torch.cat(chosen)
 
 
-@functools.lru_cache(maxsize=4)  # following a forward pass takes longer than the training of a small client
-def structure_of(architecture: Architecture, shape: tuple[int, ...]) -> Structure:
-    """The hidden units of an architecture for samples of a shape."""
-    return Structure.of(architecture.template, shape)
-
-
 @functools.lru_cache(maxsize=2)  # the clients of one host train the same network
-def smaller(architecture: Architecture, shape: tuple[int, ...], units: bytes) -> tuple[Compaction, Architecture]:
+def smaller(architecture: Architecture, structure: Structure, units: bytes) -> tuple[Compaction, Architecture]:
     """The network with these hidden units (bits, in the order of `Structure.hidden`) alone. ValueError for bits that do
     not fit, and where a layer has none."""
-    structure = structure_of(architecture, shape)
     bits = torch.frombuffer(bytearray(units), dtype=torch.uint8)
     chosen = unpack(bits, structure.num_units)
     survivors: list[Tensor] = []
@@ -160,7 +153,7 @@ class EflPrune(Algorithm):
     def check(self, task: Task) -> None:
         """Refuse a model without hidden units, or none that can be followed."""
         super().check(task)
-        structure = structure_of(task.architecture(), task.shape)
+        structure = task.structure()
         if not structure.hidden:
             why = "; ".join(structure.unanalysed) or "it has no hidden layer"
             raise ValueError(f"algorithm.keep: no hidden unit of this model can be left out ({why}); use another model")
@@ -173,8 +166,8 @@ class EflPrune(Algorithm):
         """Select units, send the smaller model, train, average, write back."""
         task: Task = server.task
         x: Params = server.x
-        units = pack(select(unit_norms(x.trainable.floats, structure_of(task.architecture(), task.shape)), self.keep))
-        compaction, _ = smaller(task.architecture(), task.shape, units.numpy().tobytes())
+        units = pack(select(unit_norms(x.trainable.floats, task.structure()), self.keep))
+        compaction, _ = smaller(task.architecture(), task.structure(), units.numpy().tobytes())
         travels = x.restricted(floats_only(task.travel))
         small = compaction.shrink(travels)  # x_A
         got = clients.selected().call(
@@ -193,7 +186,7 @@ class EflPrune(Algorithm):
     def update(self, me: Me, data: ClientData, x: Floats, units: Masks) -> Update:
         """E epochs of the smaller network, all of it."""
         task = data.task
-        compaction, architecture = smaller(task.architecture(), task.shape, units.cpu().numpy().tobytes())
+        compaction, architecture = smaller(task.architecture(), task.structure(), units.cpu().numpy().tobytes())
         layout = compaction.layout.restricted(floats_only(task.travel))
         y = data.train(Params(layout, x), architecture=architecture).params
         return Update(y.floats, data.n)

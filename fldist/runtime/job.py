@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fldist.algorithm import Algorithm
+from fldist.algorithm import Algorithm, ClientScores
 from fldist.clock import Clock, Measured
 from fldist.data.task import Task
 from fldist.fold import Integers
@@ -98,7 +98,7 @@ class Job:
             added = [f for f, wanted in ((REPORT, self.reports(name)), (OWN, self.scores_own(name))) if wanted]
             reply = Schema((*reply.fields, *added))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
-        trains = [m for n, m in self.methods.items() if n != "evaluate_client"]
+        trains = [m for n, m in self.methods.items() if not self._scores(n)]
         if self.evaluation.model == "sent" and not any(
             (f.kind, f.form) == (Kind.WEIGHTS, Form.PARAMS) for m in trains for f in m.call.fields
         ):
@@ -125,11 +125,15 @@ class Job:
 
     def reports(self, method: str) -> bool:
         """Whether replies of a client method carry a report for the selector."""
-        return self.selector.wants_reports and method != "evaluate_client"
+        return self.selector.wants_reports and not self._scores(method)
 
     def scores_own(self, method: str) -> bool:
         """Whether replies of a client method carry scores of what it has trained."""
-        return self.evaluation.own and method != "evaluate_client"
+        return self.evaluation.own and not self._scores(method)
+
+    def _scores(self, method: str) -> bool:
+        """Whether a client method only scores a model."""
+        return reply_type(self.algorithm.client_methods()[method]) is ClientScores
 
     def layout(self, client: int) -> Layout:
         """The layout of a client's model."""
