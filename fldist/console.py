@@ -88,7 +88,7 @@ class Progress:
                 f"loss {loss:.4f}"
             )
         for name, value in result["summary"].items():
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+            shown = f"{value:,.0f}" if isinstance(value, int) or 1e6 <= abs(value) < 1e15 else f"{value:,.6g}"
             self._console.print(f"{name} {shown}", markup=False)
         self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")

@@ -27,6 +27,7 @@ from fldist.algorithms.random_pruning import zeroed
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.masked import break_even, server_step
+from fldist.models.evaluate import class_metrics
 from fldist.models.train import LocalTraining
 from fldist.params import Layout, Params, Slot
 from fldist.pruning.masks import Eligible, above, by_quantile, quantile, random_mask, refuse_empty
@@ -616,6 +617,17 @@ def test_compacted_training_gives_what_masked_training_gives(tmp_path: Path, mod
     many = run_here(load(settings_), nproc=3, output=tmp_path / "many", spawn=hosts)
     assert many["state_hash"] == found[True]["state_hash"]
     assert lines(tmp_path / "many")[-1]["scores"] == lines(tmp_path / "True")[-1]["scores"]
+
+
+# ---- scores
+def test_recall_weighted_by_classes_is_accuracy() -> None:
+    labels = torch.arange(10).repeat(3)
+    outputs = torch.zeros(30, 10)
+    outputs[:, 4] = 1.0  # one class, always
+    assert class_metrics(outputs, labels)["f1"] == pytest.approx(0.01818, abs=1e-5)
+    outputs = torch.randn(30, 10, generator=torch.Generator().manual_seed(0))
+    accuracy = float((outputs.argmax(dim=1) == labels).double().mean())
+    assert class_metrics(outputs, labels)["recall"] == pytest.approx(accuracy)
 
 
 # ---- what a run says of itself
