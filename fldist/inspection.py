@@ -26,7 +26,7 @@ from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
 from fldist.fold import Collect, Fold, Mean, Sum
-from fldist.kinds import HELD, Field, Form, Once, Schema, call_schema, reference_for, reply_schema
+from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
@@ -125,6 +125,8 @@ class _Tracer:
         self.by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.once: dict[str, int] = {}
+        self.versions: dict[str, int] = {}  # of this round's `Once` arguments
+        self.given: dict[tuple[str, int], tuple[Kind, str]] = {}  # by argument and client: when it got it
         self.unknown: list[str] = []
         self.reports: dict[int, ClientReport] = {}
         self._methods = {m.name: m for m in job.methods.values()}
@@ -160,7 +162,11 @@ class _Tracer:
                 replies[field.name] = value * float(len(ids)) if isinstance(how, Sum) and value is not None else value
         for field in spec.call.fields:
             if isinstance(given := arguments[field.name], Once):
-                self.once[f"{given.name or f'{spec.name}.{field.name}'} ({field.kind.label})"] = size_of(given.value)
+                name = f"{given.name or f'{spec.name}.{field.name}'} ({field.kind.label})"
+                self.once[name] = size_of(given.value)
+                self.versions[name] = given.version
+                for client in ids:
+                    self.given.setdefault((name, client), (field.kind, phase))
         for client in ids:
             down = [
                 HELD if isinstance(arguments[f.name], Once) else argument_for(arguments[f.name], client, f.name)
@@ -169,6 +175,15 @@ class _Tracer:
             self._count("down", phase, spec.call, client, down)
             self._count("up", phase, spec.reply, client, up)
         return Replies(replies, list(ids), {}, dict.fromkeys(ids, 0.0))
+
+    def give_anew(self, name: str) -> None:
+        """Count an argument that is another one in every round with the clients that it was given to in this one."""
+        size = self.once.pop(name)
+        for (given, _), (kind, phase) in self.given.items():
+            if given == name:
+                self.phases[phase]["down"] += size
+                if phase not in UNTRAINED_PHASES:
+                    self.by_kind[kind.label]["down"] += size
 
     def _reply_value(self, spec: ClientMethod, field: Field, arguments: dict[str, Any]) -> Any:
         if field.form in (Form.FLOAT, Form.INT):
@@ -224,18 +239,36 @@ def predict(job: Job) -> Prediction:
     before = dict(tracer.phases)
     tracer.by_kind.clear()
     tracer.phases = defaultdict(lambda: {"up": 0, "down": 0})
+    tracer.given.clear()
+    tracer.versions.clear()
     tracer.default_phase = None
     view.enter(1, job.seed)
     clients.enter(1)
+    step = job.algorithm.stages(job.rounds)[0].step
     try:
-        job.algorithm.stages(job.rounds)[0].step(view, clients)
+        step(view, clients)
         if job.evaluation.where != "server" and job.evaluation.every:
             job.algorithm.evaluate(view, clients)
+        for name in _new_every_round(job, view, step) if tracer.versions else ():
+            tracer.give_anew(name)
     except _UnknownSize:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
     return Prediction(before, dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown)
+
+
+def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None]) -> list[str]:
+    """The arguments given as `Once` that have another version in the next round but one than in the next."""
+    seen = []
+    for number in (2, 3):
+        tracer = _Tracer(job)
+        clients = ClientsView(job, tracer)
+        view.enter(number, job.seed)
+        clients.enter(number)
+        step(view, clients)
+        seen.append(tracer.versions)
+    return [name for name in seen[0] if seen[1].get(name) not in (None, seen[0][name])]
 
 
 def dry_run(settings: Settings, nproc: int) -> str:

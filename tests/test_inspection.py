@@ -289,3 +289,17 @@ def test_doctor_on_mpi() -> None:
     assert "--with-ft ulfm" in text
     assert "a line `NAME slots=N` for each" in text
     assert ("you are root" in text) == (os.geteuid() == 0)
+
+
+def test_a_mask_of_every_round_is_counted_with_the_round() -> None:
+    fields = {"name": "autoflip", "T": 0.5, "explore_epochs": 1, "deviation_dtype": "fp32"}
+    found = {}
+    for schedule in ("static", "per_round"):
+        job = job_of(algorithm={**fields, "mask_schedule": schedule}, clients={"num_clients": 6, "fraction": 0.5})
+        found[schedule] = (predict(job), -(-job.task.layout_of(0).num_params // 8))
+    static, size = found["static"]
+    assert (static.once, static.by_kind.get("masks")) == ({"mask (masks)": size}, None)
+    anew, _ = found["per_round"]
+    assert anew.once == {}
+    assert anew.by_kind["masks"] == {"up": 0, "down": 3 * size}
+    assert set(static.before) == {"explore"}
