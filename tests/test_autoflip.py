@@ -137,6 +137,21 @@ def test_every_tensor_is_scaled_to_0_and_1_and_one_without_spread_is_kept() -> N
     assert bool(guidance(d, layout, "robust").isfinite().all())
 
 
+@pytest.mark.parametrize("fields", [{}, {"per_tensor_threshold": True}, {"invert": True}, {"normalization": "robust"}])
+def test_what_has_no_spread_is_kept_whatever_the_threshold(fields: dict[str, Any]) -> None:
+    task = build(load(config())).task
+    d = torch.zeros(N)
+    d[512:520] = torch.rand(8) + 0.5  # the first bias alone has moved, so that more than 1 - T have guidance 1
+    keep = AutoFlip(T=0.5, close_dead_units=False, **fields).mask_from(d, task)
+    assert bool(keep[:512].all())
+    assert bool(keep[520:].all())
+
+
+def test_an_exploration_without_epochs_prunes_nothing(tmp_path: Path) -> None:
+    autoflip(tmp_path / "run", explore_epochs=0)
+    assert {line["log"]["density"] for line in lines(tmp_path / "run")} == {1.0}
+
+
 def test_robust_scaling_by_hand() -> None:
     # the lower of the two middle values, and quartiles between values
     g = guidance(torch.tensor([1.0, 2.0, 4.0, 8.0]), one_tensor(4), "robust")

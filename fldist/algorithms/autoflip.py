@@ -69,6 +69,14 @@ def from_half(movement: Tensor) -> Tensor:
     return (movement.float() / HALF_SCALE).square()
 
 
+def _origin_and_spread(values: Tensor, normalization: str) -> tuple[float, float]:
+    """What a tensor's deviations are measured from, and by: see `guidance`."""
+    if normalization == "minmax":
+        return float(values.min()), float(values.max() - values.min())
+    between = quantile(values, 0.75) - quantile(values, 0.25)
+    return float(values.median()), float(torch.tensor(between, dtype=values.dtype))  # 0 if it is too small to divide by
+
+
 def guidance(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Tensor:
     """G [N] of the mean deviation D [N]: every tensor scaled on its own, 1 where its deviations have no spread.
 
@@ -76,15 +84,19 @@ def guidance(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Ten
     """
     scaled = torch.empty_like(mean)
     for slot in layout.params:
-        values = mean[slot.offset : slot.offset + slot.numel]
-        if normalization == "minmax":
-            origin, spread = values.min(), values.max() - values.min()
-        else:
-            origin = values.median()
-            spread = torch.tensor(quantile(values, 0.75) - quantile(values, 0.25), dtype=values.dtype)
-        whole = values - origin
-        scaled[slot.offset : slot.offset + slot.numel] = whole / spread if spread > 0 else torch.ones_like(whole)
+        place = slice(slot.offset, slot.offset + slot.numel)
+        origin, spread = _origin_and_spread(mean[place], normalization)
+        scaled[place] = (mean[place] - origin) / spread if spread > 0 else 1.0
     return scaled
+
+
+def without_spread(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Tensor:
+    """Which entries [N] are of a tensor whose deviations have no spread: there is no order to prune it by."""
+    found = torch.zeros(layout.num_params, dtype=torch.bool)
+    for slot in layout.params:
+        place = slice(slot.offset, slot.offset + slot.numel)
+        found[place] = not _origin_and_spread(mean[place], normalization)[1] > 0
+    return found
 
 
 def mean_deviation(deviations: Mapping[int, Tensor], explorers: Sequence[int]) -> Tensor:
@@ -279,6 +291,7 @@ class AutoFlip(MaskedAveraging):
         g = guidance(mean, layout, self.normalization)
         g = -g if self.invert else g
         keep = by_quantile(g, layout, self.T, self.eligible, self.per_tensor_threshold)
+        keep |= without_spread(mean, layout, self.normalization)  # also where the threshold has come to 1
         if self.T_s:
             keep = prune_units(keep, g, self.structure(task), self.T_s)
         if self.close_dead_units:
