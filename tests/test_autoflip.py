@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fldist
+from fldist.algorithm import Clients, Me, Server, TooFewReplies, on_client
 from fldist.algorithms.autoflip import (
     AutoFlip,
+    Explored,
     deviation,
     from_half,
     guidance,
@@ -26,6 +29,7 @@ from fldist.algorithms.autoflip import (
 from fldist.algorithms.random_pruning import zeroed
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
+from fldist.kinds import Weights
 from fldist.masked import break_even, server_step
 from fldist.models.train import LocalTraining
 from fldist.params import Layout, Params, Slot
@@ -35,7 +39,7 @@ from fldist.seeding import Streams
 from fldist.sparse import encoded_bytes, unpack
 from tests.conftest import Hosts
 from tests.needs import needs_data
-from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model
+from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model, run_own
 
 MLP_LAYOUT = Layout.of(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
 N = MLP_LAYOUT.num_params  # 610
@@ -522,6 +526,36 @@ def test_a_client_that_explores_into_nan_is_left_out(tmp_path: Path) -> None:
     changes = {"local": {"lr": 1e30, "momentum": 0.0}}
     with pytest.raises(Exception, match=r"setup: no reply to explore was accepted.*refused"):
         autoflip(tmp_path / "run", changes=changes)
+
+
+@dataclass(frozen=True)
+class TwoSetups(AutoFlip):
+    """In the first attempt client 0 does not explore, and the mask's delivery does not count."""
+
+    attempts: ClassVar[list[bool]] = []
+
+    def setup(self, server: Server, clients: Clients) -> None:
+        first = not self.attempts
+        self.attempts.append(first)
+        super().setup(server, clients)
+        if first:
+            raise TooFewReplies("hold", {0: "deadline"})
+
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        if data.client == 0 and len(self.attempts) == 1:
+            raise RuntimeError("not now")
+        return AutoFlip.explore(self, me, data, x)
+
+
+def test_a_setup_that_is_done_again_tells_everybody_its_new_mask(tmp_path: Path) -> None:
+    TwoSetups.attempts.clear()
+    settings_ = config({"name": "autoflip"}, faults={"on_quorum_loss": "retry"})
+    fields = {"T": 0.5, "explore_epochs": 2}
+    again = run_own(settings_, TwoSetups(**fields), tmp_path / "again")[1]
+    alone = run_own(settings_, AutoFlip(**fields), tmp_path / "alone")[1]
+    assert TwoSetups.attempts == [True, False]
+    assert again["state_hash"] == alone["state_hash"]
 
 
 @pytest.mark.parametrize(
