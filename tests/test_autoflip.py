@@ -20,6 +20,7 @@ from fldist.algorithm import Clients, Me, Server, TooFewReplies, on_client
 from fldist.algorithms.autoflip import (
     AutoFlip,
     Explored,
+    ExploredHalf,
     deviation,
     from_half,
     guidance,
@@ -522,10 +523,59 @@ def test_chain_as_published(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["log"]["sparsity"] < 0.4, "a part of what was pruned has grown again"
 
 
-def test_a_client_that_explores_into_nan_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["static", "per_round"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_who_explores_into_nan_is_left_out(tmp_path: Path, schedule: str, dtype: str) -> None:
     changes = {"local": {"lr": 1e30, "momentum": 0.0}}
-    with pytest.raises(Exception, match=r"setup: no reply to explore was accepted.*refused"):
-        autoflip(tmp_path / "run", changes=changes)
+    with pytest.raises(Exception, match=r"setup: no reply to explore(_half)? was accepted.*refused"):
+        autoflip(tmp_path / "run", changes=changes, mask_schedule=schedule, deviation_dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Spoilt(AutoFlip):
+    """Client 2 makes up its deviations."""
+
+    spoil: str = ""
+
+    def spoilt(self, values: torch.Tensor) -> torch.Tensor:
+        made = values.clone()
+        if self.spoil == "short":
+            return made[:-1].clone()
+        if self.spoil == "dtype":
+            return made.double()
+        made[7] = {"nan": math.nan, "inf": math.inf}[self.spoil]
+        return made
+
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        told = AutoFlip.explore(self, me, data, x)
+        if data.client != 2:
+            return told
+        if self.spoil == "whole":  # as many floats as the model has, buffers included
+            return Explored(x.clone(), told.epochs)
+        return Explored(Params(told.d.layout, self.spoilt(told.d.floats)), told.epochs)
+
+    @on_client
+    def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
+        told = AutoFlip.explore_half(self, me, data, x)
+        return ExploredHalf(self.spoilt(told.m), told.epochs) if data.client == 2 else told
+
+
+@pytest.mark.parametrize("schedule", ["static", "per_round"])
+@pytest.mark.parametrize(
+    ("dtype", "spoil"),
+    [("fp32", "nan"), ("fp32", "inf"), ("fp32", "whole"), *(("fp16", how) for how in ("nan", "inf", "short", "dtype"))],
+)
+def test_deviations_that_cannot_be_are_left_out(tmp_path: Path, schedule: str, dtype: str, spoil: str) -> None:
+    fields = {"T": 0.5, "explore_epochs": 1, "mask_schedule": schedule, "deviation_dtype": dtype}
+    settings_ = config({"name": "autoflip"}, model=MODELS["cnn"])
+    job, result = run_own(settings_, Spoilt(spoil=spoil, **fields), tmp_path / "run")
+    assert result["status"] == "finished"
+    refused = result["bytes"]["wasted"]["refused"]["up"]
+    assert refused > 0
+    n = job.task.layout_of(0).num_params
+    assert result["bytes"]["by_phase"]["explore"]["up"] == 4 * ((4 if dtype == "fp32" else 2) * n + 8)
+    assert all(0.3 < line["log"]["density"] <= 0.5 for line in lines(tmp_path / "run"))
 
 
 @dataclass(frozen=True)
