@@ -38,7 +38,7 @@ from fldist.pruning.masks import Eligible, above, by_quantile, quantile, random_
 from fldist.runner import run_here
 from fldist.seeding import Streams
 from fldist.sparse import encoded_bytes, unpack
-from tests.conftest import Hosts
+from tests.conftest import Hosts, Recorder
 from tests.needs import needs_data
 from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model, run_own
 
@@ -559,6 +559,13 @@ class Spoilt(AutoFlip):
     def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
         told = AutoFlip.explore_half(self, me, data, x)
         return ExploredHalf(self.spoilt(told.m), told.epochs) if data.client == 2 else told
+
+
+def test_an_explorer_that_is_left_out_is_named(tmp_path: Path) -> None:
+    seen = Recorder()
+    algorithm = {"name": "tests.test_autoflip:Spoilt", "spoil": "nan", "T": 0.5, "explore_epochs": 1}
+    run_here(load(config(algorithm)), output=tmp_path / "run", observer=seen)
+    assert [w for w in seen.warnings if w.startswith("setup: client 2's reply is missing: refused: d: nan")]
 
 
 @pytest.mark.parametrize("schedule", ["static", "per_round"])
