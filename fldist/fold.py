@@ -156,6 +156,39 @@ class Collected(Accumulator):
         return dict(sorted(self.values.items()))
 
 
+@dataclass(frozen=True)
+class CollectNotNegative(Fold):
+    """Keep every reply of this shape and dtype (of Params: the floats) whose numbers are finite and not negative.
+
+    What is neither is refused, so that it cannot spoil, or end, what is made of all replies.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start an empty collection."""
+        return _NotNegative(self.shape, self.dtype)
+
+
+class _NotNegative(Collected):
+    """A collection that looks at what it gets."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._shape = shape
+        self._dtype = dtype
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Keep a reply, or refuse it."""
+        numbers = value.floats if isinstance(value, Params) else value
+        if numbers.shape != self._shape or numbers.dtype is not self._dtype:
+            raise Refused("shape", f"{numbers.dtype} {list(numbers.shape)} is not {self._dtype} {list(self._shape)}")
+        if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+            raise Refused("range", "there is a number that is negative, infinite or NaN")
+        super().add(client, value, weight)
+
+
 def scale_exponent(limit: float) -> int:
     """The largest k with limit * 2^k < 2^62."""
     _, exponent = math.frexp(limit)  # limit = mantissa 2^exponent, 1/2 <= mantissa < 1

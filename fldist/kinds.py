@@ -112,9 +112,10 @@ class Each(Generic[T]):
 class Once(Generic[T]):
     """An argument that is the same for all clients, and is sent only to those that do not hold this version yet.
 
-    version: any integer that another value does not have. A client's host holds one version of each argument of each
-    method; after a rejoin it is sent again. In the ledger a client is given a version once. name: arguments of several
-    methods that are given under one name are one to a host: what came with one is not sent for another.
+    version: any integer that another value does not have, one of a void attempt at the round included (which may have
+    had other replies, and so another value). A client's host holds one version of each argument of each method; after a
+    rejoin it is sent again. In the ledger a client is given a version once. name: arguments of several methods that are
+    given under one name are one to a host: what came with one is not sent for another.
     """
 
     value: T

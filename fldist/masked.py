@@ -20,6 +20,7 @@ Bytes (N parameters, z of them kept, B buffer entries that travel, S clients tha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -72,6 +73,16 @@ def break_even(before: float, dense: float, sent: float) -> float:
     return before / (dense - sent) if dense > sent else math.inf
 
 
+def numbered(last: int, mask: Tensor | None) -> int:
+    """The version of a mask (bits) that follows the one of this version: a count, and 40 bits of a hash of the mask.
+
+    The count alone would not do: an attempt that is done again may find another mask, since others replied, and hosts
+    hold the one of the attempt that is void.
+    """
+    digest = b"" if mask is None else hashlib.sha256(mask.numpy().tobytes()).digest()[:5]
+    return ((last >> 40) + 1) << 40 | int.from_bytes(digest, "little")
+
+
 def pruned(x: Params, keep: Tensor) -> Params:
     """The model with 0 where a mask bool [N] does not keep."""
     made = x.clone()
@@ -106,7 +117,7 @@ class MaskedAveraging(Algorithm):
     def mask_for_round(self, server: Server, keep: Tensor) -> None:
         """Take a mask bool [N] that goes with the messages of this round."""
         server.mask = None if bool(keep.all()) else pack(keep)
-        server.version = server.version + 1
+        server.version = numbered(server.version, server.mask)
 
     def mask_of(self, server: Server) -> Once[Tensor] | None:
         """The mask as an argument: sent to who does not hold it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fldist
+from fldist.algorithm import Clients, Me, Server, TooFewReplies, on_client
 from fldist.algorithms.autoflip import (
     AutoFlip,
+    Explored,
+    ExploredHalf,
     deviation,
     from_half,
     guidance,
@@ -26,6 +30,7 @@ from fldist.algorithms.autoflip import (
 from fldist.algorithms.random_pruning import zeroed
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
+from fldist.kinds import Weights
 from fldist.masked import break_even, server_step
 from fldist.models.evaluate import class_metrics
 from fldist.models.train import LocalTraining
@@ -34,9 +39,9 @@ from fldist.pruning.masks import Eligible, above, by_quantile, quantile, random_
 from fldist.runner import run_here
 from fldist.seeding import Streams
 from fldist.sparse import encoded_bytes, unpack
-from tests.conftest import Hosts
+from tests.conftest import Hosts, Recorder
 from tests.needs import needs_data
-from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model
+from tests.test_laws import NUM_CLIENTS, SEED, assert_same_bits, config, distance, final_model, run_own
 
 MLP_LAYOUT = Layout.of(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
 N = MLP_LAYOUT.num_params  # 610
@@ -136,6 +141,21 @@ def test_every_tensor_is_scaled_to_0_and_1_and_one_without_spread_is_kept() -> N
     assert bool(g.isfinite().all())
     assert bool(by_quantile(g, layout, 0.5)[7:13].all())
     assert bool(guidance(d, layout, "robust").isfinite().all())
+
+
+@pytest.mark.parametrize("fields", [{}, {"per_tensor_threshold": True}, {"invert": True}, {"normalization": "robust"}])
+def test_what_has_no_spread_is_kept_whatever_the_threshold(fields: dict[str, Any]) -> None:
+    task = build(load(config())).task
+    d = torch.zeros(N)
+    d[512:520] = torch.rand(8) + 0.5  # the first bias alone has moved, so that more than 1 - T have guidance 1
+    keep = AutoFlip(T=0.5, close_dead_units=False, **fields).mask_from(d, task)
+    assert bool(keep[:512].all())
+    assert bool(keep[520:].all())
+
+
+def test_an_exploration_without_epochs_prunes_nothing(tmp_path: Path) -> None:
+    autoflip(tmp_path / "run", explore_epochs=0)
+    assert {line["log"]["density"] for line in lines(tmp_path / "run")} == {1.0}
 
 
 def test_robust_scaling_by_hand() -> None:
@@ -504,10 +524,96 @@ def test_chain_as_published(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["log"]["sparsity"] < 0.4, "a part of what was pruned has grown again"
 
 
-def test_a_client_that_explores_into_nan_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["static", "per_round"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_who_explores_into_nan_is_left_out(tmp_path: Path, schedule: str, dtype: str) -> None:
     changes = {"local": {"lr": 1e30, "momentum": 0.0}}
-    with pytest.raises(Exception, match=r"setup: no reply to explore was accepted.*refused"):
-        autoflip(tmp_path / "run", changes=changes)
+    with pytest.raises(Exception, match=r"setup: no reply to explore(_half)? was accepted.*refused"):
+        autoflip(tmp_path / "run", changes=changes, mask_schedule=schedule, deviation_dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Spoilt(AutoFlip):
+    """Client 2 makes up its deviations."""
+
+    spoil: str = ""
+
+    def spoilt(self, values: torch.Tensor) -> torch.Tensor:
+        made = values.clone()
+        if self.spoil == "short":
+            return made[:-1].clone()
+        if self.spoil == "dtype":
+            return made.double()
+        made[7] = {"nan": math.nan, "inf": math.inf}[self.spoil]
+        return made
+
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        told = AutoFlip.explore(self, me, data, x)
+        if data.client != 2:
+            return told
+        if self.spoil == "whole":  # as many floats as the model has, buffers included
+            return Explored(x.clone(), told.epochs)
+        return Explored(Params(told.d.layout, self.spoilt(told.d.floats)), told.epochs)
+
+    @on_client
+    def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
+        told = AutoFlip.explore_half(self, me, data, x)
+        return ExploredHalf(self.spoilt(told.m), told.epochs) if data.client == 2 else told
+
+
+def test_an_explorer_that_is_left_out_is_named(tmp_path: Path) -> None:
+    seen = Recorder()
+    algorithm = {"name": "tests.test_autoflip:Spoilt", "spoil": "nan", "T": 0.5, "explore_epochs": 1}
+    run_here(load(config(algorithm)), output=tmp_path / "run", observer=seen)
+    assert [w for w in seen.warnings if w.startswith("setup: client 2's reply is missing: refused: d: nan")]
+
+
+@pytest.mark.parametrize("schedule", ["static", "per_round"])
+@pytest.mark.parametrize(
+    ("dtype", "spoil"),
+    [("fp32", "nan"), ("fp32", "inf"), ("fp32", "whole"), *(("fp16", how) for how in ("nan", "inf", "short", "dtype"))],
+)
+def test_deviations_that_cannot_be_are_left_out(tmp_path: Path, schedule: str, dtype: str, spoil: str) -> None:
+    fields = {"T": 0.5, "explore_epochs": 1, "mask_schedule": schedule, "deviation_dtype": dtype}
+    settings_ = config({"name": "autoflip"}, model=MODELS["cnn"])
+    job, result = run_own(settings_, Spoilt(spoil=spoil, **fields), tmp_path / "run")
+    assert result["status"] == "finished"
+    refused = result["bytes"]["wasted"]["refused"]["up"]
+    assert refused > 0
+    n = job.task.layout_of(0).num_params
+    assert result["bytes"]["by_phase"]["explore"]["up"] == 4 * ((4 if dtype == "fp32" else 2) * n + 8)
+    assert all(0.3 < line["log"]["density"] <= 0.5 for line in lines(tmp_path / "run"))
+
+
+@dataclass(frozen=True)
+class TwoSetups(AutoFlip):
+    """In the first attempt client 0 does not explore, and the mask's delivery does not count."""
+
+    attempts: ClassVar[list[bool]] = []
+
+    def setup(self, server: Server, clients: Clients) -> None:
+        first = not self.attempts
+        self.attempts.append(first)
+        super().setup(server, clients)
+        if first:
+            raise TooFewReplies("hold", {0: "deadline"})
+
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        if data.client == 0 and len(self.attempts) == 1:
+            raise RuntimeError("not now")
+        return AutoFlip.explore(self, me, data, x)
+
+
+def test_a_setup_that_is_done_again_tells_everybody_its_new_mask(tmp_path: Path) -> None:
+    TwoSetups.attempts.clear()
+    settings_ = config({"name": "autoflip"}, faults={"on_quorum_loss": "retry"})
+    fields = {"T": 0.5, "explore_epochs": 2}
+    again = run_own(settings_, TwoSetups(**fields), tmp_path / "again")[1]
+    alone = run_own(settings_, AutoFlip(**fields), tmp_path / "alone")[1]
+    assert TwoSetups.attempts == [True, False]
+    assert again["state_hash"] == alone["state_hash"]
 
 
 @pytest.mark.parametrize(

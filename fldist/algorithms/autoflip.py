@@ -40,7 +40,7 @@ from torch import Tensor
 from fldist.algorithm import Clients, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import Accumulator, Collect, FixedPoint, Fold, FoldContext, Mean, Refused, collect
+from fldist.fold import Accumulator, CollectNotNegative, FixedPoint, Fold, FoldContext, Mean, Refused, collect
 from fldist.kinds import Kind, MaxBytes, Scalar, Weights
 from fldist.masked import MaskedAveraging, pruned
 from fldist.params import Layout, Params
@@ -69,6 +69,14 @@ def from_half(movement: Tensor) -> Tensor:
     return (movement.float() / HALF_SCALE).square()
 
 
+def _origin_and_spread(values: Tensor, normalization: str) -> tuple[float, float]:
+    """What a tensor's deviations are measured from, and by: see `guidance`."""
+    if normalization == "minmax":
+        return float(values.min()), float(values.max() - values.min())
+    between = quantile(values, 0.75) - quantile(values, 0.25)
+    return float(values.median()), float(torch.tensor(between, dtype=values.dtype))  # 0 if it is too small to divide by
+
+
 def guidance(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Tensor:
     """G [N] of the mean deviation D [N]: every tensor scaled on its own, 1 where its deviations have no spread.
 
@@ -76,15 +84,19 @@ def guidance(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Ten
     """
     scaled = torch.empty_like(mean)
     for slot in layout.params:
-        values = mean[slot.offset : slot.offset + slot.numel]
-        if normalization == "minmax":
-            origin, spread = values.min(), values.max() - values.min()
-        else:
-            origin = values.median()
-            spread = torch.tensor(quantile(values, 0.75) - quantile(values, 0.25), dtype=values.dtype)
-        whole = values - origin
-        scaled[slot.offset : slot.offset + slot.numel] = whole / spread if spread > 0 else torch.ones_like(whole)
+        place = slice(slot.offset, slot.offset + slot.numel)
+        origin, spread = _origin_and_spread(mean[place], normalization)
+        scaled[place] = (mean[place] - origin) / spread if spread > 0 else 1.0
     return scaled
+
+
+def without_spread(mean: Tensor, layout: Layout, normalization: str = "minmax") -> Tensor:
+    """Which entries [N] are of a tensor whose deviations have no spread: there is no order to prune it by."""
+    found = torch.zeros(layout.num_params, dtype=torch.bool)
+    for slot in layout.params:
+        place = slice(slot.offset, slot.offset + slot.numel)
+        found[place] = not _origin_and_spread(mean[place], normalization)[1] > 0
+    return found
 
 
 def mean_deviation(deviations: Mapping[int, Tensor], explorers: Sequence[int]) -> Tensor:
@@ -248,7 +260,8 @@ class AutoFlip(MaskedAveraging):
         half = self.deviation_dtype == "fp16"
         method, field = (self.explore_half, "m") if half else (self.explore, "d")
         mean: Fold = MeanOfHalves() if half else Mean(like="x", part="params")
-        fold: Fold = Collect() if self.mask_schedule == "per_round" else mean
+        each = CollectNotNegative((server.x.layout.num_params,), torch.float16 if half else torch.float32)
+        fold: Fold = each if self.mask_schedule == "per_round" else mean
         got = clients.only(explorers).call(method, x=server.x, fold={field: fold}, phase="explore")
         server.explored_epochs = {k: int(got.epochs[k]) for k in got.clients}
         found = getattr(got, field)
@@ -279,6 +292,7 @@ class AutoFlip(MaskedAveraging):
         g = guidance(mean, layout, self.normalization)
         g = -g if self.invert else g
         keep = by_quantile(g, layout, self.T, self.eligible, self.per_tensor_threshold)
+        keep |= without_spread(mean, layout, self.normalization)  # also where the threshold has come to 1
         if self.T_s:
             keep = prune_units(keep, g, self.structure(task), self.T_s)
         if self.close_dead_units:

@@ -72,7 +72,7 @@ from torch.nn.functional import cross_entropy
 from fldist.algorithm import Books, Clients, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import Accumulator, Collected, Fold, FoldContext, Mean, Refused, collect
+from fldist.fold import CollectNotNegative, Fold, Mean, collect
 from fldist.kinds import Gradients, MaskedWeights, Masks, MaxBytes, Report, Scalar, Weights
 from fldist.masked import MaskedAveraging, Update, pruned, server_step
 from fldist.params import Layout, Params
@@ -242,34 +242,6 @@ class Squares(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NotNegative(Fold):
-    """Keep every reply whose numbers are finite and not negative."""
-
-    shape: tuple[int, ...]
-
-    def begin(self, context: FoldContext) -> Accumulator:
-        """Start an empty collection."""
-        return _NotNegative(self.shape)
-
-
-class _NotNegative(Collected):
-    """A collection that looks at what it gets."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self._shape = shape
-
-    def add(self, client: int, value: Any, weight: float) -> None:
-        """Keep a reply, or refuse it."""
-        numbers = value.floats if isinstance(value, Params) else value
-        if numbers.shape != self._shape:
-            raise Refused("shape", f"{list(numbers.shape)} is not {list(self._shape)}")
-        if not bool((numbers.isfinite() & (numbers >= 0)).all()):
-            raise Refused("range", "there is a number that is negative, infinite or NaN")
-        super().add(client, value, weight)
-
-
-@dataclass(frozen=True)
 class PruneFl(MaskedAveraging):
     """Federated averaging under a mask that is reconfigured by squared gradients and by the seconds of each layer.
 
@@ -337,7 +309,7 @@ class PruneFl(MaskedAveraging):
         if client is None:
             client = ids[int(torch.randint(len(ids), (1,), generator=server.rng))]
         one = clients.only([client])
-        times = NotNegative((1 + len(self.layers(server.x.layout)),))
+        times = CollectNotNegative((1 + len(self.layers(server.x.layout)),), torch.float64)
         if not self.initial_passes:
             server.times = one.call(self.measure, fold={"times": times}, phase="initial").times[client]
             return
@@ -402,7 +374,8 @@ class PruneFl(MaskedAveraging):
     def reconfigure_now(self, server: Server, clients: Clients, ids: Any) -> None:
         """Take the new mask from what the clients of this round have gathered."""
         layout = server.x.layout
-        found = clients.only(ids).call(self.squares, fold={"s": NotNegative((layout.num_params,))}, phase="reconfigure")
+        fold = CollectNotNegative((layout.num_params,))
+        found = clients.only(ids).call(self.squares, fold={"s": fold}, phase="reconfigure")
         c, t_const = self.costs(server.times, layout)
         before = self.keep_of(server)
         mask = torch.ones(layout.num_params, dtype=torch.bool) if before is None else before

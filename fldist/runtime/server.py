@@ -296,6 +296,10 @@ class ServerLoop:
         self._spend(ended - began)
         self._ledger.take_round()
         caller = self._caller
+        if caller.facts.missing:  # no line of rounds.jsonl names them
+            client, reason = next(iter(sorted(caller.facts.missing.items())))
+            more = f" (and {len(caller.facts.missing) - 1} more)" if len(caller.facts.missing) > 1 else ""
+            self.observer.warning(f"setup: client {client}'s reply is missing: {reason}{more}")
         self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
         if view.pictures:
             self._save(lambda: self.output.images(0, view.pictures))
