@@ -768,6 +768,36 @@ def test_nothing_saved_is_no_round(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"]["break_even_round"] is None
 
 
+class LooksAtValues(nn.Module):
+    """A network that decides by the values of its input, and so cannot be followed without them."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(1)
+        made: torch.Tensor = self.linear(flat / 2 if float(flat.max()) > 1e9 else flat)
+        return made
+
+
+@dataclass(frozen=True)
+class Looks:
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        return LooksAtValues(classes)
+
+
+def test_a_network_whose_operations_cannot_be_counted_is_trained_all_the_same(tmp_path: Path) -> None:
+    seen = Recorder()
+    algorithm = {"name": "autoflip", "explore_epochs": 1, "compact": True}
+    settings_ = config(algorithm, model={"name": "tests.test_autoflip:Looks"})
+    result = run_here(load(settings_), output=tmp_path / "run", observer=seen)
+    assert result["status"] == "finished"
+    assert result["summary"]["break_even_round"] > 0
+    assert not [name for name in result["summary"] if name.startswith("flops")]
+    assert any("operations of training are not counted: LooksAtValues cannot be followed" in w for w in seen.warnings)
+
+
 # ---- the small comparison
 CONFIGS = Path(__file__).parents[1] / "configs" / "autoflip"
 
