@@ -101,17 +101,13 @@ class MaskedAveraging(Algorithm):
     compact: bool = False  # clients train the network that is left when units without weights are taken out
 
     def init_server(self, task: Task) -> State:
-        """The model x, velocity v = 0, no mask yet."""
-        x = task.init_params()
-        return State(x=x, v=x.trainable.zeros_like(), mask=None, version=0, flops={})
-
-    def check(self, task: Task) -> None:
-        """Say it where the operations of training cannot be counted."""
-        super().check(task)
+        """The model x, velocity v = 0, no mask yet; says it where the operations of training cannot be counted."""
         try:
             task.macs()
         except ValueError as error:
             task.notes.append(f"the operations of training are not counted: {error}")
+        x = task.init_params()
+        return State(x=x, v=x.trainable.zeros_like(), mask=None, version=0, flops={})
 
     def round(self, server: Server, clients: Clients) -> None:
         """A round under the mask of the setup."""
@@ -165,7 +161,7 @@ class MaskedAveraging(Algorithm):
         task, keep = server.task, self.keep_of(server)
         try:
             macs = task.macs()
-        except ValueError:  # `check` has said so
+        except ValueError:  # `init_server` has said so
             return
         compacted = task.macs(keep) if self.compact and keep is not None else None
         cost = TrainingFlops.of(macs, keep, compacted).times(samples, task.local.epochs)

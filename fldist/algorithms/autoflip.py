@@ -101,12 +101,11 @@ def without_spread(mean: Tensor, layout: Layout, normalization: str = "minmax") 
 
 def mean_deviation(deviations: Mapping[int, Tensor], explorers: Sequence[int]) -> Tensor:
     """D [N]: the unweighted mean over these explorers, added in the order of their numbers, in float64."""
-    total = torch.zeros(0, dtype=torch.float64)
+    total = torch.zeros(len(next(iter(deviations.values()))), dtype=torch.float64)
     for k in sorted(explorers):
         d = deviations[k]
-        d = (from_half(d) if d.dtype is torch.float16 else d).double()
-        total = total + d if total.numel() else d
-    return (total / len(explorers)).float()
+        total += from_half(d) if d.dtype is torch.float16 else d
+    return total.div_(len(explorers)).float()
 
 
 class Explored(NamedTuple):
