@@ -15,6 +15,7 @@ Bytes (N parameters, z of them kept, B buffer entries that travel, S clients tha
     masks, train        ceil(N / 8) to a client at its first contact with a mask (`mask_delivery: first_contact`)
     scalars, train      8 S up: n_k
     weights, evaluate   (enc(z) + 4 B) to every client that scores the global model
+    masks, evaluate     ceil(N / 8) to a client whose first contact with a mask this is
 """
 
 from __future__ import annotations
@@ -100,7 +101,11 @@ class MaskedAveraging(Algorithm):
     compact: bool = False  # clients train the network that is left when units without weights are taken out
 
     def init_server(self, task: Task) -> State:
-        """The model x, velocity v = 0, no mask yet."""
+        """The model x, velocity v = 0, no mask yet; says it where the operations of training cannot be counted."""
+        try:
+            task.macs()
+        except ValueError as error:
+            task.notes.append(f"the operations of training are not counted: {error}")
         x = task.init_params()
         return State(x=x, v=x.trainable.zeros_like(), mask=None, version=0, flops={})
 
@@ -152,10 +157,14 @@ class MaskedAveraging(Algorithm):
         server.log(density=density, sparsity=zeros / total, compression_rate=total / max(1, total - zeros))
 
     def count_flops(self, server: Server, samples: int) -> None:
-        """Log what a round of training on so many samples costs, and add it up."""
+        """Log what a round of training on so many samples costs, and add it up; nothing where it cannot be counted."""
         task, keep = server.task, self.keep_of(server)
+        try:
+            macs = task.macs()
+        except ValueError:  # `init_server` has said so
+            return
         compacted = task.macs(keep) if self.compact and keep is not None else None
-        cost = TrainingFlops.of(task.macs(), keep, compacted).times(samples, task.local.epochs)
+        cost = TrainingFlops.of(macs, keep, compacted).times(samples, task.local.epochs)
         told = {f"flops_{name}": value for name, value in dataclasses.asdict(cost).items()}
         server.log(**told)
         server.flops = {name: value + server.flops.get(name, 0) for name, value in told.items()}
@@ -172,13 +181,14 @@ class MaskedAveraging(Algorithm):
         each = weights + (masks if self.mask_each_round else 0)
         before += masks if not self.mask_each_round else 0
         dense = 2 * server.x.nbytes * sum(books.replied)
+        explored = {"flops_exploration": self.flops_before(server)} if server.flops else {}
         return {
             "bytes_before_rounds": before,
             "bytes_per_round": each / rounds,
             "fedavg_bytes_per_round": dense / rounds,
             "break_even_round": break_even(before, dense / rounds, each / rounds),
-            **{name: value + self.flops_before(server) for name, value in server.flops.items()},
-            "flops_exploration": self.flops_before(server),
+            **{name: value + explored["flops_exploration"] for name, value in server.flops.items()},
+            **explored,
         }
 
     @property

@@ -82,8 +82,8 @@ _known: dict[int, tuple[weakref.ref[Tensor], int, torch.device, Positions]] = {}
 def positions(bits: Tensor, n: int, device: torch.device) -> Positions:
     """The positions of a mask's bits on a device; ValueError as `unpack`.
 
-    Those of the latest masks are kept: a mask lives for many messages, and finding its positions costs ten times what
-    taking the values there does.
+    Those of the latest masks are kept as long as these are there: a mask lives for many messages, and finding its
+    positions costs ten times what taking the values there does.
     """
     key = id(bits)
     found = _known.get(key)
@@ -91,10 +91,17 @@ def positions(bits: Tensor, n: int, device: torch.device) -> Positions:
         return found[3]
     made = Positions.of(unpack(bits, n).to(device))
     _known.pop(key, None)
-    while len(_known) >= _KNOWN:
-        _known.pop(next(iter(_known)), None)
-    _known[key] = (weakref.ref(bits), bits._version, device, made)
+    for oldest in list(_known)[: max(0, len(_known) + 1 - _KNOWN)]:
+        _known.pop(oldest, None)
+    _known[key] = (weakref.ref(bits, lambda gone: _forget(key, gone)), bits._version, device, made)
     return made
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    """Let go of the positions of a mask that is no more, unless another one has its place."""
+    found = _known.get(key)
+    if found is not None and found[0] is gone:
+        _known.pop(key, None)
 
 
 def encoded_bytes(encoding: Encoding, n: int, z: int) -> int:

@@ -119,3 +119,22 @@ def test_a_host_that_does_not_come_back_is_not_waited_for_in_vain(tmp_path: Path
     hosts.moments[1] = ("computing", int(signal.SIGKILL), 2, str(tmp_path / "mark"))
     with pytest.raises(RunStopped, match="a host whose clients wait for it does not come back"):
         run_here(load(config(faults=faults)), nproc=3, output=tmp_path / "run", spawn=hosts)
+
+
+def test_a_setup_that_lost_its_only_client_is_done_again(tmp_path: Path, hosts: Hosts) -> None:
+    """Without the setup there would be no round, so that `skip`, the default, cannot mean to leave it out."""
+    settings = small(
+        algorithm={"name": "prunefl", "initial_passes": 20, "initial_client": 0},
+        clients={"num_clients": 2},
+        rounds=2,
+        eval__every=0,
+        clock={"name": "scripted", "default": 1e-3},
+    )
+    mark = tmp_path / "mark"
+    hosts.moments[1] = ("computing", int(signal.SIGKILL), 0, str(mark))
+    seen = Recorder()
+    result = run_here(load(settings), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert mark.exists()
+    assert result["state_hash"] == fldist.run(settings, output=tmp_path / "alone")["state_hash"]
+    again = "setup: no reply to alone was accepted; it is done again (attempt 1)"
+    assert any(w.startswith(again) for w in seen.warnings)

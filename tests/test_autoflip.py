@@ -477,6 +477,14 @@ def test_a_round_whose_cohort_did_not_explore_takes_everybodys_mask(tmp_path: Pa
     assert len({line["log"]["density"] for line in lines(tmp_path / "run")}) == 1  # one explorer's mask, always
 
 
+def test_a_cohort_whose_mask_would_cut_the_network_takes_everybodys_mask(tmp_path: Path) -> None:
+    settings_ = config({"name": "autoflip"}, rounds=5, clients={"per_round": 1})
+    fields = {"T": 0.5, "explore_epochs": 2, "mask_schedule": "per_round"}
+    result = run_own(settings_, Spoilt(spoil="cut", **fields), tmp_path / "run")[1]
+    assert (result["status"], result["rounds"]) == ("finished", 5)
+    assert {line["log"]["explorers"] for line in lines(tmp_path / "run")} == {1, NUM_CLIENTS}
+
+
 def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
     from fldist.config import load_resumed
 
@@ -551,6 +559,10 @@ class Spoilt(AutoFlip):
     def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
         told = AutoFlip.explore(self, me, data, x)
         if data.client != 2:
+            return told
+        if self.spoil == "cut":  # all that moved leads from a unit that nothing leads to
+            told.d.floats.zero_()
+            told.d.floats[[0, 521]] = 1.0
             return told
         if self.spoil == "whole":  # as many floats as the model has, buffers included
             return Explored(x.clone(), told.epochs)
@@ -629,6 +641,10 @@ def test_a_setup_that_is_done_again_tells_everybody_its_new_mask(tmp_path: Path)
         ({"mask_schedule": "per_round", "start": "chain"}, "algorithm.mask_schedule: per_round makes"),
         ({"T": 0.999}, r"the mask leaves the layer 1\.weight no parameter; lower algorithm\.T"),
         ({"rho": 0}, "algorithm.rho"),
+        (
+            {"explore_epochs": 0, "T_s": 0.5},
+            r"algorithm\.T_s: unit quantile: 0\.5 would prune all 8 units of 1; lower it",
+        ),
     ],
 )
 def test_bad_settings(tmp_path: Path, fields: dict[str, Any], what: str) -> None:
@@ -778,6 +794,36 @@ def test_masks_of_every_round_count_with_the_rounds(tmp_path: Path) -> None:
 def test_nothing_saved_is_no_round(tmp_path: Path) -> None:
     autoflip(tmp_path / "run", T=0)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["summary"]["break_even_round"] is None
+
+
+class LooksAtValues(nn.Module):
+    """A network that decides by the values of its input, and so cannot be followed without them."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(1)
+        made: torch.Tensor = self.linear(flat / 2 if float(flat.max()) > 1e9 else flat)
+        return made
+
+
+@dataclass(frozen=True)
+class Looks:
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        return LooksAtValues(classes)
+
+
+def test_a_network_whose_operations_cannot_be_counted_is_trained_all_the_same(tmp_path: Path) -> None:
+    seen = Recorder()
+    algorithm = {"name": "autoflip", "explore_epochs": 1, "compact": True}
+    settings_ = config(algorithm, model={"name": "tests.test_autoflip:Looks"})
+    result = run_here(load(settings_), output=tmp_path / "run", observer=seen)
+    assert result["status"] == "finished"
+    assert result["summary"]["break_even_round"] > 0
+    assert not [name for name in result["summary"] if name.startswith("flops")]
+    assert any("operations of training are not counted: LooksAtValues cannot be followed" in w for w in seen.warnings)
 
 
 # ---- the small comparison

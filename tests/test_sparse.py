@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fldist
+from fldist import sparse
 from fldist.config import load
 from fldist.kinds import Field, Form, Kind, Schema, Sparse
 from fldist.models.cnn import CnnBn
@@ -136,6 +137,19 @@ def test_positions_are_checked(positions: list[int], what: str) -> None:
     payload = torch.cat([head, torch.tensor([1.0, 2.0]).view(torch.uint8)])
     with pytest.raises(ValueError, match=what):
         decode(payload, 5, 0, "index_values", Positions.of(keep))
+
+
+def test_positions_are_kept_as_long_as_their_mask_is_there_and_as_it_was() -> None:
+    sparse._known.clear()
+    masks = [pack(torch.arange(40) % (k + 2) == 0) for k in range(6)]
+    for mask in masks:
+        assert sparse.positions(mask, 40, mask.device).index.tolist() == unpack(mask, 40).nonzero().flatten().tolist()
+    assert len(sparse._known) == 4
+    assert sparse.positions(masks[-1], 40, mask.device) is sparse.positions(masks[-1], 40, mask.device)
+    masks[-1][0] = 0
+    assert int(sparse.positions(masks[-1], 40, mask.device).index[0]) >= 8
+    del masks, mask
+    assert not sparse._known
 
 
 def test_a_bit_mask_says_how_many_values_follow() -> None:

@@ -101,12 +101,11 @@ def without_spread(mean: Tensor, layout: Layout, normalization: str = "minmax") 
 
 def mean_deviation(deviations: Mapping[int, Tensor], explorers: Sequence[int]) -> Tensor:
     """D [N]: the unweighted mean over these explorers, added in the order of their numbers, in float64."""
-    total = torch.zeros(0, dtype=torch.float64)
+    total = torch.zeros(len(next(iter(deviations.values()))), dtype=torch.float64)
     for k in sorted(explorers):
         d = deviations[k]
-        d = (from_half(d) if d.dtype is torch.float16 else d).double()
-        total = total + d if total.numel() else d
-    return (total / len(explorers)).float()
+        total += from_half(d) if d.dtype is torch.float16 else d
+    return total.div_(len(explorers)).float()
 
 
 class Explored(NamedTuple):
@@ -294,7 +293,10 @@ class AutoFlip(MaskedAveraging):
         keep = by_quantile(g, layout, self.T, self.eligible, self.per_tensor_threshold)
         keep |= without_spread(mean, layout, self.normalization)  # also where the threshold has come to 1
         if self.T_s:
-            keep = prune_units(keep, g, self.structure(task), self.T_s)
+            try:
+                keep = prune_units(keep, g, self.structure(task), self.T_s)
+            except ValueError as error:
+                raise ValueError(f"algorithm.T_s: {error}") from None
         if self.close_dead_units:
             keep = close_dead_units(keep, self.structure(task))
         refuse_empty(keep, layout, "lower algorithm.T or algorithm.T_s, or name the layer in algorithm.exclude")
@@ -302,11 +304,17 @@ class AutoFlip(MaskedAveraging):
 
     # ---- rounds
     def round(self, server: Server, clients: Clients) -> None:
-        """A round under the mask of the setup, or under one from the explorers of its cohort."""
+        """A round under the mask of the setup, or under one from the explorers of its cohort: from all explorers where
+        it has none, and where theirs would leave a layer nothing."""
         if self.mask_schedule == "per_round" and server.deviations:
-            here = [k for k in clients.selected().ids if k in server.deviations]
-            mean = mean_deviation(server.deviations, here or list(server.deviations))
-            keep = self.mask_from(mean, server.task)
+            everyone = list(server.deviations)
+            here = [k for k in clients.selected().ids if k in server.deviations] or everyone
+            try:
+                keep = self.mask_from(mean_deviation(server.deviations, here), server.task)
+            except ValueError:  # theirs alone leaves a layer nothing; that of all was looked at before round 1
+                here = everyone
+                keep = self.mask_from(mean_deviation(server.deviations, here), server.task)
+            server.log(explorers=len(here))
             if self.regrow == "zero":
                 server.x = pruned(server.x, keep)
             self.mask_for_round(server, keep)

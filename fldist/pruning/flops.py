@@ -41,7 +41,8 @@ class Macs:
     def of(cls, module: nn.Module, sample_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Macs:
         """Count a forward pass of one sample of this shape and dtype; made on the meta device, it calculates nothing.
 
-        ValueError for a layer whose weight is no parameter of the module (parametrized ones).
+        ValueError for a layer whose weight is no parameter of the module (parametrized ones), and for a module that
+        cannot be run there, such as one that decides by the values of its input.
         """
         layout = Layout.of(module)
         names = {id(tensor): name for name, tensor in module.named_parameters()}
@@ -65,8 +66,12 @@ class Macs:
                 layer.register_forward_hook(count(originals[name], name))
             elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
                 looked_up.add(names[id(originals[name].weight)])
-        with torch.no_grad():
-            meta(torch.empty((1, *sample_shape), dtype=dtype, device="meta"))
+        try:
+            with torch.no_grad():
+                meta(torch.empty((1, *sample_shape), dtype=dtype, device="meta"))
+        except Exception as error:  # a user's module may raise anything
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{type(module).__name__} cannot be followed: {reason}") from error
         silent = [s.name for s in layout.params if len(s.shape) > 1 and s.name not in uses and s.name not in looked_up]
         return cls(layout, uses, tuple(silent))
 

@@ -42,10 +42,10 @@ class Faults:
     """What happens when clients or hosts fail (the section `faults`).
 
     min_replies: accepted replies without which a call, and with it its round, does not count (`all`: of everyone
-    who was called); on_quorum_loss: then the state stays as it was and the run goes on (`skip`), the round is done
-    again with the same random draws (`retry`, at most `max_attempts` times in all), or the run stops (`stop`);
-    restart: whether a host that has died is started again, where the launcher can; orphans: whether other hosts
-    adopt an absent host's clients, or these wait for it and are missing meanwhile.
+    who was called); on_quorum_loss: then the state stays as it was and the run goes on (`skip`; not the setup, which
+    is done again), the round is done again with the same random draws (`retry`, at most `max_attempts` times in all),
+    or the run stops (`stop`); restart: whether a host that has died is started again, where the launcher can; orphans:
+    whether other hosts adopt an absent host's clients, or these wait for it and are missing meanwhile.
     """
 
     min_replies: Annotated[int | Literal["all"], BeforeValidator(_replies)] = 1

@@ -289,9 +289,7 @@ class ServerLoop:
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
         began = time.monotonic()
-        error = self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")[1]
-        if error is not None:
-            raise RunStopped(f"setup: {error}; {next(iter(error.missing.values()), '')}")
+        self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")
         ended = time.monotonic()
         self._spend(ended - began)
         self._ledger.take_round()
@@ -350,10 +348,9 @@ class ServerLoop:
         faults = self.job.faults
         some = next(iter(error.missing.items()), None)
         why = f"; client {some[0]}: {some[1]}" if some else ""
-        what = f"round {number}: {error}"
-        if faults.on_quorum_loss == "skip":
-            if number:
-                self.observer.warning(f"{what}; the state stays as it was{why}")
+        what = f"round {number}: {error}" if number else f"setup: {error}"
+        if faults.on_quorum_loss == "skip" and number:  # no round could be done without the setup
+            self.observer.warning(f"{what}; the state stays as it was{why}")
             return False
         if faults.on_quorum_loss == "stop":
             raise RunStopped(f"{what} (faults.on_quorum_loss: stop){why}; {self._kept()}")
