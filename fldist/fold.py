@@ -157,7 +157,7 @@ class Collected(Accumulator):
 
 
 @dataclass(frozen=True)
-class CollectNotNegative(Fold):
+class CollectNotNegative(Collect):
     """Keep every reply of this shape and dtype (of Params: the floats) whose numbers are finite and not negative.
 
     What is neither is refused, so that it cannot spoil, or end, what is made of all replies.

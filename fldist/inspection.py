@@ -25,7 +25,7 @@ from fldist.algorithm import Algorithm, ClientScores, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
-from fldist.fold import Collect, Fold, Mean, Sum
+from fldist.fold import Collect, CollectNotNegative, Fold, Mean, Sum
 from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
@@ -104,7 +104,7 @@ class Prediction:
     by_kind: dict[str, dict[str, int]]
     phases: dict[str, dict[str, int]]
     once: dict[str, int]
-    """By argument: bytes down that each client is given once, and so are in no round but its first."""
+    """By argument: bytes down that each client is given once for each version, and so are in no round but its first."""
     unknown: list[str]
 
     @property
@@ -144,13 +144,13 @@ class _Tracer:
         replies: dict[str, Any] = {}
         up = []
         for field in spec.reply.fields:
-            value = self._reply_value(spec, field, arguments)
+            how = fold.get(field.name, Collect())
+            value = self._reply_value(spec, field, how, arguments)
             if value is None and not field.optional:
                 self.unknown.append(
                     f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
                 )
                 raise _UnknownSize
-            how = fold.get(field.name, Collect())
             if isinstance(how, Mean) and isinstance(value, Params):
                 value = value.restricted(how.part)
             up.append(value)
@@ -185,7 +185,7 @@ class _Tracer:
                 if phase not in UNTRAINED_PHASES:
                     self.by_kind[kind.label]["down"] += size
 
-    def _reply_value(self, spec: ClientMethod, field: Field, arguments: dict[str, Any]) -> Any:
+    def _reply_value(self, spec: ClientMethod, field: Field, how: Fold, arguments: dict[str, Any]) -> Any:
         if field.form in (Form.FLOAT, Form.INT):
             return 1
         if field is REPORT:
@@ -195,6 +195,9 @@ class _Tracer:
         if spec.reply_type is ClientScores:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
+        if isinstance(how, CollectNotNegative):
+            made = torch.rand(how.shape).to(how.dtype)  # not all alike: masks follow the order
+            return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
 
     def _count(self, way: str, phase: str, schema: Schema, client: int, values: list[Any]) -> None:
@@ -233,9 +236,9 @@ def predict(job: Job) -> Prediction:
         with forked(job.seed, "setup"):
             job.algorithm.setup(view, clients)
     except _UnknownSize:
-        pass
+        tracer.unknown[-1] = f"setup: {tracer.unknown[-1]}; the round is predicted as if the setup had decided nothing"
     except Exception as error:  # replies that were made up may lead nowhere
-        tracer.unknown.append(f"setup: {error}")
+        tracer.unknown.append(f"setup: {error}; the round is predicted as if the setup had decided nothing")
     before = dict(tracer.phases)
     tracer.by_kind.clear()
     tracer.phases = defaultdict(lambda: {"up": 0, "down": 0})
@@ -299,7 +302,8 @@ def dry_run(settings: Settings, nproc: int) -> str:
     lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
     for phase, ways in sorted(prediction.before.items()):
         lines.append(f"  {phase:<12} up {ways['up']:>16,}   down {ways['down']:>16,}   (once, before round 1)")
-    lines += [f"  {name} goes to each client once: {size:,} down" for name, size in sorted(prediction.once.items())]
+    for name, size in sorted(prediction.once.items()):
+        lines.append(f"  {name} goes to each client once for each version of it: {size:,} down")
     scoring = prediction.phases.get("evaluate")
     if scoring is not None:
         lines.append(

@@ -303,3 +303,23 @@ def test_a_mask_of_every_round_is_counted_with_the_round() -> None:
     assert anew.once == {}
     assert anew.by_kind["masks"] == {"up": 0, "down": 3 * size}
     assert set(static.before) == {"explore"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_prediction_explores_with_made_up_deviations_of_every_client(tmp_path: Path, dtype: str) -> None:
+    algorithm = {"name": "autoflip", "T": 0.5, "mask_schedule": "per_round", "deviation_dtype": dtype}
+    algorithm |= {"explore_epochs": 1, "close_dead_units": False}
+    changes = {"algorithm": algorithm, "rounds": 1, "task__model": {"name": "cnn_bn"}}
+    prediction = predict(job_of(**changes))
+    result = fldist.run(small(**changes), output=tmp_path / "run")
+    assert not prediction.unknown
+    assert prediction.before["explore"] == result["bytes"]["by_phase"]["explore"]
+    for way in ("up", "down"):
+        measured = result["bytes"]["by_phase_and_kind"]["train.weights"][way]
+        assert prediction.phases["train"][way] == pytest.approx(measured, rel=0.2)
+
+
+def test_what_is_predicted_without_the_setup_is_said_to_be() -> None:
+    changes = {"algorithm": {"name": "autoflip", "deviation_dtype": "fp16"}}
+    (told,) = predict(job_of(**changes)).unknown
+    assert told.startswith("setup: explore_half.m (weights): its size is known only when it runs; the round is predic")

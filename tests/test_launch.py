@@ -39,10 +39,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(algorithm: str, **changes: Any) -> dict[str, Any]:
+def config(algorithm: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Skewed clients, half of them at a time, BatchNorm with its integers, momentum."""
+    if isinstance(algorithm, str):
+        algorithm = {"name": algorithm, **FIELDS.get(algorithm, {})}
+    name = algorithm["name"]
     return small(
-        algorithm={"name": algorithm, **FIELDS.get(algorithm, {})},
+        algorithm=algorithm,
         clients={"num_clients": 8, "fraction": 0.5},
         task={
             "data": "digits",
@@ -50,8 +53,8 @@ def config(algorithm: str, **changes: Any) -> dict[str, Any]:
             "model": {"name": "cnn_bn", "widths": [8, 16]},
         },
         local={"epochs": 1, "batch_size": 32, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
-        **({"clock": {"name": "scripted", "default": 0.01}} if algorithm == "prunefl" else {}),
-        **({"task__split": {"val": 0.2}} if algorithm == "lottery_fl" else {}),
+        **({"clock": {"name": "scripted", "default": 0.01}} if name == "prunefl" else {}),
+        **({"task__split": {"val": 0.2}} if name == "lottery_fl" else {}),
         **changes,
     )
 

@@ -115,8 +115,8 @@ def test_what_a_client_changes_in_place_nobody_gets_any_more(tmp_path: Path) -> 
 
 def test_a_prediction_counts_it_apart() -> None:
     text = dry_run(load(masked()), 1)
-    assert f"masked.mask (masks) goes to each client once: {SIZE:,} down" in text
-    assert "masked.other (scalars) goes to each client once: 8 down" in text
+    assert f"masked.mask (masks) goes to each client once for each version of it: {SIZE:,} down" in text
+    assert "masked.other (scalars) goes to each client once for each version of it: 8 down" in text
     model = 4 * (64 * 8 + 8 + 8 * 10 + 10)
     assert re.search(rf"training +up +{3 * (model + 8):,} +down +{3 * model:,}", text)
 
