@@ -20,6 +20,7 @@ Bytes (N parameters, z of them kept, B buffer entries that travel, S clients tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -30,7 +31,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fldist.algorithm import Algorithm, Books, Clients, ClientScores, Me, Replies, Server, State, on_client
+from fldist.algorithm import (
+    Algorithm,
+    Books,
+    Clients,
+    ClientScores,
+    Me,
+    Replies,
+    Server,
+    State,
+    TooFewReplies,
+    on_client,
+)
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, collect
@@ -117,7 +129,9 @@ class MaskedAveraging(Algorithm):
         """Take a mask bool [N] for the rounds to come; it is told to everybody, or goes to who takes part."""
         self.mask_for_round(server, keep)
         if server.mask is not None and self.mask_delivery == "broadcast":
-            clients.all().call(self.hold, mask=self.mask_of(server), phase="mask")
+            # who does not answer (for want of time, say) is sent the mask with the next message that rests on it
+            with contextlib.suppress(TooFewReplies):
+                clients.all().call(self.hold, mask=self.mask_of(server), phase="mask")
 
     def mask_for_round(self, server: Server, keep: Tensor) -> None:
         """Take a mask bool [N] that goes with the messages of this round."""

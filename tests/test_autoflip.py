@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -626,6 +627,28 @@ def test_a_setup_that_is_done_again_tells_everybody_its_new_mask(tmp_path: Path)
     alone = run_own(settings_, AutoFlip(**fields), tmp_path / "alone")[1]
     assert TwoSetups.attempts == [True, False]
     assert again["state_hash"] == alone["state_hash"]
+
+
+@dataclass(frozen=True)
+class Slow(AutoFlip):
+    """Client 0 explores longer than a round may last."""
+
+    @on_client
+    def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
+        if data.client == 0:
+            time.sleep(1.5)
+        return AutoFlip.explore(self, me, data, x)
+
+
+def test_a_slow_explorer_is_left_out_and_holds_up_nobody(tmp_path: Path, hosts: Hosts) -> None:
+    seen = Recorder()
+    algorithm = {"name": "tests.test_autoflip:Slow", "T": 0.5, "explore_epochs": 1}
+    settings_ = load(config(algorithm, rounds=3, deadlines={"round_deadline_s": 1.0}))
+    result = run_here(settings_, nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
+    assert (result["status"], result["rounds"]) == ("finished", 3)
+    assert any(w.startswith("setup: client 0's reply is missing: deadline") for w in seen.warnings)
+    assert seen.lines[-1]["replied"] == NUM_CLIENTS
+    assert not any("done again" in w for w in seen.warnings)
 
 
 @pytest.mark.parametrize(
