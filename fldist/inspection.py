@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
 from fldist.fold import Collect, CollectNotNegative, Fold, Mean, Sum
-from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, call_schema, reference_for, reply_schema
+from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, Sparse, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
@@ -53,10 +54,17 @@ def describe(name: str) -> str:
     module = inspect.getmodule(kind)
     lines = [f"{kind.__name__} ({inspect.getsourcefile(kind)})", ""]
     lines += [inspect.cleandoc((module.__doc__ if module else None) or kind.__doc__ or "").strip(), ""]
+    for base in kind.__mro__[1:]:
+        shared = inspect.getmodule(base)
+        if issubclass(base, Algorithm) and base is not Algorithm and shared is not None and shared is not module:
+            lines += [f"It is a {base.__name__} ({inspect.getsourcefile(base)})", ""]
+            lines += [inspect.cleandoc(shared.__doc__ or "").strip(), ""]
     lines.append("Fields (section `algorithm`):")
+    hints, comments = get_type_hints(kind), _comments(kind)
     for item in dataclasses.fields(kind):
         default = "required" if item.default is dataclasses.MISSING else f"default {item.default!r}"
-        lines.append(f"  {item.name}: {_type_name(item.type)}, {default}")
+        said = f"; {comments[item.name]}" if item.name in comments else ""
+        lines.append(f"  {item.name}: {_type_name(hints[item.name])}, {default}{said}")
     if not dataclasses.fields(kind):
         lines.append("  none")
     stateful = kind.init_client is not Algorithm.init_client
@@ -76,15 +84,29 @@ def describe(name: str) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    if isinstance(hint, str):
-        return hint
-    base = getattr(hint, "__origin__", hint)
-    return str(getattr(base, "__name__", base))
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_args(hint):
+        return str(hint).replace("typing.", "")
+    return str(getattr(hint, "__name__", hint))
+
+
+def _comments(kind: type[Algorithm]) -> dict[str, str]:
+    """What the source says of an algorithm's fields, at the end of their lines."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Algorithm):
+            found |= dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(base), re.M))
+    return found
+
+
+def _sparse_text(sparse: Sparse) -> str:
+    return f"what `{sparse.mask}` keeps of the model" if sparse.mask else "the model, or what is not 0 of it"
 
 
 def _field_text(field: Field) -> str:
     forms = {
-        Form.PARAMS: "flat blocks of the model",
+        Form.PARAMS: "flat blocks of the model" if field.sparse is None else _sparse_text(field.sparse),
         Form.TENSOR: "a tensor",
         Form.TENSORS: "named tensors",
         Form.FLOAT: "a number, 8 bytes",
@@ -106,6 +128,8 @@ class Prediction:
     once: dict[str, int]
     """By argument: bytes down that each client is given once for each version, and so are in no round but its first."""
     unknown: list[str]
+    at_most: list[str]
+    """Reply fields that are counted whole, and of which clients leave out what is 0."""
 
     @property
     def training(self) -> dict[str, int]:
@@ -128,6 +152,7 @@ class _Tracer:
         self.versions: dict[str, int] = {}  # of this round's `Once` arguments
         self.given: dict[tuple[str, int], tuple[Kind, str]] = {}  # by argument and client: when it got it
         self.unknown: list[str] = []
+        self.at_most: set[str] = set()
         self.reports: dict[int, ClientReport] = {}
         self._methods = {m.name: m for m in job.methods.values()}
 
@@ -151,8 +176,11 @@ class _Tracer:
                     f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
                 )
                 raise _UnknownSize
-            if isinstance(how, Mean) and isinstance(value, Params):
+            if isinstance(how, Mean) and isinstance(value, Params) and how.part != "all":
                 value = value.restricted(how.part)
+                value = Params(value.layout, torch.rand(value.layout.num_floats))  # not all alike: masks follow the order
+            if field.sparse is not None and field.sparse.mask is None and isinstance(value, Params):
+                self.at_most.add(f"{spec.name}.{field.name} ({field.kind.label})")
             up.append(value)
             if isinstance(value, Kept):
                 value = value.value
@@ -190,6 +218,8 @@ class _Tracer:
             return 1
         if field is REPORT:
             return torch.ones(len(ClientReport._fields), dtype=torch.float64)
+        if field is OWN and self.default_phase == "setup":  # it is of rounds alone
+            return None
         if field is OWN:
             return torch.ones(1 + 2 * len(self.job.evaluation.names), dtype=torch.float64)
         if spec.reply_type is ClientScores:
@@ -258,7 +288,7 @@ def predict(job: Job) -> Prediction:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
-    return Prediction(before, dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown)
+    return Prediction(before, dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown, sorted(tracer.at_most))
 
 
 def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None]) -> list[str]:
@@ -294,7 +324,8 @@ def dry_run(settings: Settings, nproc: int) -> str:
         when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
         lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
     prediction = predict(job)
-    lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients:"]
+    guess = "; an estimate, since replies to the setup decide what is sent" if prediction.before else ""
+    lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients{guess}:"]
     for kind, ways in sorted(prediction.by_kind.items()):
         lines.append(f"  {kind:<12} up {ways['up']:>16,}   down {ways['down']:>16,}")
     total = prediction.training
@@ -309,6 +340,7 @@ def dry_run(settings: Settings, nproc: int) -> str:
         lines.append(
             f"  {'evaluation':<12} up {scoring['up']:>16,}   down {scoring['down']:>16,}   (not part of training)"
         )
+    lines += [f"  {name} is counted whole: what is 0 in it is left out" for name in prediction.at_most]
     lines += [f"  not predictable: {text}" for text in prediction.unknown]
     return "\n".join(lines)
 

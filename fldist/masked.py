@@ -190,6 +190,8 @@ class MaskedAveraging(Algorithm):
         round it is where the run would have come to. flops_*: see `fldist/pruning/flops.py`; exploration is in them.
         """
         masks, weights = books.total("train", kind="masks"), books.total("train", kind="weights")
+        if not self.mask_each_round:  # a client that scores first trains under the mask that it got for that
+            masks += books.total("evaluate", kind="masks")
         before = books.total("explore", kind="weights") + books.total("mask", kind="masks")
         rounds = max(1, books.rounds)
         each = weights + (masks if self.mask_each_round else 0)

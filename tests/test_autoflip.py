@@ -278,32 +278,32 @@ def a_client(client: int = 0, **local: Any) -> tuple[ClientData, Params]:
 
 def test_no_epochs_give_no_movement() -> None:
     data, x = a_client()
-    a, e, epochs = AutoFlip(explore_epochs=0).trip(data, x)
+    a, e, epochs = AutoFlip(explore_epochs=0).train_until_patience(data, x)
     assert not deviation(a.floats, e.floats).any()
     assert epochs == 0
 
 
 def test_patience_as_long_as_the_exploration_ends_nothing_early() -> None:
     data, x = a_client(lr=1e-20, order="fixed", momentum=0.0, weight_decay=0.0)
-    assert AutoFlip(explore_epochs=5, patience=5).trip(data, x)[2] == 5
+    assert AutoFlip(explore_epochs=5, patience=5).train_until_patience(data, x)[2] == 5
 
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_a_loss_that_does_not_fall_is_waited_for_as_long_as_patience_says(patience: int) -> None:
     data, x = a_client(lr=1e-20, order="fixed", momentum=0.0, weight_decay=0.0)
-    assert AutoFlip(explore_epochs=50, patience=patience).trip(data, x)[2] == patience + 1
+    assert AutoFlip(explore_epochs=50, patience=patience).train_until_patience(data, x)[2] == patience + 1
 
 
 def test_an_exploration_is_one_training_with_one_optimizer() -> None:
     data, x = a_client(optimizer="adam", lr=1e-3, momentum=0.0)
-    _, e, _ = AutoFlip(explore_epochs=3).trip(data, x)
+    _, e, _ = AutoFlip(explore_epochs=3).train_until_patience(data, x)
     again, _ = a_client(optimizer="adam", lr=1e-3, momentum=0.0)
     assert e.floats.numpy().tobytes() == again.train(x, epochs=3).params.trainable.floats.numpy().tobytes()
 
 
 def test_a_warm_up_moves_the_reference_and_has_an_optimizer_of_its_own() -> None:
     data, x = a_client(momentum=0.9)
-    a, e, epochs = AutoFlip(explore_epochs=2, warmup_epochs=1).trip(data, x)
+    a, e, epochs = AutoFlip(explore_epochs=2, warmup_epochs=1).train_until_patience(data, x)
     again, _ = a_client(momentum=0.9)
     warm = again.train(x, epochs=1).params
     assert a.floats.numpy().tobytes() == warm.trainable.floats.numpy().tobytes()
@@ -313,7 +313,7 @@ def test_a_warm_up_moves_the_reference_and_has_an_optimizer_of_its_own() -> None
 
 def test_exploration_is_not_clipped() -> None:
     data, x = a_client(clip=1e-6)
-    _, e, _ = AutoFlip(explore_epochs=1).trip(data, x)
+    _, e, _ = AutoFlip(explore_epochs=1).train_until_patience(data, x)
     again, _ = a_client()
     assert e.floats.numpy().tobytes() == again.train(x, epochs=1).params.trainable.floats.numpy().tobytes()
 

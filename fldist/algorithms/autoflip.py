@@ -20,6 +20,11 @@ Options of the shared laws: any partition (published: `shards` with two classes,
 whether buffers are exchanged (`params` keeps them at their initial values, as published); cohorts are rounded down; one
 common initial model, from the run's seed; `rounds` counts federated rounds, the exploration is before the first.
 
+How far this is certain: the steps are those of the code published for the first two versions
+(ChristianInterno/AutoFLIP) and of the abstracts; the paper's body was not at hand. Choices made here: one mask for the run
+(a later version is said to make one each round, `per_round`), `T_s` and the closing of units (the abstracts claim
+structured pruning, the code has none), `regrow`, deviations in half precision.
+
 Departures from the published code, which can be had with `start: chain`, `warmup_epochs: 1`, `prune_rounds: false`:
 explorers there share one model, one after the other, over-trained before round 1, and the rounds are dense. A tensor
 that never moved, for which G is 0/0, is kept; there it prunes everything. T = 0 prunes nothing; without a quantile
@@ -122,7 +127,7 @@ class ExploredHalf(NamedTuple):
     epochs: Scalar
 
 
-class Walked(NamedTuple):
+class Linked(NamedTuple):
     """What a client passes on in a chain."""
 
     e: Weights  # the model after its training
@@ -172,12 +177,12 @@ class AutoFlip(MaskedAveraging):
     T_s: Annotated[float, Field(ge=0, lt=1)] = 0.0  # quantile of hidden units' scores that is pruned whole; 0: off
     mask_schedule: Literal["static", "per_round"] = "static"  # one mask, or one from each round's explorers
     regrow: Literal["freeze", "zero"] = "freeze"  # per_round: what is outside of a mask keeps its value, or is set to 0
-    normalization: Literal["minmax", "robust"] = "minmax"
+    normalization: Literal["minmax", "robust"] = "minmax"  # of each tensor's deviations; robust: by median and quartiles
     invert: bool = False  # a control: prune what moved most
-    close_dead_units: bool = True
+    close_dead_units: bool = True  # units that have lost all inputs or all readers go as well
     prune_1d: bool = True  # biases and normalisation take part
     exclude: tuple[str, ...] = ()  # parameters that are kept whole
-    per_tensor_threshold: bool = False
+    per_tensor_threshold: bool = False  # the T-quantile of each tensor's guidance, not of all together
     prune_rounds: bool = True  # false: the mask is applied to the start alone, and the rounds are dense
 
     rho: Annotated[float, Field(gt=0, le=1)] = 1.0  # rho, share of the clients that explore
@@ -185,7 +190,7 @@ class AutoFlip(MaskedAveraging):
     patience: Annotated[int, Field(ge=1)] = 40  # P_x, epochs without a new lowest loss
     warmup_epochs: Annotated[int, Field(ge=0)] = 0  # W_x, before a_k is taken
     stop_on: Literal["last_batch", "epoch_mean"] = "last_batch"  # the loss that patience looks at
-    deviation_dtype: Literal["fp32", "fp16"] = "fp32"
+    deviation_dtype: Literal["fp32", "fp16"] = "fp32"  # how d_k travels; the mask is the same but for some ties
     start: Literal["common", "chain"] = "common"  # explorers start from theta_0, or each from where the last one ended
     chain_epochs: Annotated[int, Field(ge=0)] = 2  # chain: epochs on every client in turn once the mask is applied
 
@@ -199,6 +204,10 @@ class AutoFlip(MaskedAveraging):
                 "algorithm.mask_schedule: per_round makes each round's mask from that round's explorers; it needs "
                 "start: common and prune_rounds: true"
             )
+        if self.start == "chain" and self.deviation_dtype == "fp16":
+            raise ValueError("algorithm.deviation_dtype: fp16 is for start: common; one explorer of a chain tells its d_k")
+        if self.regrow == "zero" and self.mask_schedule == "static":
+            task.notes.append("algorithm.regrow: zero changes nothing with mask_schedule: static")
         if self.T_s and not self.structure(task).hidden:
             reasons = "; ".join(self.structure(task).unanalysed)
             raise ValueError(f"algorithm.T_s: no hidden unit of this model can be pruned ({reasons}); set it to 0")
@@ -248,7 +257,7 @@ class AutoFlip(MaskedAveraging):
         if not self.prune_rounds:
             for k in ids if self.start == "chain" else []:
                 got = clients.only([k]).call(
-                    self.walk, x=server.x, epochs=self.chain_epochs, last=0, fold=WALKED, phase="explore"
+                    self.chain_link, x=server.x, epochs=self.chain_epochs, last=0, fold=COLLECTED, phase="explore"
                 )
                 server.x = got.e[k]
         elif self.mask_schedule == "static":
@@ -276,7 +285,7 @@ class AutoFlip(MaskedAveraging):
         epochs = {}
         for k in explorers:
             got = clients.only([k]).call(
-                self.walk, x=server.x, epochs=-1, last=int(k == explorers[-1]), fold=WALKED, phase="explore"
+                self.chain_link, x=server.x, epochs=-1, last=int(k == explorers[-1]), fold=COLLECTED, phase="explore"
             )
             server.x, d, epochs[k] = got.e[k], got.d[k], int(got.epochs[k])
         server.explored_epochs = epochs
@@ -333,27 +342,27 @@ class AutoFlip(MaskedAveraging):
     @on_client
     def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
         """Train a copy of theta_0 until patience ends; d_k [N]."""
-        a, e, epochs = self.trip(data, x)
+        a, e, epochs = self.train_until_patience(data, x)
         return Explored(Params(a.layout, deviation(a.floats, e.floats)), epochs)
 
     @on_client
     def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
         """The same; |e_k - a_k| in float16."""
-        a, e, epochs = self.trip(data, x)
+        a, e, epochs = self.train_until_patience(data, x)
         return ExploredHalf(to_half(a.floats, e.floats), epochs)
 
     @on_client
-    def walk(self, me: Me, data: ClientData, x: Weights, epochs: Scalar, last: Scalar) -> Walked:
+    def chain_link(self, me: Me, data: ClientData, x: Weights, epochs: Scalar, last: Scalar) -> Linked:
         """A link of a chain: so many epochs, or (-1) an exploration, of which the last one tells d_k."""
         if epochs >= 0:
             e = data.train(x, epochs=int(epochs)).params if epochs else x.clone()
-            return Walked(e, None, epochs)
-        a, e, ran = self.trip(data, x)
+            return Linked(e, None, epochs)
+        a, e, ran = self.train_until_patience(data, x)
         end = x.clone()
         end.write(e)
-        return Walked(end, Params(a.layout, deviation(a.floats, e.floats)) if last else None, ran)
+        return Linked(end, Params(a.layout, deviation(a.floats, e.floats)) if last else None, ran)
 
-    def trip(self, data: ClientData, x: Params) -> tuple[Params, Params, int]:
+    def train_until_patience(self, data: ClientData, x: Params) -> tuple[Params, Params, int]:
         """An exploration: a_k and e_k [N], and the epochs of which there were at most E_x."""
         start = data.train(x, epochs=self.warmup_epochs, clip=0.0).params if self.warmup_epochs else x
         run, best, idle, epochs = None, float("inf"), 0, 0
@@ -365,4 +374,4 @@ class AutoFlip(MaskedAveraging):
         return start.trainable, (run.params if run is not None else start).trainable, epochs
 
 
-WALKED: dict[str, Fold] = {"e": collect(), "d": collect()}
+COLLECTED: dict[str, Fold] = {"e": collect(), "d": collect()}

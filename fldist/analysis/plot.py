@@ -56,11 +56,13 @@ def draw(tasks: Sequence[Task], path: Path, axes: Sequence[Axis]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    labels = {method.label for task in tasks for method in task.methods}
     columns = len(axes) if len(axes) > 1 else min(_COLUMNS, len(tasks))
     rows = len(tasks) if len(axes) > 1 else math.ceil(len(tasks) / columns)
     styles = styles_of(tasks)
+    height = max(3.4 * rows, 0.24 * len(labels)) + 0.4  # inches; the legend needs its own
     figure, grid = pyplot.subplots(
-        rows, columns, squeeze=False, layout="constrained", figsize=(4.6 * columns + 2.2, 3.4 * rows + 0.4)
+        rows, columns, squeeze=False, layout="constrained", figsize=(4.6 * columns + 2.2, height)
     )
     try:
         panels = [panel for row in grid for panel in row]

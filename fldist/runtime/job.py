@@ -95,6 +95,7 @@ class Job:
                 raise ValueError(
                     f"{who}.{name}: the replies have a {taken!r} of their own; call the field something else"
                 )
+            _check_masks(f"{who}.{name}", call_schema(method), reply)
             added = [f for f, wanted in ((REPORT, self.reports(name)), (OWN, self.scores_own(name))) if wanted]
             reply = Schema((*reply.fields, *added))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), reply, reply_type(method))
@@ -150,3 +151,12 @@ class Job:
         world, folded = self.topology == "collective", self.topology == "reduce"
         schema = lambda n: m.reply if (m := self.method(n)) else None  # noqa: E731
         return Expected(schema, self.layout, self.task.num_clients, world=world, folded=folded)
+
+
+def _check_masks(where: str, call: Schema, reply: Schema) -> None:
+    """Refuse masked models whose mask is no argument: ValueError."""
+    for spec in (*call.fields, *reply.fields):
+        mask = None if spec.sparse is None else spec.sparse.mask
+        given = [f for f in call.fields if f.name == mask and (f.kind, f.form) == (Kind.MASKS, Form.TENSOR)]
+        if mask is not None and not given:
+            raise ValueError(f"{where}: {spec.name!r} is a masked model, which needs an argument `{mask}: Masks`")
