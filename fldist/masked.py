@@ -65,16 +65,15 @@ def server_step(x: Params, mean: Params, v: Params, beta: float, keep: Tensor | 
 
     x: the model of the server; mean: of the clients' models, buffers included; v: velocity [N].
     """
-    before, after = x.trainable, mean.trainable
-    if beta == 0.0:
-        floats, velocity = after.floats, (before - after).floats
-    else:
-        velocity = beta * v.floats + (1.0 - beta) * (before - after).floats
-        floats = before.floats - velocity
+    before, new = x.trainable.floats, mean.clone()
+    after = new.trainable.floats  # becomes the new theta in place: with millions of them, memory is what takes time
+    velocity = before - after
+    if beta != 0.0:
+        velocity = velocity.mul_(1.0 - beta).add_(beta * v.floats)
+        torch.sub(before, velocity, out=after)
     if keep is not None:
-        floats, velocity = torch.where(keep, floats, before.floats), torch.where(keep, velocity, v.floats)
-    new = mean.clone()
-    new.trainable.floats.copy_(floats)
+        torch.where(keep, after, before, out=after)
+        velocity = torch.where(keep, velocity, v.floats)
     return new, Params(v.layout, velocity)
 
 
@@ -167,7 +166,7 @@ class MaskedAveraging(Algorithm):
     def log_sparsity(self, server: Server) -> None:
         """Zeros among the N parameters of the global model, N over those that are not, and the share that is kept."""
         total, zeros, keep = server.x.layout.num_params, num_zeros(self.model(server)), self.keep_of(server)
-        density = 1.0 if keep is None else int(keep.sum()) / total
+        density = 1.0 if keep is None else int(keep.count_nonzero()) / total
         server.log(density=density, sparsity=zeros / total, compression_rate=total / max(1, total - zeros))
 
     def count_flops(self, server: Server, samples: int) -> None:
