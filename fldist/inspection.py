@@ -178,7 +178,7 @@ class _Tracer:
                 raise _UnknownSize
             if isinstance(how, Mean) and isinstance(value, Params) and how.part != "all":
                 value = value.restricted(how.part)
-                value = Params(value.layout, torch.rand(value.layout.num_floats))  # not all alike: masks follow the order
+                value = Params(value.layout, torch.rand(value.layout.num_floats))  # masks go by the order
             if field.sparse is not None and field.sparse.mask is None and isinstance(value, Params):
                 self.at_most.add(f"{spec.name}.{field.name} ({field.kind.label})")
             up.append(value)
@@ -288,7 +288,8 @@ def predict(job: Job) -> Prediction:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
-    return Prediction(before, dict(tracer.by_kind), dict(tracer.phases), tracer.once, tracer.unknown, sorted(tracer.at_most))
+    counted = dict(tracer.by_kind), dict(tracer.phases)
+    return Prediction(before, *counted, tracer.once, tracer.unknown, sorted(tracer.at_most))
 
 
 def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None]) -> list[str]:

@@ -22,6 +22,7 @@ from fldist.algorithms.autoflip import (
     AutoFlip,
     Explored,
     ExploredHalf,
+    Linked,
     deviation,
     from_half,
     guidance,
@@ -31,7 +32,7 @@ from fldist.algorithms.autoflip import (
 from fldist.algorithms.random_pruning import zeroed
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
-from fldist.kinds import Weights
+from fldist.kinds import Scalar, Weights
 from fldist.masked import break_even, server_step
 from fldist.models.evaluate import class_metrics
 from fldist.models.train import LocalTraining
@@ -271,8 +272,8 @@ def test_the_learning_rate_of_a_round() -> None:
 
 
 # ---- exploration
-def a_client(client: int = 0, **local: Any) -> tuple[ClientData, Params]:
-    task = build(load(config(local=local))).task
+def a_client(client: int = 0, model: Any = None, **local: Any) -> tuple[ClientData, Params]:
+    task = build(load(config(local=local, model=model))).task
     return ClientData(task, client, Streams(SEED, 0, client)), task.init_params()
 
 
@@ -517,6 +518,44 @@ def test_clients_are_sent_the_kept_part_to_score_it(tmp_path: Path) -> None:
     z = round(lines(tmp_path / "run")[0]["log"]["density"] * N)
     assert result["bytes"]["by_phase"]["evaluate"]["down"] == 2 * NUM_CLIENTS * 4 * z
     assert result["bytes"]["by_kind"]["masks"]["down"] == NUM_CLIENTS * -(-N // 8)
+
+
+@dataclass(frozen=True)
+class BrokenChain(AutoFlip):
+    """One client of a chain fails, another sends NaN."""
+
+    @on_client
+    def chain_link(self, me: Me, data: ClientData, x: Weights, epochs: Scalar, last: Scalar) -> Linked:
+        if data.client == 1:
+            raise ZeroDivisionError("broken")
+        got = AutoFlip.chain_link(self, me, data, x, epochs, last)
+        if data.client == 2:
+            got.e.floats[0] = float("nan")
+        return got
+
+
+def test_a_link_that_fails_is_left_out_of_the_chain(tmp_path: Path) -> None:
+    fields = {"start": "chain", "prune_rounds": False, "T": 0.5, "chain_epochs": 1, "explore_epochs": 1, "beta": 0.0}
+    settings_ = config({"name": "tests.test_autoflip:BrokenChain", **fields})
+    result = fldist.run(settings_, output=tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["bytes"]["wasted"]["refused"]["up"] > 0
+    state = server_state(tmp_path / "run", settings_)
+    assert sorted(state["explored_epochs"]) == ["0", "3", "4"] or sorted(state["explored_epochs"]) == [0, 3, 4]
+
+
+def test_a_chain_passes_buffers_on() -> None:
+    data, x = a_client(model=MODELS["cnn"])
+    _, e, _ = AutoFlip(explore_epochs=1).train_until_patience(data, x)
+    assert e.layout == x.layout
+    assert not torch.equal(e.floats[x.layout.num_params :], x.floats[x.layout.num_params :])
+
+
+def test_a_schedule_spans_the_whole_exploration() -> None:
+    data, x = a_client(schedule="cosine", momentum=0.0)
+    _, e, _ = AutoFlip(explore_epochs=4, patience=1000).train_until_patience(data, x)
+    again, _ = a_client(schedule="cosine", momentum=0.0)
+    assert e.floats.numpy().tobytes() == again.train(x, epochs=4).params.floats.numpy().tobytes()
 
 
 def test_chain_as_published(tmp_path: Path) -> None:

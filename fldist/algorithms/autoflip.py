@@ -20,10 +20,10 @@ Options of the shared laws: any partition (published: `shards` with two classes,
 whether buffers are exchanged (`params` keeps them at their initial values, as published); cohorts are rounded down; one
 common initial model, from the run's seed; `rounds` counts federated rounds, the exploration is before the first.
 
-How far this is certain: the steps are those of the code published for the first two versions
-(ChristianInterno/AutoFLIP) and of the abstracts; the paper's body was not at hand. Choices made here: one mask for the run
-(a later version is said to make one each round, `per_round`), `T_s` and the closing of units (the abstracts claim
-structured pruning, the code has none), `regrow`, deviations in half precision.
+How far this is certain: the steps are those of the code published for the first two versions and of the abstracts; the
+paper's body was not at hand. Choices made here: one mask for the run (a later version is said to make one each round,
+`per_round`), `T_s` and the closing of units (the abstracts claim structured pruning, the code has none), `regrow`,
+deviations in half precision.
 
 Departures from the published code, which can be had with `start: chain`, `warmup_epochs: 1`, `prune_rounds: false`:
 explorers there share one model, one after the other, over-trained before round 1, and the rounds are dense. A tensor
@@ -42,7 +42,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fldist.algorithm import Clients, Me, Server, State, on_client
+from fldist.algorithm import Clients, Me, Replies, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Accumulator, CollectNotNegative, FixedPoint, Fold, FoldContext, Mean, Refused, collect
@@ -62,6 +62,12 @@ Halves = Annotated[Tensor, Kind.WEIGHTS, MaxBytes(2**33)]
 def deviation(start: Tensor, end: Tensor) -> Tensor:
     """d_k = (e_k - a_k)^2, element by element; both [N]."""
     return (end - start).square()
+
+
+def deviation_of(start: Params, end: Params) -> Params:
+    """d_k of two models."""
+    a, e = start.trainable, end.trainable
+    return Params(a.layout, deviation(a.floats, e.floats))
 
 
 def to_half(start: Tensor, end: Tensor) -> Tensor:
@@ -177,7 +183,9 @@ class AutoFlip(MaskedAveraging):
     T_s: Annotated[float, Field(ge=0, lt=1)] = 0.0  # quantile of hidden units' scores that is pruned whole; 0: off
     mask_schedule: Literal["static", "per_round"] = "static"  # one mask, or one from each round's explorers
     regrow: Literal["freeze", "zero"] = "freeze"  # per_round: what is outside of a mask keeps its value, or is set to 0
-    normalization: Literal["minmax", "robust"] = "minmax"  # of each tensor's deviations; robust: by median and quartiles
+    normalization: Literal["minmax", "robust"] = (
+        "minmax"  # of each tensor's deviations; robust: by median and quartiles
+    )
     invert: bool = False  # a control: prune what moved most
     close_dead_units: bool = True  # units that have lost all inputs or all readers go as well
     prune_1d: bool = True  # biases and normalisation take part
@@ -205,7 +213,9 @@ class AutoFlip(MaskedAveraging):
                 "start: common and prune_rounds: true"
             )
         if self.start == "chain" and self.deviation_dtype == "fp16":
-            raise ValueError("algorithm.deviation_dtype: fp16 is for start: common; one explorer of a chain tells its d_k")
+            raise ValueError(
+                "algorithm.deviation_dtype: fp16 is for start: common; one explorer of a chain tells its d_k"
+            )
         if self.regrow == "zero" and self.mask_schedule == "static":
             task.notes.append("algorithm.regrow: zero changes nothing with mask_schedule: static")
         if self.T_s and not self.structure(task).hidden:
@@ -255,16 +265,18 @@ class AutoFlip(MaskedAveraging):
         keep = self.mask_from(mean, server.task)
         server.x = pruned(server.x, keep)
         if not self.prune_rounds:
-            for k in ids if self.start == "chain" else []:
-                got = clients.only([k]).call(
-                    self.chain_link, x=server.x, epochs=self.chain_epochs, last=0, fold=COLLECTED, phase="explore"
-                )
-                server.x = got.e[k]
+            if self.start == "chain":
+                for k in ids:
+                    self.pass_on(server, clients, k, epochs=self.chain_epochs)
         elif self.mask_schedule == "static":
             self.put_mask(server, clients, keep)
 
     def exploration(self, server: Server, clients: Clients, explorers: list[int]) -> Tensor:
-        """D over the explorers that replied, each from theta_0."""
+        """D over the explorers that replied, each from theta_0.
+
+        The mean is taken in fixed point on the scale of theta_0: of K clients, differences of d_k below 3e-17 K are
+        lost, so movements below about 5e-9 sqrt(K), and a client that moved a parameter by more than 8 is refused.
+        """
         half = self.deviation_dtype == "fp16"
         method, field = (self.explore_half, "m") if half else (self.explore, "d")
         mean: Fold = MeanOfHalves() if half else Mean(like="x", part="params")
@@ -280,17 +292,32 @@ class AutoFlip(MaskedAveraging):
         return mean_deviation(server.deviations, list(server.deviations))
 
     def chain(self, server: Server, clients: Clients, explorers: list[int]) -> Tensor:
-        """D as published: of the last explorer of a chain, whose end is the start of the rounds."""
-        d: Params | None = None
-        epochs = {}
-        for k in explorers:
-            got = clients.only([k]).call(
-                self.chain_link, x=server.x, epochs=-1, last=int(k == explorers[-1]), fold=COLLECTED, phase="explore"
-            )
-            server.x, d, epochs[k] = got.e[k], got.d[k], int(got.epochs[k])
-        server.explored_epochs = epochs
-        assert d is not None
+        """D as published: of the last explorer of a chain, whose end is the start of the rounds.
+
+        A client that does not answer, or sends NaN, is left out of the chain; the last one must answer.
+        """
+        server.explored_epochs = {}
+        for k in explorers[:-1]:
+            self.pass_on(server, clients, k, epochs=-1)
+        got = self.pass_on(server, clients, explorers[-1], epochs=-1, last=True)
+        if got is None:
+            raise TooFewReplies("chain_link", {explorers[-1]: "the last explorer of the chain"})
+        d: Params = got.d[explorers[-1]]
         return d.floats
+
+    def pass_on(self, server: Server, clients: Clients, k: int, epochs: int, last: bool = False) -> Replies | None:
+        """Let a client train the model on: so many epochs, or (-1) as long as it explores; None if it did not."""
+        fold: dict[str, Fold] = {"e": Mean(like="x"), "d": collect()}
+        try:
+            got = clients.only([k]).call(
+                self.chain_link, x=server.x, epochs=epochs, last=int(last), fold=fold, phase="explore"
+            )
+        except TooFewReplies:
+            return None
+        server.x = got.e
+        if epochs < 0:
+            server.explored_epochs = {**server.explored_epochs, k: int(got.epochs[k])}
+        return got
 
     def mask_from(self, mean: Tensor, task: Task) -> Tensor:
         """M bool [N] of the mean deviation D [N]; ValueError where it leaves a layer nothing."""
@@ -343,13 +370,13 @@ class AutoFlip(MaskedAveraging):
     def explore(self, me: Me, data: ClientData, x: Weights) -> Explored:
         """Train a copy of theta_0 until patience ends; d_k [N]."""
         a, e, epochs = self.train_until_patience(data, x)
-        return Explored(Params(a.layout, deviation(a.floats, e.floats)), epochs)
+        return Explored(deviation_of(a, e), epochs)
 
     @on_client
     def explore_half(self, me: Me, data: ClientData, x: Weights) -> ExploredHalf:
         """The same; |e_k - a_k| in float16."""
         a, e, epochs = self.train_until_patience(data, x)
-        return ExploredHalf(to_half(a.floats, e.floats), epochs)
+        return ExploredHalf(to_half(a.trainable.floats, e.trainable.floats), epochs)
 
     @on_client
     def chain_link(self, me: Me, data: ClientData, x: Weights, epochs: Scalar, last: Scalar) -> Linked:
@@ -358,20 +385,15 @@ class AutoFlip(MaskedAveraging):
             e = data.train(x, epochs=int(epochs)).params if epochs else x.clone()
             return Linked(e, None, epochs)
         a, e, ran = self.train_until_patience(data, x)
-        end = x.clone()
-        end.write(e)
-        return Linked(end, Params(a.layout, deviation(a.floats, e.floats)) if last else None, ran)
+        return Linked(e, deviation_of(a, e) if last else None, ran)
 
     def train_until_patience(self, data: ClientData, x: Params) -> tuple[Params, Params, int]:
-        """An exploration: a_k and e_k [N], and the epochs of which there were at most E_x."""
+        """An exploration: the models of a_k and e_k, and the epochs of which there were at most E_x."""
         start = data.train(x, epochs=self.warmup_epochs, clip=0.0).params if self.warmup_epochs else x
         run, best, idle, epochs = None, float("inf"), 0, 0
         while epochs < self.explore_epochs and idle < self.patience:
             epochs += 1
-            run = data.train(start, epochs=epochs, clip=0.0, resume_from=run)
+            run = data.train(start, epochs=epochs, clip=0.0, schedule_over=self.explore_epochs, resume_from=run)
             loss = run.progress.last_loss if self.stop_on == "last_batch" else run.progress.losses[-1]
             best, idle = (loss, 0) if loss < best else (best, idle + 1)
-        return start.trainable, (run.params if run is not None else start).trainable, epochs
-
-
-COLLECTED: dict[str, Fold] = {"e": collect(), "d": collect()}
+        return start, run.params if run is not None else start, epochs

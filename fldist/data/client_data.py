@@ -77,6 +77,7 @@ class _Plan:
     clip: float
     before_step: Callable[[Tensor], object] | None
     after_step: Callable[[Tensor], None] | None
+    schedule_over: int
 
 
 class ClientData:
@@ -231,6 +232,7 @@ class ClientData:
         before_step: Callable[[Tensor], object] | None = None,
         after_step: Callable[[Tensor], None] | None = None,
         compact: bool = False,
+        schedule_over: int | None = None,
         architecture: Architecture | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
@@ -245,6 +247,7 @@ class ClientData:
         before_step: gets the gradient [P] of the loss before every step, as it is before it is masked or clipped;
         after_step: gets the parameters [P] after every step, to change them in place; compact: train the network that
         is left when the hidden units are taken out of which the mask keeps nothing;
+        schedule_over: epochs that `local.schedule` spans, where this is the beginning of a longer training;
         architecture: of `start` and what is trained, instead of the client's: a smaller network;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
@@ -262,6 +265,7 @@ class ClientData:
             local.clip if clip is None else clip,
             before_step,
             after_step,
+            max(epochs, schedule_over or 0),
         )
         if plan.keep is not None and plan.keep.shape != (start.layout.num_params,):
             raise ValueError(f"mask: shape {tuple(plan.keep.shape)}, not [{start.layout.num_params}], the parameters")
@@ -311,7 +315,7 @@ class ClientData:
         anchor = start.trainable.floats
         constant = local.schedule == "constant"
         lr_sum = 0.0 if resume_from is None else resume_from.lr_sum
-        lr = local.lr_at(self.round, 0, epochs)
+        lr = local.lr_at(self.round, 0, plan.schedule_over)
         watched = _Outputs(resume_from)
         cumulative = self.task.evaluation.cumulative_train
 
@@ -321,7 +325,7 @@ class ClientData:
             watched.keeps = self._own and (cumulative or number == epochs - 1)
             if not cumulative:
                 watched.kept.clear()
-            lr = local.lr_at(self.round, number, epochs)
+            lr = local.lr_at(self.round, number, plan.schedule_over)
             for group in optimizers[0].param_groups:
                 group["lr"] = lr
 
