@@ -3,9 +3,9 @@ optimizer step, set randomly chosen parameters to 0, other ones each time; gradi
 
     left = floor(ratio N); for each tensor l in order: c_l = floor(left N_l / N) of its entries are zeroed, left -= c_l
 
-`left` shrinks on the way, so less than the ratio is hit (`zeroed`). Uploads have that many zeros, at positions of each
-client's own; the averaged model has hardly any. Bytes, with B buffer entries that travel, S replies a round and z_k
-entries of client k that are not 0:
+`left` shrinks on the way, so less than the ratio is hit (`zeroed`). Uploads have at least that many zeros (a parameter
+without gradient stays 0 once it is), at positions of each client's own; the averaged model has hardly any. Bytes, with
+B buffer entries that travel, S replies a round and z_k entries of client k that are not 0:
 
     weights, train    4 (N + B) S down; up, of each, 4 (N + B), or ceil(N / 8) + 4 (z_k + B) with `bitmask_values`
     scalars, train    8 S up: n_k
