@@ -473,6 +473,18 @@ def server_state(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return found[1]
 
 
+@pytest.mark.parametrize("regrow", ["freeze", "zero"])
+def test_what_a_rounds_mask_closes_keeps_the_value_it_had(tmp_path: Path, regrow: str) -> None:
+    fields = {"mask_schedule": "per_round", "regrow": regrow, "T": 0.7}
+    settings_ = config({"name": "autoflip", "explore_epochs": 2, "beta": 0.0, **fields}, rounds=1)
+    fldist.run(settings_, output=tmp_path / "run")
+    state = server_state(tmp_path / "run", settings_)
+    outside = ~unpack(state["mask"], N)
+    start = build(load(settings_)).task.init_params().floats
+    kept = start if regrow == "freeze" else torch.zeros(N)
+    assert torch.equal(state["x"].floats[outside], kept[outside])
+
+
 def test_a_round_whose_cohort_did_not_explore_takes_everybodys_mask(tmp_path: Path) -> None:
     fields = {"mask_schedule": "per_round", "rho": 0.2, "T": 0.5}
     autoflip(tmp_path / "run", rounds=4, changes={"clients": {"per_round": 1}}, **fields)

@@ -145,11 +145,11 @@ class Linked(NamedTuple):
 class MeanOfHalves(Fold):
     """D of movements that were sent as float16, in any order of arrival."""
 
+    like: str = "x"
+
     def begin(self, context: FoldContext) -> Accumulator:
         """Start a mean."""
         return _Halves(context)
-
-    like: str = "x"
 
 
 class _Halves(Accumulator):
@@ -183,9 +183,7 @@ class AutoFlip(MaskedAveraging):
     T_s: Annotated[float, Field(ge=0, lt=1)] = 0.0  # quantile of hidden units' scores that is pruned whole; 0: off
     mask_schedule: Literal["static", "per_round"] = "static"  # one mask, or one from each round's explorers
     regrow: Literal["freeze", "zero"] = "freeze"  # per_round: what is outside of a mask keeps its value, or is set to 0
-    normalization: Literal["minmax", "robust"] = (
-        "minmax"  # of each tensor's deviations; robust: by median and quartiles
-    )
+    normalization: Literal["minmax", "robust"] = "minmax"  # scaling of each tensor's deviations
     invert: bool = False  # a control: prune what moved most
     close_dead_units: bool = True  # units that have lost all inputs or all readers go as well
     prune_1d: bool = True  # biases and normalisation take part
@@ -262,14 +260,14 @@ class AutoFlip(MaskedAveraging):
             if self.start == "chain"
             else self.exploration(server, clients, explorers)
         )
-        keep = self.mask_from(mean, server.task)
-        server.x = pruned(server.x, keep)
-        if not self.prune_rounds:
-            if self.start == "chain":
-                for k in ids:
-                    self.pass_on(server, clients, k, epochs=self.chain_epochs)
-        elif self.mask_schedule == "static":
+        keep = self.mask_from(mean, server.task)  # with per_round, to see that it can be made
+        if self.mask_schedule == "static":
+            server.x = pruned(server.x, keep)
+        if self.prune_rounds and self.mask_schedule == "static":
             self.put_mask(server, clients, keep)
+        elif self.start == "chain" and not self.prune_rounds:
+            for k in ids:
+                self.pass_on(server, clients, k, epochs=self.chain_epochs)
 
     def exploration(self, server: Server, clients: Clients, explorers: list[int]) -> Tensor:
         """D over the explorers that replied, each from theta_0.
