@@ -27,6 +27,7 @@ from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
+from fldist.runtime.membership import RunStopped
 from fldist.seeding import Streams
 from fldist.sparse import Kept, encoded_bytes, pack, unpack
 from tests.conftest import small
@@ -825,3 +826,46 @@ def test_reduce_is_refused_before_the_first_round(tmp_path, hosts, name):
     settings = settings_of({"name": name}, **CASES[name], topology="reduce")
     with pytest.raises(ValueError, match="use topology: star or collective"):
         run_here(load(settings), nproc=2, output=tmp_path / "run", spawn=hosts)
+
+
+@dataclass(frozen=True)
+class LiesAlone(PruneFl):
+    """The client of the initial stage sends what cannot be."""
+
+    lie: str = ""
+
+    @on_client
+    def alone(self, me, data, x: Weights) -> prunefl.Alone:
+        got = super().alone(me, data, x)
+        if data.client != 0:
+            return got
+        lies = {
+            "length": {"mask": got.mask[:-1]},
+            "nothing": {"mask": torch.zeros_like(got.mask)},
+            "passes": {"passes": math.nan},
+            "model": {"y": got.y * math.nan},
+        }
+        return got._replace(**lies[self.lie])
+
+
+@pytest.mark.parametrize("lie", ["length", "nothing", "passes", "model"])
+@pytest.mark.parametrize("named", [True, False])
+def test_another_client_does_the_initial_stage_where_one_is_of_no_use(tmp_path, lie, named):
+    changes = {"algorithm__name": "tests.test_pruning_baselines:LiesAlone", "algorithm__lie": lie}
+    changes |= {"algorithm__initial_passes": 2, "rounds": 1, "faults": {"on_quorum_loss": "stop"}}
+    if named:
+        with pytest.raises(RunStopped, match="setup: no reply to the initial stage was accepted"):
+            fldist.run(prune(**changes, algorithm__initial_client=0), output=tmp_path / "run")
+        return
+    for seed in range(20):  # until the first that is drawn is the one that lies
+        directory = tmp_path / str(seed)
+        result = fldist.run(prune(**changes, seed=seed), output=directory)
+        assert result["status"] == "finished"
+        rows = [json.loads(line) for line in (directory / "messages.jsonl").read_text().splitlines()]
+        asked = [
+            r["client"] for r in rows if r["row"] == "message" and (r["phase"], r["direction"]) == ("initial", "down")
+        ]
+        if asked[0] == 0:
+            assert asked == [0, 1]
+            return
+    pytest.fail("no seed draws client 0 first")

@@ -69,14 +69,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fldist.algorithm import Books, Clients, Me, Server, State, on_client
+from fldist.algorithm import Books, Clients, Me, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import CollectNotNegative, Fold, Mean, collect
 from fldist.kinds import Gradients, MaskedWeights, Masks, MaxBytes, Report, Scalar, Weights
 from fldist.masked import MaskedAveraging, Update, pruned, server_step
 from fldist.params import Layout, Params
-from fldist.pruning.masks import Eligible
+from fldist.pruning.masks import Eligible, refuse_empty
 from fldist.sparse import pack, unpack
 
 PASS_STEPS = 10
@@ -303,20 +303,38 @@ class PruneFl(MaskedAveraging):
 
     # ---- before round 1
     def setup(self, server: Server, clients: Clients) -> None:
-        """Let one client prune alone; take its times."""
+        """Let one client prune alone; take its times. Where none was named, others follow one that is of no use."""
         ids = list(clients.all().ids)
-        client = self.initial_client
-        if client is None:
-            client = ids[int(torch.randint(len(ids), (1,), generator=server.rng))]
-        one = clients.only([client])
-        times = CollectNotNegative((1 + len(self.layers(server.x.layout)),), torch.float64)
+        order = [self.initial_client] if self.initial_client is not None else ids
+        if self.initial_client is None:
+            first = int(torch.randint(len(ids), (1,), generator=server.rng))
+            order = [*ids[first:], *ids[:first]]
+        failed: dict[int, str] = {}
+        for client in order:
+            try:
+                return self.begin_with(server, clients, client)
+            except TooFewReplies as error:
+                failed |= error.missing
+        raise TooFewReplies("the initial stage", failed)
+
+    def begin_with(self, server: Server, clients: Clients, client: int) -> None:
+        """The initial stage with a client; TooFewReplies where it does not reply, or with what cannot be."""
+        one, layout = clients.only([client]), server.x.layout
+        times = CollectNotNegative((1 + len(self.layers(layout)),), torch.float64)
         if not self.initial_passes:
             server.times = one.call(self.measure, fold={"times": times}, phase="initial").times[client]
             return
         fold: dict[str, Fold] = {"y": Mean(like="x"), "mask": collect(), "times": times}
         got = one.call(self.alone, x=server.x, fold=fold, phase="initial")
+        try:
+            keep = unpack(got.mask[client], layout.num_params)
+            refuse_empty(keep, layout, "its mask is not used")
+            if not 0 <= got.passes[client] <= self.initial_passes:
+                raise ValueError(f"{got.passes[client]} passes of at most {self.initial_passes}")
+        except ValueError as error:
+            raise TooFewReplies("alone", {client: f"refused: {error}"}) from None
         server.x, server.times, server.passes = got.y, got.times[client], int(got.passes[client])
-        self.put_mask(server, clients, unpack(got.mask[client], server.x.layout.num_params))
+        self.put_mask(server, clients, keep)
 
     @on_client
     def measure(self, me: Me, data: ClientData) -> Measured:
