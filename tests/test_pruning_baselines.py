@@ -854,7 +854,7 @@ def test_another_client_does_the_initial_stage_where_one_is_of_no_use(tmp_path, 
     changes = {"algorithm__name": "tests.test_pruning_baselines:LiesAlone", "algorithm__lie": lie}
     changes |= {"algorithm__initial_passes": 2, "rounds": 1, "faults": {"on_quorum_loss": "stop"}}
     if named:
-        with pytest.raises(RunStopped, match="setup: no reply to the initial stage was accepted"):
+        with pytest.raises(RunStopped, match="setup: no reply to alone was accepted"):
             fldist.run(prune(**changes, algorithm__initial_client=0), output=tmp_path / "run")
         return
     for seed in range(20):  # until the first that is drawn is the one that lies

@@ -304,18 +304,17 @@ class PruneFl(MaskedAveraging):
     # ---- before round 1
     def setup(self, server: Server, clients: Clients) -> None:
         """Let one client prune alone; take its times. Where none was named, others follow one that is of no use."""
+        if self.initial_client is not None:
+            return self.begin_with(server, clients, self.initial_client)
         ids = list(clients.all().ids)
-        order = [self.initial_client] if self.initial_client is not None else ids
-        if self.initial_client is None:
-            first = int(torch.randint(len(ids), (1,), generator=server.rng))
-            order = [*ids[first:], *ids[:first]]
+        first = int(torch.randint(len(ids), (1,), generator=server.rng))
         failed: dict[int, str] = {}
-        for client in order:
+        for client in [*ids[first:], *ids[:first]]:
             try:
                 return self.begin_with(server, clients, client)
             except TooFewReplies as error:
                 failed |= error.missing
-        raise TooFewReplies("the initial stage", failed)
+        raise TooFewReplies("alone", failed)
 
     def begin_with(self, server: Server, clients: Clients, client: int) -> None:
         """The initial stage with a client; TooFewReplies where it does not reply, or with what cannot be."""
