@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
@@ -153,16 +154,25 @@ class ServerLoop:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            with undisturbed():  # torchrun and mpirun send a signal soon after a rank's death
-                if status != "finished":
-                    self._ledger.flush(final=True)
-                    result = self._result(status, reason, None)
-                    self._save(lambda: self.output.result(result))
-                    self._keep_what_there_is(result)
-                    if self._keeper is not None:
-                        self._keeper.secure()
-                self._save(self._ledger.close)
-                self._save(self.output.close)
+            tied_up = False
+            while not tied_up:
+                # torchrun and mpirun send a signal soon after a rank's death; one that comes just before signals are
+                # held back is forgotten like those that come after
+                with contextlib.suppress(Interrupted), undisturbed():
+                    self._tie_up(status, reason)
+                    tied_up = True
+
+    def _tie_up(self, status: str, reason: str | None) -> None:
+        """Write what there is of a run that ends, and close its files."""
+        if status != "finished":
+            self._ledger.flush(final=True)
+            result = self._result(status, reason, None)
+            self._save(lambda: self.output.result(result))
+            self._keep_what_there_is(result)
+            if self._keeper is not None:
+                self._keeper.secure()
+        self._save(self._ledger.close)
+        self._save(self.output.close)
 
     def _save(self, step: Callable[[], None]) -> None:
         """Do a step of a run's end; a full disk keeps neither the others nor the reason of the end from being told."""
