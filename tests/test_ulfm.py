@@ -102,7 +102,8 @@ def test_a_death_costs_the_dead_host_only(scenes: dict[str, Any]) -> None:
     for death in scenes["deaths"]:
         assert death["times_lost"] == 1, named(death)
         assert death["others_lost"] == [], named(death)
-        assert death["trips"][len(death["trips"]) // 2] < 2 * quiet + 0.001, named(death)
+        # 10 ms: seven ranks share two cores, and a replacement that starts takes one of them for a while
+        assert death["trips"][len(death["trips"]) // 2] < 2 * quiet + 0.01, named(death)
         assert death["trips"][-1] < 1.0, named(death)  # one may fall into the start of several replacements
 
 
