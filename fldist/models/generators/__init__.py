@@ -1,0 +1,1 @@
+"""Image generators, one family a file: from noise and labels to images."""
