@@ -210,11 +210,71 @@ def test_batch_norm_uses_running_statistics_or_each_batchs_own(how):
     assert abs(other.loss - got.loss) > 1e-3
 
 
+class Counted(nn.Module):
+    """A module, and how often it was called."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+
+BATCHSTAT = ("accuracy_batchstat", "top5", "f1")
+
+
+def test_accuracy_by_batch_statistics_is_that_of_batch_norm_batch_and_changes_nothing():
+    """Beside the scores by running statistics, which are as they are without it."""
+    x, labels = drawn(61, 4), labels_of(61, 3)
+    batches = [(x[:40], labels[:40]), (x[40:], labels[40:])]
+    module = Counted(normalised())
+    kept = {n: t.clone() for n, t in module.state_dict().items()}
+    got = evaluate(module, batches, Evaluation(metrics=BATCHSTAT))
+    assert module.calls == 4
+    assert_same_bits(kept, dict(module.state_dict()))
+    assert module.inner[0].track_running_stats
+    plain = evaluate(module, batches, Evaluation(metrics=BATCHSTAT[1:]))
+    assert module.calls == 6
+    assert got.values == {**plain.values, "accuracy_batchstat": got.values["accuracy_batchstat"]}
+    wanted = evaluate(normalised(), batches, Evaluation(batch_norm="batch"))
+    assert got.values["accuracy_batchstat"] == wanted.accuracy != got.accuracy
+
+
+@pytest.mark.parametrize(
+    ("module", "how"),
+    [
+        (nn.Linear(4, 3), "running"),
+        (nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(4, 3)), "running"),
+        (normalised(), "batch"),
+    ],
+)
+def test_accuracy_by_batch_statistics_takes_no_second_pass_where_it_is_the_accuracy(module, how):
+    counted = Counted(module)
+    batches = [(drawn(30, 4), labels_of(30, 3))]
+    got = evaluate(counted, batches, Evaluation(metrics=BATCHSTAT, batch_norm=how))
+    assert counted.calls == 1
+    assert 0 < got.values["accuracy_batchstat"] == got.accuracy < 1
+
+
+def test_a_batch_of_one_has_no_statistics():
+    batches = [(drawn(6, 4), labels_of(6, 3)), (drawn(1, 4), labels_of(1, 3))]
+    got = evaluate(normalised(), batches, Evaluation(metrics=BATCHSTAT))
+    assert math.isnan(got.values["accuracy_batchstat"])
+    assert got.n == 7
+    assert not math.isnan(got.accuracy)
+    none = evaluate(normalised(), [], Evaluation(metrics=BATCHSTAT))
+    assert math.isnan(none.values["accuracy_batchstat"])
+    with pytest.raises(ValueError, match=r"accuracy_batchstat needs batches of at least two samples; raise eval\."):
+        Evaluation(metrics=BATCHSTAT, batch_size=1)
+
+
 @pytest.mark.parametrize("how", ["running", "batch"])
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_restores_the_modules_mode_and_makes_no_graph(training, how):
     module = normalised().train(training)
-    evaluate(module, [(drawn(6, 4), labels_of(6, 3))], Evaluation(batch_norm=how))
+    evaluate(module, [(drawn(6, 4), labels_of(6, 3))], Evaluation(batch_norm=how, metrics=BATCHSTAT))
     assert [m.training for m in module.modules()] == [training] * 3
     assert all(p.grad is None for p in module.parameters())
 
@@ -550,7 +610,7 @@ def test_training_is_the_same_with_and_without_evaluation(tmp_path, algorithm, b
     for name, evaluation in (
         ("none", {"every": 0}),
         ("both", {"where": "both", "split": "train", "batch_norm": batch_norm}),
-        ("sent", {"where": "clients", "model": "sent", "split": "test"}),
+        ("sent", {"where": "clients", "model": "sent", "split": "test", "metrics": ["accuracy_batchstat"]}),
     ):
         settings = config(algorithm, model=CNN, rounds=3, clients={"per_round": 2}, eval=evaluation)
         settings["task"]["split"] = {"test": 0.2}

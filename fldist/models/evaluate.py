@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-Metric = Literal["accuracy", "loss", "top5", "f1", "precision", "recall", "auc"]
+Metric = Literal["accuracy", "loss", "top5", "f1", "precision", "recall", "auc", "accuracy_batchstat"]
 _BY_LIBRARY = frozenset({"f1", "precision", "recall", "auc"})
 
 
@@ -51,6 +51,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.batch_norm == "batch" and self.batch_size < 2:
             raise ValueError("batch_norm: batch needs batches of at least two samples; raise eval.batch_size")
+        if "accuracy_batchstat" in self.metrics and self.batch_size < 2:
+            raise ValueError(
+                "metrics: accuracy_batchstat needs batches of at least two samples; raise eval.batch_size, or remove it"
+            )
         if self.fraction != 1.0 and self.clients != "unselected":
             raise ValueError(
                 f"fraction: {self.fraction:g} is a share of the clients that were not selected; use it with "
@@ -72,7 +76,9 @@ class Scores:
 
     top5: share whose label is among the 5 largest outputs; f1, precision, recall: over classes as `eval.average`
     says, 0 where undefined; auc: area under the ROC curve of the outputs as they are, every (sample, class) pair
-    one decision (micro-average). All are NaN without samples; loss and auc where outputs are NaN.
+    one decision (micro-average). accuracy_batchstat: the accuracy if BatchNorm normalised by each batch's statistics,
+    the running ones neither used nor moved; the accuracy itself where there is no BatchNorm, NaN where there is and a
+    batch has one sample. All are NaN without samples; loss and auc where outputs are NaN.
     """
 
     n: int
@@ -92,16 +98,18 @@ class Scores:
 def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: Evaluation | None = None) -> Scores:
     """Score a module on batches of x [b, ...] and y [b]; the modes of its layers are restored.
 
-    With `batch_norm: batch` the running statistics of the module it is given do change.
+    With `batch_norm: batch` the running statistics of the module it is given do change; for `accuracy_batchstat`, which
+    takes a second pass where there is BatchNorm and the first went by running statistics, nothing of it does.
     """
     how = how or Evaluation()
     modes = [(layer, layer.training) for layer in module.modules()]
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     module.eval()
     if how.batch_norm == "batch":
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.train()
-    correct, top5, loss, n = 0, 0, 0.0, 0
+        for norm in norms:
+            norm.train()
+    twice = bool(norms) and how.batch_norm == "running" and "accuracy_batchstat" in how.names
+    correct, batchstat, top5, loss, n = 0, 0.0, 0, 0.0, 0
     kept_outputs: list[Tensor] = []
     kept_labels: list[Tensor] = []
     keeps = bool(_BY_LIBRARY & set(how.names))
@@ -110,6 +118,10 @@ def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: E
             outputs = module(x)  # [b, C]
             correct += int((outputs.argmax(dim=1) == labels).sum())
             loss += float(cross_entropy(outputs, labels, reduction="sum"))
+            if twice and len(labels) == 1:
+                batchstat = float("nan")  # one sample has no statistics
+            elif twice:
+                batchstat += int((_by_batch_statistics(module, norms, x).argmax(dim=1) == labels).sum())
             if "top5" in how.names:
                 best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices  # [b, 5]
                 top5 += int((best == labels[:, None]).sum())
@@ -122,9 +134,21 @@ def evaluate(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], how: E
     if not n:
         return Scores(0, dict.fromkeys(how.names, float("nan")))
     values = {"accuracy": correct / n, "loss": loss / n, "top5": top5 / n}
+    values["accuracy_batchstat"] = batchstat / n if twice else values["accuracy"]
     if keeps:
         values |= class_metrics(torch.cat(kept_outputs).cpu(), torch.cat(kept_labels).cpu(), how.average)
     return Scores(n, {name: values[name] for name in how.names})
+
+
+def _by_batch_statistics(module: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm], x: Tensor) -> Tensor:
+    """Outputs of a module in eval mode, but for its BatchNorm layers `norms`, which go by x and track nothing."""
+    tracked = [layer.track_running_stats for layer in norms]
+    for layer in norms:
+        layer.training, layer.track_running_stats = True, False
+    outputs: Tensor = module(x)
+    for layer, before in zip(norms, tracked, strict=True):
+        layer.training, layer.track_running_stats = False, before
+    return outputs
 
 
 def class_metrics(
