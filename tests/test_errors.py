@@ -263,6 +263,12 @@ def test_rounding_of_the_cohort(fraction: float, rounding: str, clients: int) ->
     assert settings.clients.count() == clients
 
 
+def test_a_whole_number_of_clients_is_not_rounded_up() -> None:
+    """0.07 * 100 is 7.000000000000001 in binary fractions."""
+    settings = load(small(clients={"num_clients": 100, "fraction": 0.07, "rounding": "ceil"}))
+    assert settings.clients.count() == 7
+
+
 def test_dry_run_predicts_what_the_run_then_measures(cli: Cli, tmp_path: Path) -> None:
     for algorithm in ("fedavg", "fedprox", "scaffold"):
         arguments = ("run", QUICKSTART, f"algorithm={algorithm}", "task.model=cnn_bn", "rounds=1", "local.epochs=1")

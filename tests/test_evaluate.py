@@ -1057,6 +1057,17 @@ def test_training_reads_the_training_part_only(tmp_path):
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_images_are_in_0_to_1_or_brought_to_minus_1_to_1():
+    """Everything that a model sees: a client's rows, the test set, the public rows."""
+    seen = {}
+    for normalize in ("unit", "symmetric"):
+        task = build(load(config(task={"data": "digits", "public": {"n": 9}, "normalize": normalize}))).task
+        seen[normalize] = [task.rows(1)[0], next(task.test_batches(50))[0], task.public()[0]]
+    for unit, symmetric in zip(*seen.values(), strict=True):
+        assert (float(unit.min()), float(unit.max())) == (0.0, 1.0)
+        assert torch.equal(symmetric, 2 * unit - 1)
+
+
 # ---- public rows
 def public_of(settings):
     x, y = build(load(settings)).task.public()

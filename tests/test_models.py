@@ -70,6 +70,8 @@ SIZES = [  # configuration, shape, classes, parameters, float buffers, counters
     (Mlp((64,)), MNIST, 10, 50_890, 0, 0),
     (Cnn(), MNIST, 10, 20_522, 0, 0),
     (FEDZGE, MNIST, 10, 9_226, 0, 0),
+    (dataclasses.replace(FEDZGE, widths=(12, 24)), MNIST, 10, 14_698, 0, 0),
+    (dataclasses.replace(FEDZGE, widths=(16, 32)), MNIST, 10, 20_746, 0, 0),
     (NiidCnn(), MNIST, 10, 44_426, 0, 0),
     (NiidCnn(), CIFAR, 10, 62_006, 0, 0),
     (LeNet5(), MNIST, 10, 61_706, 0, 0),
