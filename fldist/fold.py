@@ -90,6 +90,19 @@ class Fold(ABC):
         """Start a fold for one call."""
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name, such as `float16`; ValueError where torch has none of that name."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: {name!r} is no name of a dtype; give one such as 'float32'")
+    return dtype
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape: {shape!r} is no shape of a tensor; give a tuple of whole numbers, such as (100, 10)")
+
+
 @dataclass(frozen=True)
 class Mean(Fold):
     """Weighted mean: sum_k w_k y_k / sum_k w_k over the replies that came; w_k is the reply field `by`, or 1.
@@ -125,11 +138,27 @@ class Sum(Fold):
 
 @dataclass(frozen=True)
 class Collect(Fold):
-    """Keep every reply: the result is {client: value} in client order. Memory grows with the clients."""
+    """Keep every reply: the result is {client: value} in client order. Memory grows with the clients.
+
+    Where shape is given, what cannot be is refused, so that it cannot spoil, or end, what is made of all replies: a
+    tensor (of Params: the floats) of another shape or dtype, NaN and infinite numbers, and with not_negative negative
+    ones (reasons `shape`, `nan`, `range`).
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    not_negative: bool = False
+
+    def __post_init__(self) -> None:
+        dtype_named(self.dtype)
+        if self.shape is not None:
+            _check_shape(self.shape)
+        elif self.not_negative:
+            raise ValueError("not_negative: replies are looked at where their shape is given; give it too")
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return Collected()
+        return Collected() if self.shape is None else _Checked(self.shape, self.dtype, self.not_negative)
 
 
 def collect() -> Collect:
@@ -156,37 +185,35 @@ class Collected(Accumulator):
         return dict(sorted(self.values.items()))
 
 
-@dataclass(frozen=True)
-class CollectNotNegative(Collect):
-    """Keep every reply of this shape and dtype (of Params: the floats) whose numbers are finite and not negative.
-
-    What is neither is refused, so that it cannot spoil, or end, what is made of all replies.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    def begin(self, context: FoldContext) -> Accumulator:
-        """Start an empty collection."""
-        return _NotNegative(self.shape, self.dtype)
-
-
-class _NotNegative(Collected):
+class _Checked(Collected):
     """A collection that looks at what it gets."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, not_negative: bool) -> None:
         super().__init__()
         self._shape = shape
-        self._dtype = dtype
+        self._dtype = dtype_named(dtype)
+        self._not_negative = not_negative
 
     def add(self, client: int, value: Any, weight: float) -> None:
         """Keep a reply, or refuse it."""
         numbers = value.floats if isinstance(value, Params) else value
-        if numbers.shape != self._shape or numbers.dtype is not self._dtype:
-            raise Refused("shape", f"{numbers.dtype} {list(numbers.shape)} is not {self._dtype} {list(self._shape)}")
-        if not bool((numbers.isfinite() & (numbers >= 0)).all()):
-            raise Refused("range", "there is a number that is negative, infinite or NaN")
+        _refuse_unlike(numbers, self._shape, self._dtype)
+        if numbers.numel() and (self._dtype.is_floating_point or self._not_negative):
+            low, high = (float(v) for v in torch.aminmax(numbers))
+            if math.isnan(low) or math.isnan(high):
+                raise Refused("nan", "there is a number that is NaN")
+            if math.isinf(low) or math.isinf(high) or (self._not_negative and low < 0):
+                beyond = "negative or infinite" if self._not_negative else "infinite"
+                raise Refused("range", f"there is a number that is {beyond}")
         super().add(client, value, weight)
+
+
+def _refuse_unlike(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise Refused for all but a tensor of this shape and dtype."""
+    if not isinstance(value, Tensor):
+        raise Refused("shape", f"{type(value).__name__} is not {dtype} {list(shape)}")
+    if value.shape != shape or value.dtype is not dtype or value.layout is not torch.strided:
+        raise Refused("shape", f"{value.dtype} {list(value.shape)} is not {dtype} {list(shape)}")
 
 
 def scale_exponent(limit: float) -> int:

@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fldist.fold import CHUNK, FixedPoint, FoldContext, Mean, Refused, Sum, collect, fold_limit, scale_exponent
+from fldist.fold import (
+    CHUNK,
+    Collect,
+    FixedPoint,
+    FoldContext,
+    Mean,
+    Refused,
+    Sum,
+    collect,
+    fold_limit,
+    scale_exponent,
+)
 from fldist.params import Layout, Params, Slot
 
 LONG = CHUNK + 4464  # 70,000 elements: a second chunk
@@ -389,3 +400,59 @@ def test_mean_and_sum_keep_one_accumulator_whatever_comes():
         accumulator.add(client, value, 1.0)
     assert accumulator.floats.data_ptr() == block
     assert accumulator.floats.shape == (LONG,)
+
+
+# ---- collecting with a look
+@pytest.mark.parametrize("as_params", [False, True])
+@pytest.mark.parametrize(
+    ("values", "dtype", "reason"),
+    [
+        ([0.5, 0.0, 2.0], "float32", None),
+        ([0.5, -0.5, 2.0], "float32", None),
+        ([0.5, 1.0], "float32", "shape"),
+        ([0.5, 0.0, 2.0], "float64", "shape"),
+        ([0.5, math.nan, -2.0], "float32", "nan"),
+        ([0.5, math.inf, 2.0], "float32", "range"),
+        ([0.5, -math.inf, 2.0], "float32", "range"),
+    ],
+)
+def test_collect_with_a_shape_looks_at_every_reply(values, dtype, reason, as_params):
+    made = torch.tensor(values, dtype=getattr(torch, dtype))
+    value = Params(model(torch.zeros(len(values))).layout, made) if as_params else made
+    for fold in (Collect((3,)), Collect((3,), not_negative=True)):
+        accumulator = begin(fold, None, 1.0)
+        why = "range" if reason is None and fold.not_negative and min(values) < 0 else reason
+        if why is None:
+            accumulator.add(4, value, 1.0)
+            assert accumulator.result() == {4: value}
+            continue
+        with pytest.raises(Refused) as refused:
+            accumulator.add(4, value, 1.0)
+        assert refused.value.reason == why
+        assert accumulator.result() == {}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "float16", "bfloat16"])
+def test_collect_takes_every_dtype_and_tensors_without_elements(dtype):
+    for shape in ((2, 2), (0, 2)):
+        accumulator = begin(Collect(shape, dtype, not_negative=True), None, 1.0)
+        accumulator.add(0, torch.ones(shape, dtype=getattr(torch, dtype)), 1.0)
+        for wrong in (torch.ones(shape), None):
+            with pytest.raises(Refused, match="shape: "):
+                accumulator.add(1, wrong, 1.0)
+
+
+def test_negative_integers_are_refused_where_they_must_not_be():
+    value = torch.tensor([3, -1])
+    begin(Collect((2,), "int64"), None, 1.0).add(0, value, 1.0)
+    with pytest.raises(Refused, match=r"range: .*negative"):
+        begin(Collect((2,), "int64", not_negative=True), None, 1.0).add(0, value, 1.0)
+
+
+def test_a_collection_that_cannot_be_is_an_error_when_it_is_made():
+    with pytest.raises(ValueError, match="dtype: 'half a float'"):
+        Collect((2,), "half a float")
+    with pytest.raises(ValueError, match="shape"):
+        Collect((2, None))
+    with pytest.raises(ValueError, match="not_negative"):
+        Collect(not_negative=True)
