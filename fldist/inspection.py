@@ -184,6 +184,8 @@ class _Tracer:
             up.append(value)
             if isinstance(value, Kept):
                 value = value.value
+            elif isinstance(how, Mean | Sum) and isinstance(value, torch.Tensor):
+                value = value.double()
             if isinstance(how, Collect):
                 replies[field.name] = dict.fromkeys(ids, value)
             else:
@@ -225,7 +227,7 @@ class _Tracer:
         if spec.reply_type is ClientScores:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
-        if isinstance(how, Collect) and how.shape is not None:
+        if isinstance(how, Mean | Sum | Collect) and how.shape is not None:
             made = torch.rand(how.shape).to(dtype_named(how.dtype))  # not all alike: masks follow the order
             return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
