@@ -28,14 +28,26 @@ from tests.needs import needs_data
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "moon", "fedopt", "local", "centralised", "autoflip")
+ALGORITHMS = (
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fednova",
+    "moon",
+    "fedopt",
+    "local",
+    "centralised",
+    "autoflip",
+    "fedzge",
+)
 
-MASKED = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl")
+OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation")
 """These run under MPI as well; their own tests run them on gloo."""
 FIELDS: dict[str, dict[str, Any]] = {
     "autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True},
     "prunefl": {"initial_passes": 4, "reconfigure_every": 2},
     "lottery_fl": {"threshold": 0.1},
+    "fedzge": {"synthetic": 20, "q": 3, "generator": {"nz": 8, "ngf": 2}, "server_steps": 3, "client_steps": 2},
 }
 
 
@@ -55,6 +67,7 @@ def config(algorithm: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
         local={"epochs": 1, "batch_size": 32, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
         **({"clock": {"name": "scripted", "default": 0.01}} if name == "prunefl" else {}),
         **({"task__split": {"val": 0.2}} if name == "lottery_fl" else {}),
+        **({"task__public": {"n": 20}} if name == "public_distillation" else {}),
         **changes,
     )
 
@@ -85,7 +98,7 @@ def ledger(directory: str | Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     base = tmp_path_factory.mktemp("alone")
-    return {name: fldist.run(config(name), output=base / name) for name in (*ALGORITHMS, *MASKED)}
+    return {name: fldist.run(config(name), output=base / name) for name in (*ALGORITHMS, *OTHERS)}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -148,7 +161,7 @@ def _messages(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    names = (*ALGORITHMS, *MASKED)
+    names = (*ALGORITHMS, *OTHERS)
     jobs = [{"config": config(name), "output": str(tmp_path / name)} for name in names]
     resumed = ("fedavg", "scaffold", "moon")
     for name in resumed:  # begun in one process, ended under MPI
@@ -202,7 +215,7 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "autoflip"])
+@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge"])
 def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]
