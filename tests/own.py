@@ -18,7 +18,19 @@ from fldist.algorithms.scaffold import Update as ScaffoldUpdate
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Collect, Mean, Sum, collect
-from fldist.kinds import Kind, Logits, MaskedWeights, Masks, MaxBytes, Once, Scalar, SparseWeights, Variates, Weights
+from fldist.kinds import (
+    Factors,
+    Kind,
+    Logits,
+    MaskedWeights,
+    Masks,
+    MaxBytes,
+    Once,
+    Scalar,
+    SparseWeights,
+    Variates,
+    Weights,
+)
 from fldist.models.train import Order, train
 from fldist.params import Params
 from fldist.seeding import generator
@@ -478,3 +490,30 @@ class Ensemble(Base):
                 "few": (z, h, -few),
             }[self.lies]
         return Answers(z, h, few, data.n)
+
+
+@dataclass(frozen=True)
+class Frozen(Base):
+    """A frozen model and tensors of several sizes, given as `Once`: to client 0 first, then to all."""
+
+    every: int = 2
+
+    def init_server(self, task: Task) -> State:
+        return State(x=task.init_params(), frozen=task.init_params() * 0.5)
+
+    def round(self, server: Server, clients: Clients) -> None:
+        version = (server.round - 1) // self.every
+        frozen = Once(server.frozen, version, "frozen")
+        tensors = Once({"large": torch.full((1500,), 1.0 + version), "small": torch.ones(3)}, version)
+        for cohort in (clients.only([0]), clients.selected()):
+            server.x = cohort.call(
+                self.add, x=server.x, frozen=frozen, tensors=tensors, fold={"y": Mean(by="n", like="x")}
+            ).y
+        if server.round % self.every == 0:
+            server.frozen = server.x.clone()
+
+    @on_client
+    def add(self, me: Me, data: ClientData, x: Weights, frozen: Weights, tensors: Factors) -> Update:
+        y = x.clone()
+        y.floats += 0.1 * frozen.floats + tensors["large"].mean() + tensors["small"].sum() * data.client
+        return Update(y, data.n)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fldist
-from fldist.config import ConfigError, load
+from fldist.config import ConfigError, build, load
 from fldist.fold import FixedPoint, FoldContext
 from fldist.inspection import dry_run
 from fldist.params import Layout, Params, Slot
@@ -50,16 +50,25 @@ def test_gloo_gives_the_same_bits_and_ledger(
     assert ledger(tmp_path / "run") == ledger(alone[algorithm]["directory"])
 
 
+def own_on_four(name: str) -> dict[str, Any]:
+    """Folds of tensors; what is given once, to one host and then to all."""
+    model = {"name": "cnn_bn", "widths": [32, 32]}
+    return small(algorithm=f"tests.own:{name}", eval__every=0, rounds=3, task__model=model)
+
+
 def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    names = [(algorithm, topology) for algorithm in ("fedavg", "scaffold", "moon", "local") for topology in TOPOLOGIES]
-    jobs = [{"config": config(a, topology=t), "output": str(tmp_path / f"{a}-{t}")} for a, t in names]
+    of: dict[str, dict[str, Any]] = {name: config(name) for name in ("fedavg", "scaffold", "moon", "local")}
+    of |= {name: own_on_four(name) for name in ("Ensemble", "Frozen")}
+    straight = {name: alone.get(name) or fldist.run(of[name], output=tmp_path / name) for name in of}
+    names = [(name, topology) for name in of for topology in TOPOLOGIES]
+    jobs = [{"config": {**of[n], "topology": t}, "output": str(tmp_path / f"{n}-{t}")} for n, t in names]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = mpirun(3, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
+    done = mpirun(4, [str(ROOT / "tests" / "mpi_runs.py"), str(tmp_path / "jobs.json")])
     assert done.returncode == 0, done.stderr
-    for algorithm, topology in names:
-        directory = tmp_path / f"{algorithm}-{topology}"
-        assert outcome(json.loads((directory / "result.json").read_text())) == outcome(alone[algorithm])
-        assert ledger(directory) == ledger(alone[algorithm]["directory"])
+    for name, topology in names:
+        directory = tmp_path / f"{name}-{topology}"
+        assert outcome(json.loads((directory / "result.json").read_text())) == outcome(straight[name])
+        assert ledger(directory) == ledger(straight[name]["directory"])
 
 
 @pytest.mark.parametrize("integers", ["mean", "max", "keep"])
@@ -190,6 +199,43 @@ def test_what_each_topology_hands_to_the_transport(tmp_path: Path, hosts: Hosts)
         others = [r["shared_with"] for r in messages(tmp_path / topology, "down") if r != carriers[0]]
         assert carriers[0]["client"] in others
         assert None not in others
+
+
+def test_what_is_given_once_is_broadcast_to_who_lacks_it(tmp_path: Path, hosts: Hosts) -> None:
+    """Two calls a round, of one client and of all, on three hosts: in the second the first host holds it already."""
+    changes: dict[str, Any] = {
+        "algorithm": {"name": "tests.own:Frozen"}, "rounds": 3, "task__model": {"name": "cnn_bn", "widths": [32, 32]}
+    }  # fmt: skip
+    straight = run_here(load(small(eval__every=0, **changes)), output=tmp_path / "alone")
+    job = build(load(small(**changes)), torch.device("cpu"))
+    floats, ints = 4 * job.task.layout.num_floats, 8 * job.task.layout.num_ints
+    assert floats > 4096 > ints > 0
+    large, tiny = 4 * 1500, 4 * 3
+    for topology in ("star", *TOPOLOGIES):
+        directory = tmp_path / topology
+        result = run_here(
+            load(small(topology=topology, eval__every=0, **changes)), nproc=4, output=directory, spawn=hosts
+        )
+        assert outcome(result) == outcome(straight)
+        assert ledger(directory) == ledger(tmp_path / "alone")
+        down = messages(directory, "down")
+        assert {r["rank"] for r in down if r["call"] == 1} == {1}
+        assert {r["rank"] for r in down if r["call"] == 2} == {1, 2, 3}
+        payload: dict[tuple[int, int], int] = {}
+        for r in down:
+            key = (r["round"], r["call"])
+            payload[key] = payload.get(key, 0) + r["wire_bytes"] - r["framing_bytes"]
+        one = floats + ints  # x, to one host
+        all_of_x = 3 * one if topology == "star" else floats + 3 * ints
+        alike = floats + large if topology != "star" else 2 * (floats + large)
+        news = {1: floats + ints + large + tiny, 2: alike + 2 * (ints + tiny)}
+        assert payload == {
+            (number, call): {1: one, 2: all_of_x}[call] + (0 if number == 2 else news[call])
+            for number in (1, 2, 3)
+            for call in (1, 2)
+        }
+        others = [r for r in down if r["call"] == 2 and topology != "star"]
+        assert sum(r["wire_bytes"] >= floats for r in others) == (3 if others else 0), "one row a round"
 
 
 def test_hosts_without_a_client_take_part(tmp_path: Path, hosts: Hosts) -> None:

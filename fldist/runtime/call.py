@@ -8,7 +8,7 @@ from typing import Any
 
 from fldist.fold import Fold
 from fldist.kinds import HELD, Once
-from fldist.runtime.folding import Folds, argument_for
+from fldist.runtime.folding import Folds, argument_for, plain
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceTable, size_of
 from fldist.runtime.sharing import Shares
@@ -60,7 +60,7 @@ class Call:
         spec, arguments, once = self.spec, self.arguments, self.once
         builder = FrameBuilder(head, share=self.job.share, layout=self.job.layout)
         if broadcast:
-            builder.broadcast(spec.call, {name: arguments[name] for name in self.common})
+            builder.broadcast(spec.call, {name: plain(arguments[name]) for name in self.common})
         given: dict[int, Kinds] = {}
         for client in clients:
             values = [argument_for(arguments[f.name], client, f.name) for f in spec.call.fields]
@@ -74,8 +74,6 @@ class Call:
             builder.add(Message(client), spec.call, values, {name: a.version for name, a in once.items()})
         if names := {argument: a.name for argument, a in once.items() if a.name is not None}:
             builder.frame.note["once"] = names
-        if not clients:  # such a host takes part in the broadcast, and has no use for what rides in the head
-            builder.frame.parts = builder.frame.world
         return builder.frame, given
 
 def check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> None:

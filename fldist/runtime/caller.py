@@ -42,6 +42,8 @@ _LATE_CALLS = 1000
 """Calls to which a late reply may still belong."""
 _LOST_S = 5.0
 """How long the `Lost` event of a host that took no frame may be on its way."""
+_LARGE = (Params, Tensor, dict, Kept)
+"""Arguments that may be large."""
 
 
 NOT_WAITED_FOR = "not waited for: too many others are missing"
@@ -281,7 +283,7 @@ class Caller:
         check_names(spec, fold, arguments)
         running = Call(self.job, spec, phase, Folds(self.job, spec, fold, arguments), arguments)
         if self.job.share:
-            running.common = [n for n, a in arguments.items() if isinstance(a, Params | Tensor | dict | Kept)]
+            running.common = [n for n, a in arguments.items() if isinstance(a, _LARGE)]
         if self.job.topology == "reduce":
             running.told = reducible(spec, fold, arguments)
             for name, accumulator in running.folds.accumulators.items():
@@ -363,8 +365,15 @@ class Caller:
         self._sent(running, rank, frame, ready, given, posted, held_for if running.common else None)
 
     def _give_all(self, running: Call, placed: Mapping[int, list[int]]) -> None:
-        """Send every host its clients' messages; what they share is broadcast to all hosts, the idle ones too."""
+        """Send every host its clients' messages; what they share is broadcast to all hosts, the idle ones too.
+
+        Of `Once` arguments what more than one of the called hosts does not hold yet.
+        """
         clients = {rank: placed.get(rank, []) for rank in self.placement.alive}
+        for name, argument in running.once.items():
+            without = [r for r in placed if not self.once.holds(r, running.spec.name, name, argument)]
+            if isinstance(argument.value, _LARGE) and len(without) > 1:
+                running.common.append(name)
         frames, given = {}, {}
         for rank, ids in clients.items():
             frames[rank], given[rank] = self._frame(running, rank, ids, broadcast=True)

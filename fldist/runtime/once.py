@@ -65,6 +65,11 @@ class OnceTable:
         """A host is gone, and what it held with it."""
         self._held.pop(rank, None)
 
+    def holds(self, rank: int, method: str, name: str, given: Once[Any]) -> bool:
+        """Whether a host holds this version of an argument, for some client."""
+        held = self._held.get(rank, {}).get(named(method, name, given.name))
+        return held is not None and held.version == given.version
+
     def hold_back(
         self, rank: int, method: str, fields: Sequence[Field], client: int, once: Mapping[str, Once[Any]], values: Any
     ) -> Kinds:

@@ -281,12 +281,18 @@ class FrameBuilder:
         self.frame.messages.append(message)
 
     def broadcast(self, schema: Schema, values: Mapping[str, Any]) -> None:
-        """Begin with the parts of these values, which every frame of the call has, and have them broadcast."""
+        """Begin with the large parts of these values, which every frame of the call has, and have them broadcast.
+
+        They go to receivers too that have no use for them; what is small rides in the head of who uses it.
+        """
         self._large = Place.WORLD
         for spec in schema.fields:
             if spec.name in values:
                 self._field(spec, values[spec.name])
         self._large = Place.BODY
+        index = {i: n for n, i in enumerate(i for i, p in enumerate(self.frame.parts) if p.place is Place.WORLD)}
+        self.frame.parts = self.frame.world
+        self._known = {key: index[i] for key, i in self._known.items() if i in index}
 
     def _field(self, spec: Field, value: Any) -> FieldValue:
         name, kind, form, optional, sparse = spec.name, spec.kind, spec.form, spec.optional, spec.sparse is not None

@@ -112,9 +112,12 @@ def costs(
                 kinds[spec.kind] = (logical, encoded)
         result.append((kinds, 0, distinct, shared_with))
     if result:
+        unused = [p for i, p in enumerate(frame.parts) if i not in booked] if carrier is None else []
+        # what is broadcast is booked on the call's first client, also where its host holds it already
+        broadcast = sum(p.bytes for p in unused if p.place is Place.WORLD)
         framing = frame.head_bytes - payload_in_head
         kinds, _, distinct, shared = result[0]
-        result[0] = (kinds, framing, framing + distinct, shared)
+        result[0] = (kinds, framing, framing + distinct + broadcast, shared)
     return result
 
 
