@@ -585,6 +585,16 @@ def test_what_changes_neither_is_not_looked_at(changes: dict[str, Any]) -> None:
     assert method_of([run_of([0.5]), run_of([0.5], seed=1, **changes)]).seeds == (0, 1)
 
 
+def test_public_samples_of_other_data_are_the_methods_those_of_the_own_are_the_tasks() -> None:
+    own = {"task__public": {"n": 20, "data": None}}
+    beside = {"task__public": {"n": 20, "data": {"name": "mnist"}}}
+    unused = {"task__public": {"n": 0, "data": None}}
+    assert len(split([run_of([0.5]), run_of([0.5], **own)])) == 2
+    (task,) = split([run_of([0.5]), run_of([0.5], **unused), run_of([0.5], seed=1, **beside)])
+    assert sorted(method.seeds for method in task.methods) == [(0,), (1,)]
+    assert "mnist" in "".join(method.label for method in task.methods)
+
+
 def test_batches_matter_only_where_a_score_depends_on_them() -> None:
     assert len(split([run_of([0.5], eval__batch_size=n) for n in (64, 128)])) == 1
     assert len(split([run_of([0.5], eval__batch_size=n, eval__batch_norm="batch") for n in (64, 128)])) == 2

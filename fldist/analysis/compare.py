@@ -268,7 +268,8 @@ def _within(key: str, keys: Iterable[str]) -> bool:
 
 def _of_task(run: Run) -> dict[str, str]:
     flat = _flat(run.config)
-    facts = {key: value for key, value in flat.items() if _within(key, _TASK) and key not in _FOLDERS}
+    task = {key for key in flat if _within(key, _TASK)} - set(_public_beside(flat))
+    facts = {key: flat[key] for key in flat if key in task and key not in _FOLDERS}
     if facts.get("eval.batch_norm") == "batch":  # then a sample's score depends on those beside it
         facts["eval.batch_size"] = flat.get("eval.batch_size", "default")
     if facts.get("eval.clients") == "unselected":
@@ -276,9 +277,19 @@ def _of_task(run: Run) -> dict[str, str]:
     return facts
 
 
+def _public_beside(flat: Mapping[str, str]) -> dict[str, str]:
+    """The keys of public samples that are not of the task: there are none, or they are of a data set that is named.
+    Without a name they are rows of the task's own data, and clients have fewer."""
+    if flat.get("task.public.n", "0") == "0" or "task.public.data.name" in flat:
+        return {key: value for key, value in flat.items() if _within(key, ["task.public"])}
+    return {}
+
+
 def _of_method(run: Run) -> dict[str, str]:
     flat = _flat(run.config)
     facts = {key: value for key, value in flat.items() if not _within(key, (*_TASK, *_NEITHER))}
+    if flat.get("task.public.n", "0") != "0":
+        facts |= {key: value for key, value in _public_beside(flat).items() if key not in _FOLDERS}
     if facts.get("clock.name") == "measured":  # as in runs of versions that had no other
         del facts["clock.name"]
     if flat.get("eval.own") == "true":  # then replies are longer, and clients compute more
