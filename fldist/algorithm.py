@@ -137,11 +137,13 @@ class Server(Protocol):
     """The server half's view: its state's values are attributes; `rng`, `log` and `task` are there.
 
     `data` is all clients' training data together, for what no federation could do: centralised training; `clock` has
-    the durations by which something is decided.
+    the durations by which something is decided; `predicting`: replies are made up, to count bytes (`--dry-run`), and
+    what takes time and changes no message's size may be left out.
     """
 
     task: Task
     data: PooledData
+    predicting: bool
     clock: Clock
     round: int
     rng: torch.Generator

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from fldist.algorithm import Algorithm, Me, Replies, Server, State, on_client
+from fldist.algorithm import Algorithm, Cohort, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.kinds import Scalar
@@ -142,10 +142,10 @@ def logits_of(module: nn.Module, x: Tensor, chunk: int = 0) -> Tensor:
         return torch.cat([module(part.clone()) for part in x.split(chunk)])  # type: ignore[no-untyped-call]
 
 
-class Taught(NamedTuple):
-    """A client's reply after a distillation."""
+class Published(NamedTuple):
+    """A client's accuracy as it was published, after a distillation."""
 
-    accuracy: Scalar | None  # as published, if that is wanted
+    accuracy: Scalar
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,8 @@ class Distilling(Algorithm):
 
     def teach_server(self, server: Server, x: Tensor, e: Tensor) -> None:
         """E2 steps of the global model on samples x [N, ...] with targets e [N, C]; logs their loss."""
+        if server.predicting:
+            return
         task: Task = server.task
         with task.network(server.x) as network:
             scores = PublishedScores(network, task) if self.published_scores else None
@@ -239,14 +241,19 @@ class Distilling(Algorithm):
                 yield lambda x: logits_of(network.module, x)
             me.y = network.params  # answering has moved its running statistics
 
-    def log_published(self, server: Server, taught: Replies) -> None:
+    @on_client
+    def published(self, me: Me, data: ClientData) -> Published:
+        """The accuracy that the distillation of this round has noted."""
+        return Published(me.scratch.published)
+
+    def log_published(self, server: Server, cohort: Cohort) -> None:
         """Log the mean of the clients' accuracies as published, where that is wanted."""
-        if self.published_scores:
-            scores = list(taught.accuracy.values())
+        if self.published_scores and self.client_steps:
+            scores = list(cohort.call(self.published, phase="evaluate").accuracy.values())
             server.log(published_client_accuracy=sum(scores) / len(scores))
 
-    def teach_client(self, me: Me, data: ClientData, x: Tensor, e: Tensor) -> float | None:
-        """E3 steps of the client's model; its accuracy as published, if that is wanted."""
+    def teach_client(self, me: Me, data: ClientData, x: Tensor, e: Tensor) -> None:
+        """E3 steps of the client's model; notes its accuracy as published, if that is wanted."""
         task = data.task
         with task.network(me.y, data.client, batch_norm=self.distil_batch_norm) as network:
             scores = PublishedScores(network, task) if self.published_scores else None
@@ -261,4 +268,5 @@ class Distilling(Algorithm):
                 after_step=scores,
             )
         me.y = network.params
-        return None if scores is None else scores.best
+        if scores is not None:
+            me.scratch.published = scores.best

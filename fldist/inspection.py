@@ -150,7 +150,8 @@ class _Tracer:
         self.phases: dict[str, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self.once: dict[str, int] = {}
         self.versions: dict[str, int] = {}  # of this round's `Once` arguments
-        self.given: dict[tuple[str, int], tuple[Kind, str]] = {}  # by argument and client: when it got it
+        self.given: dict[tuple[str, int, int], tuple[Kind, str, int]] = {}
+        """By argument, version and client: when it got it, and its bytes."""
         self.unknown: list[str] = []
         self.at_most: set[str] = set()
         self.reports: dict[int, ClientReport] = {}
@@ -196,7 +197,7 @@ class _Tracer:
                 self.once[name] = size_of(given.value)
                 self.versions[name] = given.version
                 for client in ids:
-                    self.given.setdefault((name, client), (field.kind, phase))
+                    self.given.setdefault((name, given.version, client), (field.kind, phase, self.once[name]))
         for client in ids:
             down = [
                 HELD if isinstance(arguments[f.name], Once) else argument_for(arguments[f.name], client, f.name)
@@ -208,8 +209,8 @@ class _Tracer:
 
     def give_anew(self, name: str) -> None:
         """Count an argument that is another one in every round with the clients that it was given to in this one."""
-        size = self.once.pop(name)
-        for (given, _), (kind, phase) in self.given.items():
+        self.once.pop(name)
+        for (given, _, _), (kind, phase, size) in self.given.items():
             if given == name:
                 self.phases[phase]["down"] += size
                 if phase not in UNTRAINED_PHASES:
@@ -263,6 +264,7 @@ def predict(job: Job) -> Prediction:
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
+    object.__setattr__(view, "predicting", True)
     clients = ClientsView(job, tracer)
     try:
         with forked(job.seed, "setup"):

@@ -15,9 +15,10 @@ import torch
 import fldist
 from fldist.algorithm import Me, on_client
 from fldist.algorithms import fedzge
-from fldist.algorithms.fedzge import Answered, FedZge, Taught
+from fldist.algorithms.fedzge import Answered, FedZge
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
+from fldist.inspection import predict
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints
@@ -110,6 +111,21 @@ def test_bytes_are_those_of_the_table(tmp_path: Path, wire: str, difference: str
     assert bytes_of(tmp_path / "run") == {(r, k): want for r in (1, 2) for k in range(K)}
     each = sum(want.values())
     assert result["summary"] == {"bytes_per_client_and_round": each, "break_even_parameters": each / 8}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_bytes_are_predicted(wire: str) -> None:
+    for how in ({"wire": wire}, {"wire": wire, "generator_steps": 2}, {"gradient": "none"}):
+        found = predict(build(load(zge(**{f"algorithm__{k}": v for k, v in how.items()}))))
+        assert not found.unknown
+        once = {"images down": 4 * N * D, "logits up": 4 * N * C, "logits down": 4 * N * C, "scalars up": 8}
+        want = once if "gradient" in how else expected(wire)
+        steps = how.get("generator_steps", 1)
+        told = 2 * N * C if wire == "f5" else 4 * N * C
+        want = {k: v if k == "logits down" else steps * v for k, v in want.items()}
+        assert want["logits down"] == (4 * N * C if "gradient" in how else told)
+        by_kind = {f"{kind} {way}": n for kind, ways in found.by_kind.items() for way, n in ways.items() if n}
+        assert by_kind == {kind: K * n for kind, n in want.items()}
 
 
 def test_the_table_of_the_published_setting() -> None:
@@ -299,11 +315,10 @@ class Spoilt(FedZge):
         return got
 
     @on_client
-    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> Taught:
-        got = super().distil(me, data, x, e)
+    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> None:
+        super().distil(me, data, x, e)
         if data.round == 2 and data.client == 1:
             raise RuntimeError("gone")
-        return got
 
 
 def test_a_reply_that_is_lost_or_refused_leaves_no_trace(tmp_path: Path) -> None:

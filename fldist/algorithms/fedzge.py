@@ -68,7 +68,6 @@ from fldist.distillation import (
     Distilling,
     NonNegative,
     Positive,
-    Taught,
     ensemble,
     logits_of,
     make_optimizer,
@@ -452,15 +451,17 @@ class FedZge(Distilling):
         for step in range(self.generator_steps):
             with self.generating(server, step) as (network, batch):
                 answers = self.ask(server, clients, replied, batch) if revealed is None else revealed.answers(batch.x)
-                if self.gradient != "none":
-                    self.move_generator(
-                        server, network, batch, self.image_gradient(server, clients, batch, answers, revealed)
-                    )
+                if server.predicting and self.wire == "f6" and self.gradient == "queries":
+                    self.project_all(server, clients, batch, answers, answers.e)
+                elif self.gradient != "none" and not server.predicting:
+                    g = self.image_gradient(server, clients, batch, answers, revealed)
+                    self.move_generator(server, network, batch.made, g)
             replied = answers.clients
         self.show(server, batch.x)
         e = answers.e.to(self.logit_type)
         self.teach_server(server, batch.x, e)
-        self.log_published(server, clients.only(replied).call(self.distil, x=batch.sent, e=e.cpu()))
+        told = clients.only(replied).call(self.distil, x=batch.sent, e=e.cpu()).clients
+        self.log_published(server, clients.only(told))
 
     @property
     def logit_type(self) -> torch.dtype:
@@ -580,50 +581,40 @@ class FedZge(Distilling):
         """w_k but for their sum."""
         return {k: 1.0 if self.weighed_by is None else float(count) for k, count in n.items()}
 
+    def project_all(self, server: Server, clients: Clients, batch: Batch, answers: Answers, v: Tensor) -> Tensor:
+        """s_ij [q, N] of f6: who answered is sent v [N, C]."""
+        key, stream = self.descriptor(server, batch.step)
+        sent = {"x": batch.sent, "key": key, "stream": stream, "v": v.float().cpu()}
+        mean = Mean(by=self.weighed_by, shape=(self.q, len(v)), limit=LARGEST_LOGIT)
+        got = clients.only(answers.clients).call(self.project, **sent, fold={"s": mean}, phase="query")
+        return got.s  # type: ignore[no-any-return]
+
     # ---- what the server makes of the answers
     def image_gradient(
         self, server: Server, clients: Clients, batch: Batch, answers: Answers, revealed: Revelation | None
     ) -> Tensor:
         """g [N, d], as the fields say; logs the four losses."""
         task: Task = server.task
-        loss, (step, z, y, _, x, sent) = self.loss, batch
+        loss, x, y, z = self.loss, batch.x, batch.y, batch.z
         e = answers.e.to(task.device)
+        delta = None if answers.delta is None else answers.delta.to(task.device)
         model = task.frozen_copy(server.x)
-        directions = self.drawn(server, step)
         if self.scope == "all" and revealed is None:
             f = logits_of(model, x)
-            assert answers.delta is not None
+            assert delta is not None
             whole = Whole(functools.partial(logits_of, model), e, f, x, y, z, loss)
-            delta = answers.delta.to(task.device)
-            g = combine(functools.partial(self.whole_share, whole, e, delta, x), directions.block, self.q)
+            share = functools.partial(self.whole_share, whole, e, delta, x)
+            g = combine(share, self.drawn(server, batch.step).block, self.q)
         else:
             known, f = known_gradient(model, e, x, z, loss)
             v = logit_gradient(e, f, y, loss)
             if revealed is not None:
                 part = revealed.gradient(v, x)
             else:
-                if self.wire == "f6":
-                    key, stream = self.descriptor(server, step)
-                    mean = Mean(by=self.weighed_by, shape=(self.q, len(x)), limit=LARGEST_LOGIT)
-                    s = (
-                        clients.only(answers.clients)
-                        .call(
-                            self.project,
-                            x=sent,
-                            key=key,
-                            stream=stream,
-                            v=v.float().cpu(),
-                            fold={"s": mean},
-                            phase="query",
-                        )
-                        .s
-                    )
-                else:
-                    assert answers.delta is not None
-                    s = client_scalars(v, answers.delta.to(task.device))
+                s = self.project_all(server, clients, batch, answers, v) if delta is None else client_scalars(v, delta)
                 if self.reduction == "batch":
                     s = s.sum(dim=1, keepdim=True).expand_as(s)
-                part = combine(lambda j, u: s[j], directions.block, self.q)
+                part = combine(lambda j, u: s[j], self.drawn(server, batch.step).block, self.q)
             g = known.reshape(len(x), -1) + part.reshape(len(x), -1)
         server.log(**loss.parts(e, f.to(e.dtype), x, y, z))
         return g / len(x) if self.divide_by_n else g
@@ -637,10 +628,10 @@ class FedZge(Distilling):
             change = (change - differ(e - self.eps * delta[j], torch.sub(x, u, alpha=self.eps))) / 2
         return (change / self.eps).expand(len(x))
 
-    def move_generator(self, server: Server, network: Network, batch: Batch, g: Tensor) -> None:
-        """One optimizer step along the gradient g [N, d] on the images."""
+    def move_generator(self, server: Server, network: Network, made: Tensor, g: Tensor) -> None:
+        """One optimizer step along the gradient g [N, d] on the images that were made."""
         network.gradient.zero_()
-        batch.made.backward(g.to(batch.made.dtype).view_as(batch.made))  # type: ignore[no-untyped-call]
+        made.backward(g.to(made.dtype).view_as(made))  # type: ignore[no-untyped-call]
         optimizer = make_optimizer(self.optimizer, self.lr_generator, network)
         (weights,) = network.weights
         if server.moments:
@@ -708,10 +699,10 @@ class FedZge(Distilling):
         return Revealed(me.y, data.n)
 
     @on_client
-    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> Taught:
+    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> None:
         """E3 steps on the images that the queries were about; not sent again."""
         x = from_bytes(x if x.dim() == 1 + len(data.task.shape) else x[0].clone())
-        return Taught(self.teach_client(me, data, x, e))
+        self.teach_client(me, data, x, e)
 
 
 class Revelation:

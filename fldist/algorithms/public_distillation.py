@@ -21,7 +21,7 @@ from typing import NamedTuple
 from fldist.algorithm import Clients, Me, Server, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.distillation import LARGEST_LOGIT, Distilling, Taught
+from fldist.distillation import LARGEST_LOGIT, Distilling
 from fldist.fold import Mean
 from fldist.kinds import Logits, Scalar
 
@@ -52,7 +52,7 @@ class PublicDistillation(Distilling):
         got = clients.only(replied).call(self.answer, fold={"logits": mean})
         e = got.logits.float()
         self.teach_server(server, x, e)
-        self.log_published(server, clients.only(got.clients).call(self.distil, e=e))
+        self.log_published(server, clients.only(clients.only(got.clients).call(self.distil, e=e).clients))
 
     @on_client
     def answer(self, me: Me, data: ClientData) -> Answered:
@@ -61,6 +61,6 @@ class PublicDistillation(Distilling):
             return Answered(logits(data.task.public()[0]), data.n)
 
     @on_client
-    def distil(self, me: Me, data: ClientData, e: Logits) -> Taught:
+    def distil(self, me: Me, data: ClientData, e: Logits) -> None:
         """E3 steps on the public samples."""
-        return Taught(self.teach_client(me, data, data.task.public()[0], e))
+        self.teach_client(me, data, data.task.public()[0], e)

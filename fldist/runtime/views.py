@@ -22,7 +22,7 @@ from fldist.selection import Candidates
 class ServerView:
     """The server half's view of a run; see `fldist.algorithm.Server`. Its state is on the CPU, whatever is set."""
 
-    _RESERVED = frozenset({"task", "data", "clock", "round", "rng", "log", "images", "state"})
+    _RESERVED = frozenset({"task", "data", "clock", "round", "rng", "log", "images", "state", "predicting"})
 
     def __init__(self, job: Job, state: State) -> None:
         set_ = object.__setattr__
@@ -31,6 +31,7 @@ class ServerView:
         set_(self, "state", state)
         set_(self, "logged", {})
         set_(self, "pictures", {})
+        set_(self, "predicting", False)
         set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1), clock=job.clock))
         self.enter(0, job.seed)
 
