@@ -32,11 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"clock", "models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"clock", "data", "fold", "kinds", "models", "params", "seeding"},
     "selection": set(),
-    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse"},
+    "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
+    "distillation": {"algorithm", "data", "kinds", "models", "params"},
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
+ALLOWED["algorithms"] |= {"directions", "distillation"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}

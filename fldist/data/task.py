@@ -55,6 +55,12 @@ class Architecture:
     device: torch.device = CPU
     _free: list[nn.Module] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, name: str, module: nn.Module, device: torch.device = CPU) -> Architecture:
+        """That of a module, which is its template and has its initial values."""
+        layout = Layout.of(module)
+        return cls(name, module, layout, Params.of(module, layout), has_batch_norm(module), device)
+
     def copy(self) -> nn.Module:
         """A module of its own, on the device."""
         return copy.deepcopy(self.template).to(self.device)
@@ -398,8 +404,7 @@ class Task:
         name, build = self._builds[index]
         with forked(self.seed, "init", *([index] if index else [])):
             module = build(self.shape, self.num_classes)
-        layout = Layout.of(module)
-        return Architecture(name, module, layout, Params.of(module, layout), has_batch_norm(module), self.device)
+        return Architecture.of(name, module, self.device)
 
     def architecture(self, client: int | Architecture | None = None) -> Architecture:
         """A client's architecture, or the server's; one that is given itself is given back."""

@@ -1,0 +1,264 @@
+"""Distillation of logits, and the base of algorithms whose clients and server teach each other by them.
+
+    e   = sum_k w_k f_k(x)        w_k = n_k / sum_j n_j over the clients that answered           `ensemble`
+    L_f = tau^2 mean_i KL( softmax(e_i / tau) || softmax(f(x_i) / tau) )                         `distillation_loss`
+
+e are logits [N, C] of N samples that all clients answered, whatever networks they have. The server's model and, with e
+back at the clients, theirs make full-batch steps on L_f. Which samples, and how they come to be known, is the business
+of `algorithms/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from fldist.algorithm import Algorithm, Me, Replies, Server, State, on_client
+from fldist.data.client_data import ClientData
+from fldist.data.task import Task
+from fldist.kinds import Scalar
+from fldist.models.train import LocalTraining, Network, Order, train
+from fldist.params import Params
+
+Optimizer = Literal["adam", "sgd"]
+BatchNorm = Literal["batch", "running"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+LARGEST_LOGIT = 2.0**20
+"""Answers beyond it are refused; their mean has a resolution of 2^-42."""
+_PUBLISHED_BATCH = 256
+
+
+def ensemble(logits: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
+    """e, float64: the mean of the clients' logits (of one shape) with these weights, added in the clients' order."""
+    total = sum(weights[k] for k in logits)
+    clients = sorted(logits)
+    mean = torch.zeros_like(logits[clients[0]], dtype=torch.float64)
+    for k in clients:
+        mean += logits[k].double() * (weights[k] / total)
+    return mean
+
+
+class Targets:
+    """What is to be distilled, computed once for all steps: softmax(e / tau) of logits e [N, C], and its logarithm."""
+
+    def __init__(
+        self, e: Tensor, tau: float, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        logs = log_softmax(e.double() / tau, dim=1)
+        self.tau = tau
+        self._p = logs.exp().to(device, dtype)  # [N, C]
+        self._log_p = logs.to(device, dtype)
+
+    def loss(self, student: Tensor) -> Tensor:
+        """L_f of the student's logits [N, C]."""
+        gap = self._log_p - log_softmax(student / self.tau, dim=1)
+        return (self._p * gap).sum() * (self.tau**2 / len(self._p))
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """L_f of two sets of logits [N, C]: at least 0, and 0 where they differ by a constant in each row."""
+    return Targets(teacher, tau, student.device, student.dtype).loss(student)
+
+
+def make_optimizer(kind: Optimizer, lr: float, network: Network) -> torch.optim.Optimizer:
+    """Adam (betas 0.9 and 0.999), or SGD with momentum 0.9 and weight decay 5e-4."""
+    if kind == "adam":
+        return LocalTraining(optimizer="adam", lr=lr).make_optimizer(network.weights)
+    return LocalTraining(lr=lr, momentum=0.9, weight_decay=5e-4).make_optimizer(network.weights)
+
+
+def distil(
+    network: Network,
+    x: Tensor,
+    targets: Targets,
+    *,
+    steps: int,
+    lr: float,
+    optimizer: Optimizer = "adam",
+    cosine_over: int | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> float:
+    """Full-batch steps of a network on samples x [N, ...]; the loss before the last of them, NaN without steps.
+
+    The learning rate of step s = 1, 2 ... is lr (1 + cos(pi (s - 1) / T)) / 2 with T = cosine_over, or `steps`.
+    """
+    schedule = LocalTraining(lr=lr, schedule="cosine", epochs=1)
+    over = cosine_over or steps
+    made = make_optimizer(optimizer, lr, network)
+
+    def before_epoch(number: int) -> None:
+        for group in made.param_groups:
+            group["lr"] = schedule.lr_at(1, number, over)
+
+    progress = train(
+        [network],
+        lambda rows: targets.loss(network.module(x)),
+        [made],
+        epochs=steps,
+        order=Order(len(x), len(x), None),
+        before_epoch=before_epoch,
+        after_step=after_step,
+    )
+    return progress.last_loss
+
+
+class PublishedScores:
+    """Accuracy as published: after each step on the whole global test set, by the statistics of its batches of 256,
+    which also move the running ones; the mean of the batches' accuracies, and the best of all steps in two decimals."""
+
+    def __init__(self, network: Network, task: Task) -> None:
+        self.best = float("nan")
+        self._network = network
+        self._task = task
+
+    def __call__(self) -> None:
+        """Score the network as it is now; it is in training mode afterwards, as its training has it."""
+        shares = []
+        self._network.module.train()
+        with torch.no_grad():
+            for x, y in self._task.test_batches(_PUBLISHED_BATCH):
+                shares.append(float((self._network.module(x).argmax(dim=1) == y).double().mean()))
+        self._network.train()
+        score = round(sum(shares) / len(shares), 2)
+        self.best = score if self.best != self.best else max(self.best, score)
+
+
+def logits_of(module: nn.Module, x: Tensor, chunk: int = 0) -> Tensor:
+    """f(x) [N, C] for samples x [N, ...], without a graph, in passes of `chunk` samples (0: one)."""
+    with torch.no_grad():
+        if not 0 < chunk < len(x):
+            return module(x)  # type: ignore[no-any-return]
+        # clones: a slice's address could change the bits of a matrix product
+        return torch.cat([module(part.clone()) for part in x.split(chunk)])  # type: ignore[no-untyped-call]
+
+
+class Taught(NamedTuple):
+    """A client's reply after a distillation."""
+
+    accuracy: Scalar | None  # as published, if that is wanted
+
+
+@dataclass(frozen=True)
+class Distilling(Algorithm):
+    """Base: a global model at the server, a model of its own at every client, whatever its architecture; neither ever
+    travels. A subclass's `round` trains the clients (`train`), has them answer, and distils."""
+
+    heterogeneous: ClassVar[bool] = True
+
+    tau: Positive = 5.0  # tau, temperature of the distillations
+    ensemble_weights: Literal["samples", "uniform"] = "samples"  # of the clients' logits: training samples, or alike
+    server_steps: Count = 10  # E2, distillation steps of the global model in a round
+    server_lr: Positive = 0.01  # its learning rate; anneals to 0 along a cosine
+    client_steps: Count = 10  # E3, distillation steps of each client's model in a round
+    client_lr: Positive | None = None  # its learning rate (none: local.lr)
+    client_cosine_over: Annotated[int, Field(ge=1)] | None = None  # steps that its cosine spans (none: client_steps)
+    optimizer: Optimizer = "adam"  # of all distillations; new in each round. sgd: momentum 0.9, weight decay 5e-4
+    distil_batch_norm: BatchNorm = "running"  # of the clients' BatchNorm in distillation; running: left as it is
+    query_batch_norm: BatchNorm = "running"  # of clients that answer; batch: training mode (published with FedZGE)
+    query_chunk: Count = 0  # samples of one forward pass of an answer; 0: all that are answered at once
+    published_scores: bool = False  # also log accuracies as published: best of steps, on batch statistics (see docs)
+
+    def check(self, task: Task) -> None:
+        """Refuse models that do not answer with a logit for each class, and scores without a test set."""
+        for made in task.architectures:
+            with torch.no_grad(), made.module() as module:
+                made.initial.clone().to(task.device).bind(module)
+                shape = tuple(module.eval()(task.blank(2)).shape)
+            if shape != (2, task.num_classes):
+                raise ValueError(
+                    f"task.model, clients.models: {made.name} gives outputs of shape {list(shape)} for two samples, "
+                    f"not [2, {task.num_classes}]: all exchange logits of the same {task.num_classes} classes"
+                )
+        if self.published_scores and not task.num_test:
+            raise ValueError("algorithm.published_scores: there is no global test set; set it to false")
+
+    def init_server(self, task: Task) -> State:
+        """The global model x."""
+        return State(x=task.init_params(whole=True))
+
+    def init_client(self, task: Task, client: int) -> State:
+        """The client's model y."""
+        return State(y=task.init_params(client, whole=True))
+
+    def personal_model(self, me: Me, data: ClientData) -> Params:
+        """The client's model."""
+        y: Params = me.y
+        return y
+
+    @on_client
+    def train(self, me: Me, data: ClientData) -> None:
+        """E1 epochs on the client's samples, as configured under `local`."""
+        me.y = data.train(me.y).whole
+
+    @property
+    def weighed_by(self) -> str | None:
+        """The reply field by which answers are weighed."""
+        return "n" if self.ensemble_weights == "samples" else None
+
+    def teach_server(self, server: Server, x: Tensor, e: Tensor) -> None:
+        """E2 steps of the global model on samples x [N, ...] with targets e [N, C]; logs their loss."""
+        task: Task = server.task
+        with task.network(server.x) as network:
+            scores = PublishedScores(network, task) if self.published_scores else None
+            loss = distil(
+                network,
+                x.to(task.device),
+                Targets(e, self.tau, task.device),
+                steps=self.server_steps,
+                lr=self.server_lr,
+                optimizer=self.optimizer,
+                after_step=scores,
+            )
+        server.x = network.params
+        server.log(distillation_loss=loss)
+        if scores is not None:
+            server.log(published_accuracy=scores.best)
+
+    @contextmanager
+    def answering(self, me: Me, data: ClientData) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The client's model, as samples [N, ...] -> logits [N, C]."""
+        task = data.task
+        if self.query_batch_norm == "running":
+            with task.architecture(data.client).module() as module:
+                me.y.bind(module)
+                module.eval()
+                yield lambda x: logits_of(module, x, self.query_chunk)
+        else:
+            with task.network(me.y, data.client) as network:
+                network.train()
+                yield lambda x: logits_of(network.module, x)
+            me.y = network.params  # answering has moved its running statistics
+
+    def log_published(self, server: Server, taught: Replies) -> None:
+        """Log the mean of the clients' accuracies as published, where that is wanted."""
+        if self.published_scores:
+            scores = list(taught.accuracy.values())
+            server.log(published_client_accuracy=sum(scores) / len(scores))
+
+    def teach_client(self, me: Me, data: ClientData, x: Tensor, e: Tensor) -> float | None:
+        """E3 steps of the client's model; its accuracy as published, if that is wanted."""
+        task = data.task
+        with task.network(me.y, data.client, batch_norm=self.distil_batch_norm) as network:
+            scores = PublishedScores(network, task) if self.published_scores else None
+            distil(
+                network,
+                x,
+                Targets(e, self.tau, data.device),
+                steps=self.client_steps,
+                lr=self.client_lr or task.local.lr,
+                optimizer=self.optimizer,
+                cosine_over=self.client_cosine_over,
+                after_step=scores,
+            )
+        me.y = network.params
+        return None if scores is None else scores.best
