@@ -1,8 +1,9 @@
 """Folds: how the replies of a call become one value, in any order of arrival with the same bits.
 
-`Mean` and `Sum` add contributions as 64-bit fixed-point integers on a scale taken from the reference (the
-tensor that was sent). Integer addition is associative, so arrival order, placement and topology cannot change
-the result. `collect` keeps every reply. Folds know nothing of rounds, clients' whereabouts or bytes.
+`Mean` and `Sum` add contributions as 64-bit fixed-point integers: those of Params on a scale taken from the reference
+(the model that was sent), plain tensors on the scale of a limit that is given. Integer addition is associative, so
+arrival order, placement and topology cannot change the result. `Collect` keeps every reply. Folds know nothing of
+rounds, clients' whereabouts or bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fldist import blocks
-from fldist.params import Params, Travel
+from fldist.params import Layout, Params, Slot, Travel
 
 Integers = Literal["mean", "max", "keep"]
 
@@ -25,6 +26,13 @@ CHUNK = 1 << 16
 """Elements worked on at a time: 512 kB of int64, inside a core's second-level cache."""
 CHUNK_OF_GPU = 1 << 24
 """The same on a GPU, which has its caches filled by many cores at a time."""
+
+CPU = torch.device("cpu")
+LIMIT = 2.0**20
+"""The largest magnitude of a tensor's elements where a fold names none; see `FixedPointTensor` for the resolution."""
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes of tensors that are folded."""
 
 _HEADROOM = 64.0
 _INT_LIMIT = 2**62
@@ -47,12 +55,14 @@ class FoldContext:
     """What a call knows before the first reply comes.
 
     reference: the argument that was sent (None: nothing to take a scale from);
-    weight_bound: no client's weight, nor the sum of all weights, exceeds it; integers: rule for integer blocks.
+    weight_bound: no client's weight, nor the sum of all weights, exceeds it; integers: rule for integer blocks;
+    device: where tensors are folded that have no reference.
     """
 
     reference: Params | None
     weight_bound: float
     integers: Integers = "mean"
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,34 @@ class Fold(ABC):
         """Start a fold for one call."""
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name, such as `float16`; ValueError where torch has none of that name."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: {name!r} is no name of a dtype; give one such as 'float32'")
+    return dtype
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape: {shape!r} is no shape of a tensor; give a tuple of whole numbers, such as (100, 10)")
+
+
+def _check_tensor(fold: Mean | Sum) -> None:
+    """ValueError where a fold of tensors could not be begun."""
+    if fold.shape is None:
+        return
+    _check_shape(fold.shape)
+    if fold.dtype not in FLOATS:
+        raise ValueError(f"dtype: {fold.dtype!r} is not folded; give one of {', '.join(FLOATS)}, or collect")
+    if not 1e-100 <= fold.limit <= 1e100:
+        raise ValueError(f"limit: {fold.limit} is out of 1e-100 to 1e100; give the largest magnitude to be taken")
+    if fold.like is not None or (isinstance(fold, Mean) and fold.part != "all"):
+        raise ValueError(
+            "like and part are of Params, and shape is of a tensor, whose scale is its limit's; leave one out"
+        )
+
+
 @dataclass(frozen=True)
 class Mean(Fold):
     """Weighted mean: sum_k w_k y_k / sum_k w_k over the replies that came; w_k is the reply field `by`, or 1.
@@ -97,15 +135,27 @@ class Mean(Fold):
     like: the argument that the scale is taken from (default: the only one of the same kind);
     bound: a number that no sum of weights exceeds (default for `n`: the task's training examples);
     part: of that argument, what the field has: `params` where it has no buffers.
+
+    Where shape is given, the field is a tensor of it, not Params, and nothing needs to have been sent; see
+    `FixedPointTensor`. dtype: float16, bfloat16, float32 or float64; limit: the largest magnitude of an element. The
+    result is float64.
     """
 
     by: str | None = None
     like: str | None = None
     bound: float | None = None
     part: Travel = "all"
+    shape: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    limit: float = LIMIT
+
+    def __post_init__(self) -> None:
+        _check_tensor(self)
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start a mean."""
+        if self.shape is not None:
+            return FixedPointTensor(context, self.shape, self.dtype, self.limit, divide=True)
         reference = context.reference
         if reference is not None and self.part != "all":
             context = replace(context, reference=reference.restricted(self.part))
@@ -114,22 +164,46 @@ class Mean(Fold):
 
 @dataclass(frozen=True)
 class Sum(Fold):
-    """Unweighted sum over the replies that came; integer blocks are summed."""
+    """Unweighted sum over the replies that came; integer blocks are summed. shape, dtype, limit: as of `Mean`."""
 
     like: str | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    limit: float = LIMIT
+
+    def __post_init__(self) -> None:
+        _check_tensor(self)
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start a sum."""
+        if self.shape is not None:
+            return FixedPointTensor(context, self.shape, self.dtype, self.limit, divide=False)
         return FixedPoint(context, divide=False)
 
 
 @dataclass(frozen=True)
 class Collect(Fold):
-    """Keep every reply: the result is {client: value} in client order. Memory grows with the clients."""
+    """Keep every reply: the result is {client: value} in client order. Memory grows with the clients.
+
+    Where shape is given, what cannot be is refused, so that it cannot spoil, or end, what is made of all replies: a
+    tensor (of Params: the floats) of another shape or dtype, NaN and infinite numbers, and with not_negative negative
+    ones (reasons `shape`, `nan`, `range`).
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    not_negative: bool = False
+
+    def __post_init__(self) -> None:
+        dtype_named(self.dtype)
+        if self.shape is not None:
+            _check_shape(self.shape)
+        elif self.not_negative:
+            raise ValueError("not_negative: replies are looked at where their shape is given; give it too")
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return Collected()
+        return Collected() if self.shape is None else _Checked(self.shape, self.dtype, self.not_negative)
 
 
 def collect() -> Collect:
@@ -156,37 +230,35 @@ class Collected(Accumulator):
         return dict(sorted(self.values.items()))
 
 
-@dataclass(frozen=True)
-class CollectNotNegative(Collect):
-    """Keep every reply of this shape and dtype (of Params: the floats) whose numbers are finite and not negative.
-
-    What is neither is refused, so that it cannot spoil, or end, what is made of all replies.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    def begin(self, context: FoldContext) -> Accumulator:
-        """Start an empty collection."""
-        return _NotNegative(self.shape, self.dtype)
-
-
-class _NotNegative(Collected):
+class _Checked(Collected):
     """A collection that looks at what it gets."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, not_negative: bool) -> None:
         super().__init__()
         self._shape = shape
-        self._dtype = dtype
+        self._dtype = dtype_named(dtype)
+        self._not_negative = not_negative
 
     def add(self, client: int, value: Any, weight: float) -> None:
         """Keep a reply, or refuse it."""
         numbers = value.floats if isinstance(value, Params) else value
-        if numbers.shape != self._shape or numbers.dtype is not self._dtype:
-            raise Refused("shape", f"{numbers.dtype} {list(numbers.shape)} is not {self._dtype} {list(self._shape)}")
-        if not bool((numbers.isfinite() & (numbers >= 0)).all()):
-            raise Refused("range", "there is a number that is negative, infinite or NaN")
+        _refuse_unlike(numbers, self._shape, self._dtype)
+        if numbers.numel() and (self._dtype.is_floating_point or self._not_negative):
+            low, high = (float(v) for v in torch.aminmax(numbers))
+            if math.isnan(low) or math.isnan(high):
+                raise Refused("nan", "there is a number that is NaN")
+            if math.isinf(low) or math.isinf(high) or (self._not_negative and low < 0):
+                beyond = "negative or infinite" if self._not_negative else "infinite"
+                raise Refused("range", f"there is a number that is {beyond}")
         super().add(client, value, weight)
+
+
+def _refuse_unlike(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise Refused for all but a tensor of this shape and dtype."""
+    if not isinstance(value, Tensor):
+        raise Refused("shape", f"{type(value).__name__} is not {dtype} {list(shape)}")
+    if value.shape != shape or value.dtype is not dtype or value.layout is not torch.strided:
+        raise Refused("shape", f"{value.dtype} {list(value.shape)} is not {dtype} {list(shape)}")
 
 
 def scale_exponent(limit: float) -> int:
@@ -205,14 +277,14 @@ class FixedPoint(Accumulator):
     """Order-free sum of float blocks in int64 fixed point, and of integer blocks exactly.
 
     A contribution is rint(float64(x) (w / w_bound) 2^k) with one k for the whole block; |x| <= L. The sum lies where
-    the reference lies, CPU or GPU, and contributions are brought there.
+    the reference lies, CPU or GPU, and contributions are brought there. limit: L (None: `fold_limit` of the reference).
     """
 
-    def __init__(self, context: FoldContext, *, divide: bool) -> None:
+    def __init__(self, context: FoldContext, *, divide: bool, limit: float | None = None) -> None:
         if context.reference is None:
             raise ValueError(
                 "Mean and Sum take their scale from the argument that was sent, and this call sent none of the "
-                "same kind: name one with like=..., or use collect()"
+                "same kind: name one with like=..., give a tensor's shape=... and limit=..., or use collect()"
             )
         if not (math.isfinite(context.weight_bound) and context.weight_bound > 0):
             raise ValueError(f"the bound on the weights must be positive and finite, got {context.weight_bound}")
@@ -220,7 +292,8 @@ class FixedPoint(Accumulator):
         self.bound = float(context.weight_bound)
         self.integers: Integers = context.integers if divide else "mean"
         self.divide = divide
-        self.limit = fold_limit(self.reference.floats)
+        self.limit = fold_limit(self.reference.floats) if limit is None else limit
+        self._limit_is = "64 times the largest that was sent" if limit is None else "the limit of this fold"
         if not math.isfinite(self.limit):
             raise ValueError("the model that was sent holds NaN or infinity; nothing can be folded on its scale")
         self.exponent = scale_exponent(self.limit)
@@ -236,6 +309,11 @@ class FixedPoint(Accumulator):
         self._work = torch.empty(size, dtype=torch.float64, device=device)
         self._whole = torch.empty(size, dtype=torch.int64, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one contribution as its client would send it."""
+        return self.reference.nbytes
+
     def add(self, client: int, value: Params, weight: float) -> None:
         """Add one contribution; refuse NaN, elements beyond the limit and impossible weights."""
         if value.layout != self.reference.layout:
@@ -250,7 +328,7 @@ class FixedPoint(Accumulator):
         if done is not None:
             chunk_start, reason = done
             self._accumulate(value.floats, weight, -1, chunk_start)
-            largest = f"a value is beyond {self.limit:g}, 64 times the largest that was sent"
+            largest = f"a value is beyond {self.limit:g}, {self._limit_is}"
             detail = largest if reason == "range" else "a value is NaN"
             raise Refused(reason, f"{detail}; if training diverges, lower local.lr")
         self._add_ints(client, value.ints, weight, +1)
@@ -337,18 +415,23 @@ class FixedPoint(Accumulator):
 
     def result(self) -> Params:
         """The mean or sum as float32, integers by the declared rule (means truncated towards 0)."""
+        floats = self._folded(torch.float32)
+        return Params(self.reference.layout, floats, self._int_result(float(self._total)))
+
+    def _folded(self, dtype: torch.dtype) -> Tensor:
+        """The mean or sum of the floats, [N]; NoWeight where a mean has none."""
         total = float(self._total)
         if self.divide and total <= 0.0:
             raise NoWeight("the weights of all replies sum to 0; a mean needs at least one positive weight")
         back = self.bound / total if self.divide else self.bound
-        floats = blocks.empty(self.floats.numel(), device=self.floats.device)
+        floats = blocks.empty(self.floats.numel(), dtype, self.floats.device)
         for start in range(0, floats.numel(), self._chunk):
             stop = min(start + self._chunk, floats.numel())
             work = self._work[: stop - start]
             work.copy_(self.floats[start:stop])
             # the power of two first: exact, so the only roundings are int64 -> float64 and the last product
             floats[start:stop].copy_(work.mul_(math.ldexp(1.0, -self.exponent)).mul_(back))
-        return Params(self.reference.layout, floats, self._int_result(total))
+        return floats
 
     def _int_result(self, total: float) -> Tensor:
         if not self.ints.numel() or self.integers == "keep":
@@ -359,3 +442,50 @@ class FixedPoint(Accumulator):
         if not self.divide:
             return self.ints.clone()
         return torch.div(self.ints, int(total), rounding_mode="trunc")
+
+
+class FixedPointTensor(FixedPoint):
+    """Order-free sum of tensors of one shape and dtype, on a scale that nothing needs to be sent for; see `FixedPoint`.
+
+    limit: L, the largest magnitude that an element may have. The resolution is that of int64: beside the roundings of
+    float64, the mean of K replies is off by at most K L 2^-62 w_bound / sum_k w_k, and a sum by K L 2^-62 w_bound.
+    Memory is 8 bytes an element, and as much again for the result, whatever comes.
+    """
+
+    def __init__(self, context: FoldContext, shape: tuple[int, ...], dtype: str, limit: float, *, divide: bool) -> None:
+        numel = math.prod(shape)
+        # of the reference only the layout counts: it has no memory
+        alike = torch.zeros(1, device=context.device).expand(numel)
+        reference = Params(Layout((Slot("", shape, 0, numel),), (), ()), alike)
+        super().__init__(replace(context, reference=reference), divide=divide, limit=limit)
+        self._shape = shape
+        self._dtype = dtype_named(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one contribution as its client would send it: elements times the dtype's size."""
+        return self.floats.numel() * self._dtype.itemsize
+
+    def fits(self, value: Any) -> bool:
+        """Whether this is a tensor of the fold's shape and dtype."""
+        try:
+            _refuse_unlike(value, self._shape, self._dtype)
+        except Refused:
+            return False
+        return True
+
+    def _params(self, value: Any) -> Params:
+        _refuse_unlike(value, self._shape, self._dtype)
+        return Params(self.reference.layout, value.detach().reshape(-1))
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Add one contribution; refuse another shape or dtype, and what `FixedPoint` refuses."""
+        super().add(client, self._params(value), weight)
+
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        """Subtract what `add` added; exact."""
+        super().remove(client, self._params(value), weight)
+
+    def result(self) -> Any:
+        """The mean or sum, a float64 tensor of the fold's shape."""
+        return self._folded(torch.float64).view(self._shape)

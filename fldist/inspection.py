@@ -26,7 +26,7 @@ from fldist.algorithm import Algorithm, ClientScores, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
-from fldist.fold import Collect, CollectNotNegative, Fold, Mean, Sum
+from fldist.fold import Collect, Fold, Mean, Sum, dtype_named
 from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, Sparse, call_schema, reference_for, reply_schema
 from fldist.models.train import Order, Progress
 from fldist.params import Params
@@ -184,6 +184,8 @@ class _Tracer:
             up.append(value)
             if isinstance(value, Kept):
                 value = value.value
+            elif isinstance(how, Mean | Sum) and isinstance(value, torch.Tensor):
+                value = value.double()
             if isinstance(how, Collect):
                 replies[field.name] = dict.fromkeys(ids, value)
             else:
@@ -225,8 +227,8 @@ class _Tracer:
         if spec.reply_type is ClientScores:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
-        if isinstance(how, CollectNotNegative):
-            made = torch.rand(how.shape).to(how.dtype)  # not all alike: masks follow the order
+        if isinstance(how, Mean | Sum | Collect) and how.shape is not None:
+            made = torch.rand(how.shape).to(dtype_named(how.dtype))  # not all alike: masks follow the order
             return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
 

@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,8 +17,8 @@ from fldist.algorithms.scaffold import Scaffold
 from fldist.algorithms.scaffold import Update as ScaffoldUpdate
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import Mean, Sum, collect
-from fldist.kinds import MaskedWeights, Masks, Once, Scalar, SparseWeights, Variates, Weights
+from fldist.fold import Collect, Mean, Sum, collect
+from fldist.kinds import Kind, Logits, MaskedWeights, Masks, MaxBytes, Once, Scalar, SparseWeights, Variates, Weights
 from fldist.models.train import Order, train
 from fldist.params import Params
 from fldist.seeding import generator
@@ -432,3 +432,49 @@ class FailsLate(Base):
         if round == 2 and data.client == 1:
             raise ZeroDivisionError("late")
         return Nothing(data.n)
+
+
+class Answers(NamedTuple):
+    z: Logits
+    h: Logits
+    few: Annotated[Tensor, Kind.REPORT, MaxBytes(64)]
+    n: Scalar
+
+
+@dataclass(frozen=True)
+class Ensemble(Base):
+    """Clients' logits are averaged and added up; nothing is sent that they could take a scale from."""
+
+    lies: str = ""  # how client 2 spoils its reply
+    shape: ClassVar[tuple[int, int]] = (210, 10)
+
+    def init_server(self, task: Task) -> State:
+        return State(x=task.init_params(), e=torch.zeros(self.shape, dtype=torch.float64), h=torch.zeros(self.shape))
+
+    def round(self, server: Server, clients: Clients) -> None:
+        got = clients.selected().call(
+            self.ask,
+            round=server.round,
+            fold={
+                "z": Mean(by="n", shape=self.shape),
+                "h": Sum(shape=self.shape, dtype="float16", limit=100.0),
+                "few": Collect((2,), not_negative=True),
+            },
+        )
+        server.e = got.z
+        server.h = got.h
+        server.log(seen=sum(float(few[0]) for few in got.few.values()))
+
+    @on_client
+    def ask(self, me: Me, data: ClientData, round: Scalar) -> Answers:
+        rng = generator(3, "answers", int(round), data.client)
+        z, h, few = torch.randn(self.shape, generator=rng), torch.randn(self.shape, generator=rng).half(), torch.ones(2)
+        if data.client == 2 and self.lies:
+            z, h, few = {
+                "nan": (z.index_fill(0, torch.tensor([209]), float("nan")), h, few),
+                "range": (z, h.index_fill(0, torch.tensor([3]), 101.0), few),
+                "shape": (z.T, h, few),
+                "dtype": (z, h.float(), few),
+                "few": (z, h, -few),
+            }[self.lies]
+        return Answers(z, h, few, data.n)

@@ -10,7 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fldist.fold import CHUNK, FixedPoint, FoldContext, Mean, Refused, Sum, collect, fold_limit, scale_exponent
+from fldist.fold import (
+    CHUNK,
+    Collect,
+    FixedPoint,
+    FixedPointTensor,
+    FoldContext,
+    Mean,
+    Refused,
+    Sum,
+    collect,
+    fold_limit,
+    scale_exponent,
+)
 from fldist.params import Layout, Params, Slot
 
 LONG = CHUNK + 4464  # 70,000 elements: a second chunk
@@ -389,3 +401,176 @@ def test_mean_and_sum_keep_one_accumulator_whatever_comes():
         accumulator.add(client, value, 1.0)
     assert accumulator.floats.data_ptr() == block
     assert accumulator.floats.shape == (LONG,)
+
+
+# ---- tensors, without a reference
+def logits(count, shape=(7000, 10), dtype=torch.float32, seed=5):
+    rng = torch.Generator().manual_seed(seed)
+    return [(3 * torch.randn(shape, generator=rng)).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_tensors_are_averaged_by_weight_in_float64(dtype):
+    values = logits(9, dtype=getattr(torch, dtype))
+    weights = [float(17 * c + 1) for c in range(9)]
+    bound, total, limit = 2000.0, sum(weights), 2.0**20
+    contributions = list(zip(range(9), values, weights, strict=True))
+    fold = Mean(by="n", shape=(7000, 10), dtype=dtype, limit=limit)
+    result = fold_all(fold, None, bound, contributions)
+    assert (result.dtype, result.shape) == (torch.float64, (7000, 10))
+    exact = sum(w * v.double() for v, w in zip(values, weights, strict=True)) / total
+    assert (result - exact).abs().max() <= 9 * limit * 2.0**-62 * bound / total + 1e-14
+    shuffled = [contributions[i] for i in np.random.default_rng(1).permutation(9)]
+    assert torch.equal(fold_all(fold, None, bound, shuffled), result)
+
+
+def test_tensors_by_hand():
+    contributions = [(0, torch.tensor([[1.0, -2.0]]), 1.0), (1, torch.tensor([[3.0, 2.0]]), 3.0)]
+    assert fold_all(Mean(by="n", shape=(1, 2)), None, 4.0, contributions).tolist() == [[2.5, 1.0]]
+    ones = [(c, v, 1.0) for c, v, _ in contributions]
+    assert fold_all(Sum(shape=(1, 2)), None, 8.0, ones).tolist() == [[4.0, 0.0]]
+    empty = fold_all(Mean(shape=(0, 3)), None, 8.0, [(0, torch.empty(0, 3), 1.0)])
+    assert empty.shape == (0, 3)
+
+
+def test_the_resolution_of_a_tensor_follows_its_limit():
+    """float64 values that are apart by less than the limit's resolution are one, and two by more."""
+    step = 2.0**-41  # the largest power with 2^20 2^41 < 2^62
+    for apart, differ in ((0.4 * step, False), (1.0 * step, True)):
+        one, other = (
+            fold_all(Sum(shape=(1,), dtype="float64"), None, 1.0, [(0, torch.tensor([v], dtype=torch.float64), 1.0)])
+            for v in (0.0, apart)
+        )
+        assert bool(one != other) is differ
+    fine = fold_all(
+        Sum(shape=(1,), dtype="float64", limit=1e-6), None, 1.0,
+        [(0, torch.tensor([0.4 * step], dtype=torch.float64), 1.0)],
+    )  # fmt: skip
+    assert float(fine) == pytest.approx(0.4 * step, rel=1e-10)
+
+
+@pytest.mark.parametrize("fold", [Mean(shape=(LONG,), limit=8.0), Sum(shape=(LONG,), limit=8.0)])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda v: v.index_fill(0, torch.tensor([LONG - 7]), math.nan), "nan"),
+        (lambda v: v.index_fill(0, torch.tensor([LONG - 7]), -math.inf), "range"),
+        (lambda v: v.index_fill(0, torch.tensor([5]), 8.00001), "range"),
+        (lambda v: v[1:], "shape"),
+        (lambda v: v.unsqueeze(0), "shape"),
+        (lambda v: v.double(), "shape"),
+        (lambda v: v.long(), "shape"),
+        (lambda v: v.to_sparse(), "shape"),
+        (lambda v: {"z": v}, "shape"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused_and_leaves_the_fold_as_it_was(fold, spoil, reason):
+    good, other = (v.clamp(-8.0, 8.0) for v in logits(2, (LONG,)))
+    accumulator = begin(fold, None, 3.0)
+    accumulator.add(0, good, 1.0)
+    before = content(accumulator)
+    with pytest.raises(Refused) as refused:
+        accumulator.add(1, spoil(other), 1.0)
+    assert refused.value.reason == reason
+    assert content(accumulator) == before
+
+
+def test_taking_a_tensor_back_is_exact_and_a_tensor_in_another_order_of_memory_is_the_same():
+    shape = (300, 300)
+    values, zero = logits(3, shape), begin(Mean(by="n", shape=shape), None, 30.0)
+    accumulator = begin(Mean(by="n", shape=shape), None, 30.0)
+    for client, value in enumerate(values):
+        accumulator.add(client, value.T.contiguous().T.requires_grad_(), 3.0 * client + 1)
+    accumulator.remove(1, values[1], 4.0)
+    rest = fold_all(Mean(by="n", shape=shape), None, 30.0, [(c, values[c], 3.0 * c + 1) for c in (2, 0)])
+    assert torch.equal(accumulator.result(), rest)
+    assert not accumulator.result().requires_grad
+    for client in (0, 2):
+        accumulator.remove(client, values[client], 3.0 * client + 1)
+    assert content(accumulator) == content(zero)
+
+
+def test_the_sum_of_tensors_keeps_one_block_whatever_comes():
+    accumulator = begin(Mean(shape=(LONG,), dtype="float16"), None, 100.0)
+    assert isinstance(accumulator, FixedPointTensor)
+    assert accumulator.reference.floats.untyped_storage().nbytes() == 4, "the layout alone is needed"
+    assert accumulator.nbytes == 2 * LONG
+    block = accumulator.floats.data_ptr()
+    for client, value in enumerate(logits(3, (LONG,), torch.float16)):
+        accumulator.add(client, value, 1.0)
+    assert (accumulator.floats.data_ptr(), accumulator.floats.numel()) == (block, LONG)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shape": [3, 4]}, r"shape: \[3, 4\]"),
+        ({"shape": (3, -1)}, "shape"),
+        ({"shape": (3, 4.0)}, "shape"),
+        ({"shape": (3,), "dtype": "int64"}, "dtype: 'int64' is not folded; give one of float16"),
+        ({"shape": (3,), "dtype": torch.float32}, "dtype"),
+        ({"shape": (3,), "limit": 0.0}, "limit: 0.0"),
+        ({"shape": (3,), "limit": math.nan}, "limit"),
+        ({"shape": (3,), "like": "x"}, "like and part are of Params"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Mean, Sum])
+def test_a_fold_of_tensors_that_cannot_be_is_an_error_when_it_is_made(kind, options, match):
+    with pytest.raises(ValueError, match=match):
+        kind(**options)
+
+
+# ---- collecting with a look
+@pytest.mark.parametrize("as_params", [False, True])
+@pytest.mark.parametrize(
+    ("values", "dtype", "reason"),
+    [
+        ([0.5, 0.0, 2.0], "float32", None),
+        ([0.5, -0.5, 2.0], "float32", None),
+        ([0.5, 1.0], "float32", "shape"),
+        ([0.5, 0.0, 2.0], "float64", "shape"),
+        ([0.5, math.nan, -2.0], "float32", "nan"),
+        ([0.5, math.inf, 2.0], "float32", "range"),
+        ([0.5, -math.inf, 2.0], "float32", "range"),
+    ],
+)
+def test_collect_with_a_shape_looks_at_every_reply(values, dtype, reason, as_params):
+    made = torch.tensor(values, dtype=getattr(torch, dtype))
+    value = Params(model(torch.zeros(len(values))).layout, made) if as_params else made
+    for fold in (Collect((3,)), Collect((3,), not_negative=True)):
+        accumulator = begin(fold, None, 1.0)
+        why = "range" if reason is None and fold.not_negative and min(values) < 0 else reason
+        if why is None:
+            accumulator.add(4, value, 1.0)
+            assert accumulator.result() == {4: value}
+            continue
+        with pytest.raises(Refused) as refused:
+            accumulator.add(4, value, 1.0)
+        assert refused.value.reason == why
+        assert accumulator.result() == {}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "float16", "bfloat16"])
+def test_collect_takes_every_dtype_and_tensors_without_elements(dtype):
+    for shape in ((2, 2), (0, 2)):
+        accumulator = begin(Collect(shape, dtype, not_negative=True), None, 1.0)
+        accumulator.add(0, torch.ones(shape, dtype=getattr(torch, dtype)), 1.0)
+        for wrong in (torch.ones(shape), None):
+            with pytest.raises(Refused, match="shape: "):
+                accumulator.add(1, wrong, 1.0)
+
+
+def test_negative_integers_are_refused_where_they_must_not_be():
+    value = torch.tensor([3, -1])
+    begin(Collect((2,), "int64"), None, 1.0).add(0, value, 1.0)
+    with pytest.raises(Refused, match=r"range: .*negative"):
+        begin(Collect((2,), "int64", not_negative=True), None, 1.0).add(0, value, 1.0)
+
+
+def test_a_collection_that_cannot_be_is_an_error_when_it_is_made():
+    with pytest.raises(ValueError, match="dtype: 'half a float'"):
+        Collect((2,), "half a float")
+    with pytest.raises(ValueError, match="shape"):
+        Collect((2, None))
+    with pytest.raises(ValueError, match="not_negative"):
+        Collect(not_negative=True)

@@ -143,7 +143,7 @@ def test_flat_blocks_train_as_the_module_does():
     ],
 )
 def test_sizes_that_cannot_be_made_are_refused(shape, says):
-    with pytest.raises(ValueError, match=r"^algorithm\.generator: it makes .*" + says):
+    with pytest.raises(ValueError, match=r"^ConditionalGenerator makes .*" + says):
         ConditionalGenerator().build(shape, 10)
 
 

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "kinds": {"params"},
     "sparse": {"blocks", "params"},
     "fold": {"blocks", "params"},
+    "directions": {"blocks"},
     "wire": {"blocks", "kinds", "lines", "params", "sparse"},
     "models": {"blocks", "params", "seeding", "vision"},
     "pruning": {"blocks", "params"},
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
+ALLOWED["algorithms"] |= {"directions", "distillation"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["algorithms"] |= {"directions", "distillation"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}

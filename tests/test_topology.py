@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import fldist
 from fldist.config import ConfigError, load
 from fldist.fold import FixedPoint, FoldContext
+from fldist.inspection import dry_run
 from fldist.params import Layout, Params, Slot
 from fldist.runner import run_here
 from fldist.runtime.caller import ClientCodeFailed
@@ -107,6 +109,51 @@ def test_refused_and_failing_clients_cost_what_they_cost_in_a_star(
     assert result["bytes"]["wasted"] == straight["bytes"]["wasted"]
     if name in ("NanFrom", "Raises"):
         assert there.lines[0]["missing"]
+
+
+# ---- folds of tensors
+def ensemble(topology: str, lies: str = "", **changes: Any) -> Any:
+    algorithm = {"name": "tests.own:Ensemble", "lies": lies}
+    return load(small(algorithm=algorithm, topology=topology, eval__every=0, **changes))
+
+
+def test_tensors_are_folded_with_the_same_bits_and_ledger(tmp_path: Path, hosts: Hosts) -> None:
+    straight = run_here(ensemble("star"), output=tmp_path / "alone")
+    z, h, small_ones = 4 * 2100, 2 * 2100, 2 * 4 + 8
+    predicted = rf"training +up +{6 * (z + h + small_ones):,} +down +{6 * 8}\n"
+    assert re.search(predicted, dry_run(ensemble("star"), 1))
+    assert straight["bytes"]["logical"] == {"up": 2 * 6 * (z + h + small_ones), "down": 2 * 6 * 8}
+    assert straight["bytes"]["by_kind"]["logits"] == {"up": 2 * 6 * (z + h), "down": 0}
+    for topology in ("star", *TOPOLOGIES):
+        directory = tmp_path / topology
+        result = run_here(ensemble(topology), nproc=3, output=directory, spawn=hosts)
+        assert outcome(result) == outcome(straight)
+        assert ledger(directory) == ledger(tmp_path / "alone")
+        payload = sum(r["wire_bytes"] - r["framing_bytes"] for r in messages(directory, "up"))
+        # two rounds, two hosts; each adds up two tensors, 8 bytes an element
+        folded = 2 * 2 * 2 * 8 * 2100 if topology == "reduce" else 2 * 6 * (z + h)
+        assert payload == folded + 2 * 6 * small_ones
+
+
+@pytest.mark.parametrize("lies", ["nan", "range", "shape", "dtype", "few"])
+def test_a_tensor_that_is_refused_costs_the_same_everywhere(tmp_path: Path, hosts: Hosts, lies: str) -> None:
+    straight = run_here(ensemble("star", lies), output=tmp_path / "alone")
+    reason = {"dtype": "h: shape", "range": "h: range", "few": "few: range"}.get(lies, f"z: {lies}")
+    assert straight["bytes"]["wasted"]["refused"]["up"] > 0
+    for topology in TOPOLOGIES:
+        seen = Recorder()
+        result = run_here(ensemble(topology, lies), nproc=3, output=tmp_path / topology, spawn=hosts, observer=seen)
+        assert outcome(result) == outcome(straight)
+        assert result["bytes"]["wasted"] == straight["bytes"]["wasted"]
+        for line in seen.lines:
+            assert list(line["missing"]) == ["2"]
+            assert line["missing"]["2"].startswith(f"refused: {reason}")
+
+
+def test_a_host_without_a_client_takes_part_in_a_sum_larger_than_the_model(tmp_path: Path, hosts: Hosts) -> None:
+    result = run_here(ensemble("reduce", clients__per_round=1), nproc=4, output=tmp_path / "run", spawn=hosts)
+    straight = run_here(ensemble("star", clients__per_round=1), output=tmp_path / "alone")
+    assert outcome(result) == outcome(straight)
 
 
 # ---- what is saved

@@ -45,7 +45,7 @@ from torch import Tensor
 from fldist.algorithm import Clients, Me, Replies, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import Accumulator, CollectNotNegative, FixedPoint, Fold, FoldContext, Mean, Refused, collect
+from fldist.fold import Accumulator, Collect, FixedPoint, Fold, FoldContext, Mean, Refused, collect
 from fldist.kinds import Kind, MaxBytes, Scalar, Weights
 from fldist.masked import MaskedAveraging, pruned
 from fldist.params import Layout, Params
@@ -278,7 +278,7 @@ class AutoFlip(MaskedAveraging):
         half = self.deviation_dtype == "fp16"
         method, field = (self.explore_half, "m") if half else (self.explore, "d")
         mean: Fold = MeanOfHalves() if half else Mean(like="x", part="params")
-        each = CollectNotNegative((server.x.layout.num_params,), torch.float16 if half else torch.float32)
+        each = Collect((server.x.layout.num_params,), "float16" if half else "float32", not_negative=True)
         fold: Fold = each if self.mask_schedule == "per_round" else mean
         got = clients.only(explorers).call(method, x=server.x, fold={field: fold}, phase="explore")
         server.explored_epochs = {k: int(got.epochs[k]) for k in got.clients}

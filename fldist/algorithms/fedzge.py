@@ -466,7 +466,7 @@ class FedZge(Distilling):
     def logit_type(self) -> torch.dtype:
         """As what e travels, and base logits where clients take the differences."""
         coarse = self.wire == "f5" and self.gradient == "queries"
-        return torch.float16 if coarse else getattr(torch, self.logits)  # type: ignore[no-any-return]
+        return torch.float16 if coarse else getattr(torch, self.logits)
 
     @contextmanager
     def generating(self, server: Server, step: int) -> Iterator[tuple[Network, Batch]]:
@@ -554,8 +554,8 @@ class FedZge(Distilling):
             return Answers(got.base, got.delta, got.clients)
         fold = {
             "base": base,
-            "delta": Collect(shape=(self.q, *shape), dtype=torch.int8),
-            "scale": Collect(shape=(self.q,), dtype=torch.float32, not_negative=True),
+            "delta": Collect(shape=(self.q, *shape), dtype="int8"),
+            "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True),
         }
         got = cohort.call(self.query_coarse, x=batch.sent, key=key, stream=stream, fold=fold, phase="query")
         deltas = {k: from_int8(got.delta[k], got.scale[k]) for k in got.clients}
@@ -564,7 +564,7 @@ class FedZge(Distilling):
     def ask_singly(self, server: Server, clients: Clients, replied: Sequence[int], batch: Batch) -> Answers:
         """One message for each moved copy; who has not answered all of them is left out of the ensemble."""
         shape = (1, self.synthetic, server.task.num_classes)
-        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype=torch.float32)}
+        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype="float32")}
         got = clients.only(replied).call(self.answer, x=batch.sent, fold=fold, phase="query")
         weights = self.weights(got.n)
         said = {k: [logits] for k, logits in got.logits.items()}

@@ -72,7 +72,7 @@ from torch.nn.functional import cross_entropy
 from fldist.algorithm import Books, Clients, Me, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import CollectNotNegative, Fold, Mean, collect
+from fldist.fold import Collect, Fold, Mean, collect
 from fldist.kinds import Gradients, MaskedWeights, Masks, MaxBytes, Report, Scalar, Weights
 from fldist.masked import MaskedAveraging, Update, pruned, server_step
 from fldist.params import Layout, Params
@@ -319,7 +319,7 @@ class PruneFl(MaskedAveraging):
     def begin_with(self, server: Server, clients: Clients, client: int) -> None:
         """The initial stage with a client; TooFewReplies where it does not reply, or with what cannot be."""
         one, layout = clients.only([client]), server.x.layout
-        times = CollectNotNegative((1 + len(self.layers(layout)),), torch.float64)
+        times = Collect((1 + len(self.layers(layout)),), "float64", not_negative=True)
         if not self.initial_passes:
             server.times = one.call(self.measure, fold={"times": times}, phase="initial").times[client]
             return
@@ -391,7 +391,7 @@ class PruneFl(MaskedAveraging):
     def reconfigure_now(self, server: Server, clients: Clients, ids: Any) -> None:
         """Take the new mask from what the clients of this round have gathered."""
         layout = server.x.layout
-        fold = CollectNotNegative((layout.num_params,))
+        fold = Collect((layout.num_params,), not_negative=True)
         found = clients.only(ids).call(self.squares, fold={"s": fold}, phase="reconfigure")
         c, t_const = self.costs(server.times, layout)
         before = self.keep_of(server)

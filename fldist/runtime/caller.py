@@ -287,7 +287,7 @@ class Caller:
             for name, accumulator in running.folds.accumulators.items():
                 if isinstance(accumulator, FixedPoint):
                     as_sent = running.folds.kept.get(name)
-                    self._sizes[spec.name, name] = size_of(as_sent or accumulator.reference)
+                    self._sizes[spec.name, name] = as_sent.nbytes if as_sent is not None else accumulator.nbytes
         self._send(running, sorted(ids))
         self.facts.encoded.append((began, time.monotonic()))
         needed = self._faults.needed(len(ids))
@@ -574,7 +574,7 @@ class Caller:
         kinds: Kinds = {}
         for field_, value in zip(spec.reply.fields, message.fields, strict=False):
             if value.form is Form.FOLDED:
-                size, before = self._sizes[spec.name, field_.name], kinds.get(field_.kind, (0, 0))
+                size, before = self._sizes.get((spec.name, field_.name), 0), kinds.get(field_.kind, (0, 0))
                 kinds[field_.kind] = (before[0] + size, before[1] + size)
         return kinds
 

@@ -5,12 +5,25 @@ at all. The server folds what arrives; under topology `reduce` every host folds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fldist.fold import Accumulator, Collect, Collected, FixedPoint, Fold, FoldContext, Mean, Refused, Sum
+from fldist.fold import (
+    Accumulator,
+    Collect,
+    Collected,
+    FixedPoint,
+    FixedPointTensor,
+    Fold,
+    FoldContext,
+    Mean,
+    Refused,
+    Sum,
+    dtype_named,
+)
 from fldist.kinds import FOLDED, Each, Field, Form, Once, Schema, reference_for
 from fldist.params import Params
 from fldist.runtime.job import ADDED, ClientMethod, Job
@@ -18,6 +31,8 @@ from fldist.sparse import Kept, Packed, check_closed, positions
 
 _REDUCIBLE: dict[str, type[Mean] | type[Sum]] = {"Mean": Mean, "Sum": Sum}
 """Folds whose accumulators can be added up, by the name under which hosts are told of them."""
+_TOLD: dict[str, Callable[..., Fold]] = {**_REDUCIBLE, "Collect": Collect}
+"""All that hosts are told of: what they do not fold they look at, since what is folded with it cannot be taken back."""
 COLLECTED_BYTES = 4096
 """A reply field that may be larger is not collected under `reduce`."""
 
@@ -44,10 +59,14 @@ class Folds:
                         "Mean, Sum, or collect() to keep every reply"
                     )
                 how = Collect()
+            _check_form(spec, field, how)
             kept = _masked(spec.call, field, how, arguments)
             if kept is not None:
                 self.kept[field.name] = kept
-            self.accumulators[field.name] = how.begin(_context(job, spec.call, field, how, arguments, kept))
+            context = _context(job, spec.call, field, how, arguments, kept)
+            if partly:  # a host folds where its clients calculate; the server on the CPU
+                context = dataclasses.replace(context, device=job.task.device)
+            self.accumulators[field.name] = how.begin(context)
 
     def add(self, client: int, values: Sequence[Any]) -> str | None:
         """Fold a reply's fields, all or none; returns why not. values: one a field of the reply."""
@@ -59,7 +78,8 @@ class Folds:
             try:
                 value = self._unpacked(client, name, named[name])
                 if value is FOLDED:
-                    assert isinstance(accumulator, FixedPoint)  # `reducible` saw to it
+                    if not isinstance(accumulator, FixedPoint):
+                        raise Refused("shape", "its host has folded what is to be collected")
                     accumulator.absorb(client, weight)
                     continue
                 if value is None and not isinstance(accumulator, Collected):
@@ -96,6 +116,14 @@ class Folds:
             if value is None and field.optional:
                 left.append(None)  # `add` refuses it, as the server would
                 continue
+            accumulator = self.accumulators[field.name]
+            if isinstance(accumulator, Collected):
+                left.append(value)
+                continue
+            if isinstance(accumulator, FixedPointTensor):
+                # what does not fit is refused too, but goes and is booked as it is, as in a star
+                left.append(FOLDED if accumulator.fits(value) else value)
+                continue
             params = value.params if isinstance(value, Kept) else value
             if not isinstance(params, Params):
                 raise ValueError(f"{field.name!r} must be Params, got {type(value).__name__}")
@@ -118,7 +146,7 @@ class Folds:
 
 
 def reducible(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What hosts are told of a call's folds, so that each can fold its own clients' replies: by reply field.
+    """What hosts are told of a call's folds, so that each can fold its own clients' replies, or refuse them: by field.
 
     ValueError where that cannot be: what is collected is small, and a fold's scale is taken from what all are sent.
     """
@@ -146,6 +174,8 @@ def reducible(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[s
                 f"{spec.name}.{field.name}: topology: reduce needs Mean or Sum, and this field ({field.kind.label}) is "
                 f"{'collected' if isinstance(how, Collect) else 'folded otherwise'}; use topology: star or collective"
             )
+        elif type(how) is Collect and how.shape is not None:
+            told[field.name] = {"how": "Collect", **dataclasses.asdict(how)}
     return told
 
 
@@ -153,9 +183,17 @@ def folds_told(told: Mapping[str, Any]) -> dict[str, Fold]:
     """The folds that `reducible` described."""
     made: dict[str, Fold] = {}
     for name, how in told.items():
-        kind = _REDUCIBLE[how["how"]]
-        made[name] = kind(**{key: value for key, value in how.items() if key != "how"})
+        kind = _TOLD[how["how"]]
+        options = {key: value for key, value in how.items() if key != "how"}
+        if options["shape"] is not None:
+            options["shape"] = tuple(options["shape"])  # JSON knows no tuples
+        made[name] = kind(**options)
     return made
+
+
+def most_folded(told: Mapping[str, Any]) -> int:
+    """The elements of the largest tensor of which `reducible` told; 0 where there are Params alone."""
+    return max((math.prod(how["shape"]) for how in told.values() if how["shape"] is not None), default=0)
 
 
 def plain(argument: Any) -> Any:
@@ -220,7 +258,23 @@ def _kept_part(value: Any, like: Kept) -> Params:
     return Kept(value, like.mask).compact
 
 
+def _check_form(spec: ClientMethod, field: Field, how: Fold) -> None:
+    """ValueError for a fold of a shape on a field that has none, or that may not be so large."""
+    if not isinstance(how, Mean | Sum | Collect) or how.shape is None:
+        return
+    name, size = f"{spec.name}.{field.name}", math.prod(how.shape) * dtype_named(how.dtype).itemsize
+    if field.form is not Form.TENSOR and not (isinstance(how, Collect) and field.form is Form.PARAMS):
+        raise ValueError(f"{name}: {type(how).__name__} with a shape is of a tensor, and this field is none")
+    if field.form is Form.TENSOR and size > field.max_bytes:
+        raise ValueError(
+            f"{name}: {how.dtype} {list(how.shape)} has {size:,} bytes, and the field is allowed {field.max_bytes:,}; "
+            "annotate it with MaxBytes"
+        )
+
+
 def _reference(call: Schema, field: Field, how: Fold) -> Field | None:
+    if getattr(how, "shape", None) is not None:  # a tensor's scale is its limit's
+        return None
     like = getattr(how, "like", None)
     return call.fields[call.index(like)] if like else reference_for(field, call)
 

@@ -19,7 +19,7 @@ from fldist.models.evaluate import evaluate, warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
-from fldist.runtime.folding import Folds, folds_told, unpacked
+from fldist.runtime.folding import Folds, folds_told, most_folded, unpacked
 from fldist.runtime.job import ClientMethod, Job
 from fldist.runtime.once import OnceValues, named
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
@@ -73,6 +73,7 @@ class Host:
         self._kept: dict[str, Any] = {}  # arguments of the call under way, for its later frames
         self._kept_of: tuple[int, int, int] = (0, 0, 0)
         self._folds: Folds | None = None  # of the call under way
+        self._most_folded = 0  # elements of the largest tensor that hosts fold in it
         self._changed: str | None = None  # what a client of this call changed although all share it
 
     def _first_state(self, client: int) -> State:
@@ -295,6 +296,7 @@ class Host:
     def _begin_folds(self, method: ClientMethod, frame: Frame) -> Folds | None:
         """What folds the replies of this host's clients, where the call says how."""
         told = frame.note.get("fold")
+        self._most_folded = most_folded(told) if told else 0
         if not told or not frame.messages:
             return None
         arguments = self._arguments(method, frame, frame.messages[0])
@@ -313,8 +315,9 @@ class Host:
                 raise BadMessage(f"the server asks for blocks {told}, which are not those of the call")
             return [(self.place(b.tensor), b.how) for b in blocks]
         most = max((a.layout.num_floats + a.layout.num_ints for a in self.job.task.architectures), default=0)
+        most = max(most, self._most_folded)
         if any(not 0 <= n <= most for n, _ in told):
-            raise BadMessage(f"the server asks for blocks {told}; no model has more than {most} elements")
+            raise BadMessage(f"the server asks for blocks {told}; nothing that is folded has more than {most} elements")
         least = torch.iinfo(torch.int64).min
         return [(torch.full((n,), 0 if how == "sum" else least, dtype=torch.int64), how) for n, how in told]
 

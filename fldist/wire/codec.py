@@ -624,7 +624,7 @@ def _validate_fields(
             raise BadMessage(f"field {spec.name!r} is given as Once, which only a call's arguments are")
         if (value.form is Form.NONE and spec.optional) or (value.form is Form.HELD and once):
             continue
-        if value.form is Form.FOLDED and folded and spec.form is Form.PARAMS:
+        if value.form is Form.FOLDED and folded and spec.form in (Form.PARAMS, Form.TENSOR):
             continue
         number = {Form.FLOAT, Form.INT}
         if value.form is not spec.form and not {value.form, spec.form} <= number:

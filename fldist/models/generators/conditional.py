@@ -41,14 +41,14 @@ class ConditionalGenerator:
         """A `ConditionalImages`. shape: of one image, [channels, side, side]; ValueError unless 4 divides the side."""
         if len(shape) != 3:
             raise ValueError(
-                "algorithm.generator: it makes images [channels, height, width], and the data's shape is "
-                f"{tuple(shape)}; choose data of images"
+                f"ConditionalGenerator makes images [channels, height, width], and the data's shape is {tuple(shape)}; "
+                "choose data of images"
             )
         channels, height, width = shape
         if height != width or height % 4:
             near = max(4, 4 * round(max(height, width) / 4))
             raise ValueError(
-                "algorithm.generator: it makes square images whose side 4 divides, and the data's are "
+                "ConditionalGenerator makes square images whose side 4 divides, and the data's are "
                 f"{height} x {width}; set task.resize, for instance to {near}"
             )
         return ConditionalImages(self, channels, height // 4, classes)

@@ -1,0 +1,315 @@
+"""FedZGE and distillation on public data, whole runs: bytes to the last one, formulations of the wire that agree, what
+a round leaves alone, and what is refused. The equations by hand are in `test_fedzge_math.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fldist
+from fldist.algorithm import Me, on_client
+from fldist.algorithms import fedzge
+from fldist.algorithms.fedzge import Answered, FedZge, Taught
+from fldist.config import build, load, load_resumed
+from fldist.data.client_data import ClientData
+from fldist.kinds import Images, Logits, Seeds
+from fldist.runner import run_here
+from fldist.runtime.checkpoint import Checkpoints
+from tests.conftest import Hosts, small
+
+N, D, C, Q, K = 12, 64, 10, 3, 3
+SMALL = {"name": "cnn", "widths": [4], "kernels": 3, "paddings": 1, "hidden": []}
+WIDE = {"name": "cnn", "widths": [6], "kernels": 3, "paddings": 1, "hidden": []}
+NORM = {"name": "cnn_bn", "widths": [4]}
+WIRES = ("f0", "f1", "f2", "f3", "f4", "f5", "f6")
+
+
+def zge(**changes: Any) -> dict[str, Any]:
+    """Three clients on 8x8 digits; `algorithm__field=value` changes the algorithm."""
+    return small(
+        algorithm={
+            "name": "fedzge",
+            "synthetic": N,
+            "q": Q,
+            "generator": {"nz": 8, "ngf": 2},
+            "server_steps": 3,
+            "client_steps": 2,
+            **{k.removeprefix("algorithm__"): v for k, v in changes.items() if k.startswith("algorithm__")},
+        },
+        **{
+            "clients": {"num_clients": K, "init": "own"},
+            "task__partition": {"name": "dirichlet", "alpha": 1.0},
+            "task__subset": {"train": 300, "test": 100},
+            "task__model": SMALL,
+            "eval": {"every": 0},
+            **{k: v for k, v in changes.items() if not k.startswith("algorithm__")},
+        },
+    )
+
+
+def run(directory: Path, **changes: Any) -> dict[str, Any]:
+    result: dict[str, Any] = fldist.run(zge(**changes), output=directory)
+    assert result["status"] == "finished"
+    return result
+
+
+def messages(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "messages.jsonl").read_text().splitlines()]
+
+
+def bytes_of(directory: Path) -> dict[tuple[int, int], dict[str, int]]:
+    """By round and client: bytes by kind and direction, all phases."""
+    sums: dict[tuple[int, int], dict[str, int]] = {}
+    for row in messages(directory):
+        if row["row"] == "kind":
+            mine = sums.setdefault((row["round"], row["client"]), {})
+            what = f"{row['kind']} {row['direction']}"
+            mine[what] = mine.get(what, 0) + row["logical_bytes"]
+    return sums
+
+
+def logs(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["log"] for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+# ---- bytes
+def expected(wire: str, q: int = Q, c: int = C, n: int = N, d: int = D, pairs: bool = False) -> dict[str, int]:
+    """The table in `fedzge.py`, for one client and round."""
+    moves = 2 * q if pairs else q
+    down, up = {"images": 4 * n * d}, {"logits": 4 * (moves + 1) * n * c, "scalars": 8}
+    down["logits"] = 4 * n * c
+    if wire in ("f0", "f1"):
+        down["images"] = 4 * (moves + 1) * n * d
+        up["scalars"] = 8 * (moves + 1) if wire == "f0" else 8
+    else:
+        down["seeds"] = 16
+    if wire in ("f4", "f5"):
+        down["images"] = n * d
+    if wire == "f3":
+        up["logits"] = 4 * n * c + 2 * q * n * c
+    if wire == "f5":
+        up["logits"] = 2 * n * c + q * n * c + 4 * q
+        down["logits"] = 2 * n * c
+    if wire == "f6":
+        up |= {"logits": 4 * n * c, "gradients": 4 * n * q, "scalars": 16}
+        down["gradients"] = 4 * n * c
+    return {f"{k} down": v for k, v in down.items()} | {f"{k} up": v for k, v in up.items()}
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+@pytest.mark.parametrize("wire", WIRES)
+def test_bytes_are_those_of_the_table(tmp_path: Path, wire: str, difference: str) -> None:
+    result = run(tmp_path / "run", algorithm__wire=wire, algorithm__difference=difference)
+    want = expected(wire, pairs=difference == "central")
+    assert bytes_of(tmp_path / "run") == {(r, k): want for r in (1, 2) for k in range(K)}
+    each = sum(want.values())
+    assert result["summary"] == {"bytes_per_client_and_round": each, "break_even_parameters": each / 8}
+
+
+def test_the_table_of_the_published_setting() -> None:
+    """N = 500 images of 3x32x32: what each client has in a round, without its number of samples."""
+
+    def totals(wire: str) -> list[int]:
+        """With q and C of 5 and 10, 10 and 10, 5 and 100."""
+        rows = [expected(wire, q, c, n=500, d=3072) for q, c in ((5, 10), (10, 10), (5, 100))]
+        return [sum(v for kind, v in row.items() if not kind.startswith("scalars")) for row in rows]
+
+    assert totals("f0") == totals("f1") == [37_004_000, 67_824_000, 38_264_000]
+    assert totals("f2") == [6_284_016, 6_384_016, 7_544_016]
+    assert totals("f3") == [6_234_016, 6_284_016, 7_044_016]
+    assert totals("f4") == [1_676_016, 1_776_016, 2_936_016]
+    assert totals("f5") == [1_581_036, 1_606_056, 1_986_036]
+
+
+def test_bytes_of_the_controls(tmp_path: Path) -> None:
+    run(tmp_path / "none", algorithm__gradient="none")
+    want = {"images down": 4 * N * D, "logits up": 4 * N * C, "logits down": 4 * N * C, "scalars up": 8}
+    assert bytes_of(tmp_path / "none") == {(r, k): want for r in (1, 2) for k in range(K)}
+    settings = zge(algorithm__gradient="exact")
+    fldist.run(settings, output=tmp_path / "exact")
+    size = build(load(settings)).task.layout.nbytes
+    want = {"images down": 4 * N * D, "weights up": size, "logits down": 4 * N * C, "scalars up": 8}
+    assert bytes_of(tmp_path / "exact") == {(r, k): want for r in (1, 2) for k in range(K)}
+
+
+def test_bytes_of_logits_in_half_precision_and_of_several_steps(tmp_path: Path) -> None:
+    run(tmp_path / "half", algorithm__wire="f3", algorithm__logits="float16")
+    assert bytes_of(tmp_path / "half")[1, 0] == expected("f3") | {
+        "logits up": 2 * N * C + 2 * Q * N * C,
+        "logits down": 2 * N * C,
+    }
+    run(tmp_path / "steps", algorithm__generator_steps=3)
+    once = expected("f2")
+    assert bytes_of(tmp_path / "steps")[1, 0] == {k: v if k == "logits down" else 3 * v for k, v in once.items()}
+
+
+def test_who_is_not_selected_has_no_bytes_and_keeps_its_model(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"clients__fraction": 0.07, "clients__num_clients": 20, "clients__rounding": "ceil"}
+    run(tmp_path / "run", rounds=1, **changes)
+    who = {client for _, client in bytes_of(tmp_path / "run")}
+    assert len(who) == 2  # ceil(1.4)
+
+
+def test_bytes_do_not_depend_on_architectures(tmp_path: Path) -> None:
+    run(tmp_path / "run", clients__models=[SMALL, NORM, WIDE], task__model=NORM)
+    assert bytes_of(tmp_path / "run") == {(r, k): expected("f2") for r in (1, 2) for k in range(K)}
+
+
+def test_public_distillation(tmp_path: Path) -> None:
+    public = {"task__public": {"n": 40}, "algorithm": {"name": "public_distillation", "server_steps": 3}}
+    settings = small(**{"clients__num_clients": 3, "clients__init": "own", "eval__every": 0, **public})
+    fldist.run(settings, output=tmp_path / "run")
+    want = {"logits up": 4 * 40 * C, "logits down": 4 * 40 * C, "scalars up": 8}
+    assert bytes_of(tmp_path / "run") == {(r, k): want for r in (1, 2) for k in range(3)}
+
+
+# ---- formulations agree
+@dataclass(frozen=True)
+class Watched(FedZge):
+    """Keeps what came of the queries, and g."""
+
+    def ask(self, *arguments: Any) -> Any:
+        got = super().ask(*arguments)
+        SEEN.append(got.delta)
+        return got
+
+    def image_gradient(self, *arguments: Any) -> Any:
+        g = super().image_gradient(*arguments)
+        SEEN.append(g)
+        return g
+
+
+SEEN: list[Any] = []
+
+
+def estimates(directory: Path, wire: str, **changes: Any) -> tuple[Any, torch.Tensor]:
+    """Delta and g of the first round."""
+    SEEN.clear()
+    run(directory, rounds=1, algorithm__name="tests.test_fedzge:Watched", algorithm__wire=wire, **changes)
+    return SEEN[0], SEEN[1]
+
+
+@pytest.mark.parametrize("law", ["rademacher", "sphere"])
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_one_by_one_stacked_and_by_key_are_one(tmp_path: Path, law: str, difference: str) -> None:
+    """How close f0, f1 and f2 are: not one bit apart in what clients calculate. The mean is taken in floating
+    point for f0, in fixed point for the others, so its Delta is within 1e-8."""
+    how = {"algorithm__directions": law, "algorithm__difference": difference}
+    (delta, g), *others = [estimates(tmp_path / wire, wire, **how) for wire in ("f0", "f1", "f2")]
+    for other_delta, other_g in others:
+        torch.testing.assert_close(other_delta, delta, rtol=0, atol=1e-8)
+        torch.testing.assert_close(other_g, g, rtol=1e-5, atol=1e-9)
+    stacked, by_key = (run(tmp_path / f"{w}-run", algorithm__wire=w, **how)["state_hash"] for w in ("f1", "f2"))
+    assert stacked == by_key
+
+
+@pytest.mark.parametrize(("wire", "far"), [("f3", 2e-3), ("f5", 0.05), ("f6", 1e-5)])
+def test_rounded_differences_stay_near(tmp_path: Path, wire: str, far: float) -> None:
+    like = "f4" if wire == "f5" else "f2"
+    _, g = estimates(tmp_path / like, like)
+    delta, other = estimates(tmp_path / wire, wire)
+    assert (delta is None) == (wire == "f6")
+    assert 0 < float((other - g).norm() / g.norm()) < far
+
+
+def test_images_in_bytes_are_what_all_see(tmp_path: Path) -> None:
+    _, g = estimates(tmp_path / "f2", "f2")
+    _, other = estimates(tmp_path / "f4", "f4")
+    assert 0 < float((other - g).norm() / g.norm()) < 0.5
+    assert torch.equal(fedzge.to_bytes(fedzge.from_bytes(torch.arange(256).to(torch.uint8))), torch.arange(256).byte())
+
+
+@pytest.mark.parametrize("wire", ["f0", "f2", "f5"])
+@pytest.mark.parametrize("reduction", ["batch", "per_sample"])
+def test_the_whole_loss_can_be_differenced_on_any_wire(tmp_path: Path, wire: str, reduction: str) -> None:
+    _, g = estimates(tmp_path / "run", wire, algorithm__scope="all", algorithm__reduction=reduction)
+    assert g.shape == (N, D)
+    assert bool(g.isfinite().all())
+    assert float(g.norm()) > 0
+
+
+def test_many_queries_find_the_exact_gradient(tmp_path: Path) -> None:
+    """Clients that are white boxes: with more directions, the estimate nears the gradient that they give."""
+    SEEN.clear()
+    run(tmp_path / "exact", rounds=1, algorithm__name="tests.test_fedzge:Watched", algorithm__gradient="exact")
+    exact = SEEN[0]
+    errors = []
+    for q in (16, 256):
+        _, g = estimates(tmp_path / f"q{q}", "f2", algorithm__q=q)
+        errors.append(float((g - exact).square().sum() / exact.square().sum()))
+    # the clients' part has a relative error of (d - 1) / q; the rest of the gradient is exact
+    assert errors[1] < 0.35
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.5)
+
+
+# ---- what a round leaves alone
+def test_a_generator_without_a_learning_rate_stays(tmp_path: Path) -> None:
+    settings = zge(algorithm__lr_generator=0.0)
+    fldist.run(settings, output=tmp_path / "run")
+    job = build(load(settings))
+    assert isinstance(job.algorithm, FedZge)
+    first = job.algorithm.generator_of(job.task).initial
+    found = Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert found is not None
+    assert torch.equal(found[1]["generator"].trainable.floats, first.trainable.floats)
+
+
+@pytest.mark.parametrize("steps", ["server_steps", "client_steps"])
+def test_no_steps_change_nothing(tmp_path: Path, steps: str) -> None:
+    settings = zge(**{f"algorithm__{steps}": 0}, rounds=1)
+    fldist.run(settings, output=tmp_path / "run")
+    loss = logs(tmp_path / "run")[0]["distillation_loss"]
+    assert (loss is None) == (steps == "server_steps")
+
+
+# ---- ranks, resuming, replies that are lost
+@pytest.mark.parametrize("topology", ["star", "collective", "reduce"])
+def test_ranks_change_nothing(tmp_path: Path, hosts: Hosts, topology: str) -> None:
+    settings = zge(clients__fraction=0.7, clients__models=[SMALL, NORM], task__model=SMALL)
+    alone = fldist.run(settings, output=tmp_path / "alone")
+    many = run_here(load({**settings, "topology": topology}), nproc=3, output=tmp_path / "many", spawn=hosts)
+    assert many["state_hash"] == alone["state_hash"]
+    assert many["bytes"]["by_kind"] == alone["bytes"]["by_kind"]
+
+
+@pytest.mark.parametrize("how", [{}, {"generator_optimizer": "persistent"}, {"optimizer": "sgd", "wire": "f5"}])
+def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path: Path, how: dict[str, Any]) -> None:
+    fields = {f"algorithm__{k}": v for k, v in how.items()}
+    whole = run(tmp_path / "whole", rounds=4, **fields)
+    run(tmp_path / "run", rounds=2, **fields)
+    again = run_here(load_resumed(tmp_path / "run", ["rounds=4"]), output=tmp_path / "run", resume=True)
+    assert again["state_hash"] == whole["state_hash"]
+
+
+@dataclass(frozen=True)
+class Spoilt(FedZge):
+    """In round 2, client 0 sends NaN, and client 1 fails in its distillation once it has written its model."""
+
+    @on_client
+    def query(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds) -> Answered:
+        got = super().query(me, data, x, key, stream)
+        if data.round == 2 and data.client == 0:
+            got.logits[0, 0, 0] = math.nan
+        return got
+
+    @on_client
+    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> Taught:
+        got = super().distil(me, data, x, e)
+        if data.round == 2 and data.client == 1:
+            raise RuntimeError("gone")
+        return got
+
+
+def test_a_reply_that_is_lost_or_refused_leaves_no_trace(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", rounds=3, algorithm__name="tests.test_fedzge:Spoilt")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [sorted(line["missing"]) for line in lines] == [[], ["0", "1"], []]
+    assert lines[1]["missing"]["0"].startswith("refused: logits: nan")
+    assert math.isfinite(lines[2]["log"]["distillation_loss"])
+    assert result["rounds"] == 3 or result["status"] == "finished"
