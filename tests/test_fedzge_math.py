@@ -447,10 +447,10 @@ class Watched(FedZge):
         super().image_gradient(server, clients, batch, answers, revealed)  # so that it logs what is right
         return g * self.scale
 
-    def move_generator(self, server: Server, network: Network, batch: Any, g: Tensor) -> None:
+    def move_generator(self, server: Server, network: Network, made: Tensor, g: Tensor) -> None:
         weights = network.params.floats[: len(network.gradient)]
         before = weights.clone()
-        super().move_generator(server, network, batch, g)
+        super().move_generator(server, network, made, g)
         SEEN["move"].append((before, network.gradient.clone(), weights.clone()))
 
     @on_client
@@ -466,10 +466,9 @@ class Watched(FedZge):
         return got
 
     @on_client
-    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> fedzge.Taught:
-        got = super().distil(me, data, x, e)
+    def distil(self, me: Me, data: ClientData, x: Images, e: Logits) -> None:
+        super().distil(me, data, x, e)
         SEEN["taught"].append((data.client, me.y, from_bytes(x), e.clone()))
-        return got
 
 
 CNN = {"name": "cnn", "widths": [4], "kernels": 3, "paddings": 1, "hidden": []}

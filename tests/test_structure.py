@@ -40,7 +40,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["algorithms"] |= {"directions", "distillation"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
-ALLOWED["algorithms"] |= {"directions", "distillation"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
