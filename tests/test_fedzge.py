@@ -15,7 +15,7 @@ import torch
 import fldist
 from fldist.algorithm import Me, on_client
 from fldist.algorithms import fedzge
-from fldist.algorithms.fedzge import Answered, FedZge
+from fldist.algorithms.fedzge import Answered, Coarse, FedZge, Revealed
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
 from fldist.inspection import predict
@@ -328,3 +328,56 @@ def test_a_reply_that_is_lost_or_refused_leaves_no_trace(tmp_path: Path) -> None
     assert lines[1]["missing"]["0"].startswith("refused: logits: nan")
     assert math.isfinite(lines[2]["log"]["distillation_loss"])
     assert result["rounds"] == 3 or result["status"] == "finished"
+
+
+@dataclass(frozen=True)
+class Hostile(FedZge):
+    """In round 2, client 0 claims to have `claims` samples, and its answers are `times` what they are."""
+
+    claims: float = 96
+    times: float = 1.0
+
+    @on_client
+    def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
+        got = super().answer(me, data, x)
+        if data.round != 2 or data.client != 0:
+            return got
+        return Answered(got.logits * self.times, self.claims)
+
+    @on_client
+    def query_coarse(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds) -> Coarse:
+        got = super().query_coarse(me, data, x, key, stream)
+        return got._replace(scale=got.scale * self.times) if data.round == 2 and data.client == 0 else got
+
+    @on_client
+    def reveal(self, me: Me, data: ClientData) -> Revealed:
+        got = super().reveal(me, data)
+        return Revealed(got.y, self.claims) if data.round == 2 and data.client == 0 else got
+
+
+HOSTILE = "tests.test_fedzge:Hostile"
+
+
+@pytest.mark.parametrize("claims", [-480.0, math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("how", [{"wire": "f0"}, {"gradient": "exact"}])
+def test_samples_that_a_client_claims_cannot_spoil_what_is_collected(
+    tmp_path: Path, how: dict[str, Any], claims: float
+) -> None:
+    """One client alone: with none of the samples that it claims, there would be nothing to divide by."""
+    fields = {f"algorithm__{k}": v for k, v in how.items()}
+    for clients in (1, 3):
+        changes = {**fields, "clients__num_clients": clients, "rounds": 3}
+        fair = run(tmp_path / f"fair{clients}", **changes)
+        claimed = {"algorithm__name": HOSTILE, "algorithm__claims": claims}
+        result = run(tmp_path / f"run{clients}", **changes, **claimed)
+        assert result["state_hash"] == fair["state_hash"]
+
+
+@pytest.mark.parametrize(("wire", "field"), [("f0", "logits"), ("f5", "scale")])
+def test_huge_answers_are_refused_where_they_are_collected(tmp_path: Path, wire: str, field: str) -> None:
+    fields = {"algorithm__name": HOSTILE, "algorithm__wire": wire, "algorithm__times": 1e30}
+    run(tmp_path / "run", rounds=3, **fields)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert lines[1]["missing"]["0"].startswith(f"refused: {field}: range: ")
+    assert lines[2]["missing"] == {}
+    assert 0 < lines[2]["log"]["diversity"] < 1

@@ -556,18 +556,19 @@ class FedZge(Distilling):
         fold = {
             "base": base,
             "delta": Collect(shape=(self.q, *shape), dtype="int8"),
-            "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True),
+            # as much as f3 takes
+            "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True, limit=LARGEST_LOGIT / 127.0),
         }
         got = cohort.call(self.query_coarse, x=batch.sent, key=key, stream=stream, fold=fold, phase="query")
         deltas = {k: from_int8(got.delta[k], got.scale[k]) for k in got.clients}
-        return Answers(got.base, ensemble(deltas, self.weights(got.n)), got.clients)
+        return Answers(got.base, ensemble(deltas, self.weights(server.task, got.clients)), got.clients)
 
     def ask_singly(self, server: Server, clients: Clients, replied: Sequence[int], batch: Batch) -> Answers:
         """One message for each moved copy; who has not answered all of them is left out of the ensemble."""
         shape = (1, self.synthetic, server.task.num_classes)
-        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype="float32")}
+        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype="float32", limit=LARGEST_LOGIT)}
         got = clients.only(replied).call(self.answer, x=batch.sent, fold=fold, phase="query")
-        weights = self.weights(got.n)
+        weights = self.weights(server.task, got.clients)
         said = {k: [logits] for k, logits in got.logits.items()}
         for moved in self.moved(batch.x, self.drawn(server, batch.step)):
             got = clients.only(sorted(said)).call(self.answer, x=moved, fold=fold, phase="query")
@@ -577,9 +578,9 @@ class FedZge(Distilling):
         )
         return Answers(logits[0], self.deltas(logits), got.clients)
 
-    def weights(self, n: Mapping[int, float]) -> dict[int, float]:
-        """w_k but for their sum."""
-        return {k: 1.0 if self.weighed_by is None else float(count) for k, count in n.items()}
+    def weights(self, task: Task, clients: Sequence[int]) -> dict[int, float]:
+        """w_k but for their sum, where no fold looks at the n_k that clients claim: those that the server knows."""
+        return {k: 1.0 if self.weighed_by is None else float(task.sizes[k]) for k in clients}
 
     def project_all(self, server: Server, clients: Clients, batch: Batch, answers: Answers, v: Tensor) -> Tensor:
         """s_ij [q, N] of f6: who answered is sent v [N, C]."""
@@ -712,7 +713,7 @@ class Revelation:
         self._models: dict[int, Callable[[Tensor], Tensor]] = {
             k: functools.partial(_run, task, y, k) for k, y in replies.y.items()
         }
-        self._weights = algorithm.weights(replies.n)
+        self._weights = algorithm.weights(task, list(self._models))
 
     def answers(self, x: Tensor) -> Answers:
         """Their ensemble on images [N, ...]."""
