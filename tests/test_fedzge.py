@@ -381,3 +381,25 @@ def test_huge_answers_are_refused_where_they_are_collected(tmp_path: Path, wire:
     assert lines[1]["missing"]["0"].startswith(f"refused: {field}: range: ")
     assert lines[2]["missing"] == {}
     assert 0 < lines[2]["log"]["diversity"] < 1
+
+
+@dataclass(frozen=True)
+class Diverged(FedZge):
+    """In round 2, the weights of client 0 are NaN."""
+
+    @on_client
+    def reveal(self, me: Me, data: ClientData) -> Revealed:
+        got = super().reveal(me, data)
+        if data.round == 2 and data.client == 0:
+            got = got._replace(y=got.y.clone())
+            got.y.floats[0] = math.nan
+        return got
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_a_revealed_model_that_has_diverged_is_left_out(tmp_path: Path, clients: int) -> None:
+    how = {"algorithm__name": "tests.test_fedzge:Diverged", "algorithm__gradient": "exact"}
+    run(tmp_path / "run", rounds=3, clients__num_clients=clients, **how)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert math.isfinite(lines[2]["log"]["distillation_loss"])
+    assert 0 < lines[2]["log"]["diversity"] < 1

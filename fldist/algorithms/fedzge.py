@@ -59,7 +59,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss, one_hot
 
-from fldist.algorithm import Books, Clients, Me, Replies, Server, State, on_client
+from fldist.algorithm import Books, Clients, Me, Replies, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Architecture, Task
 from fldist.directions import Directions, Law, held
@@ -711,8 +711,12 @@ class Revelation:
 
     def __init__(self, task: Task, replies: Replies, algorithm: FedZge) -> None:
         self._models: dict[int, Callable[[Tensor], Tensor]] = {
-            k: functools.partial(_run, task, y, k) for k, y in replies.y.items()
+            k: functools.partial(_run, task, y, k)
+            for k, y in replies.y.items()
+            if bool(y.floats.isfinite().all())  # a model that has diverged is left out, as its answers would be
         }
+        if not self._models:
+            raise TooFewReplies("reveal", dict.fromkeys(replies.y, "refused: y: nan: its weights are not finite"))
         self._weights = algorithm.weights(task, list(self._models))
 
     def answers(self, x: Tensor) -> Answers:
