@@ -21,7 +21,7 @@ from fldist.data.client_data import ClientData
 from fldist.inspection import predict
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
-from fldist.runtime.checkpoint import Checkpoints
+from fldist.runtime.checkpoint import Checkpoints, ClientFiles
 from tests.conftest import Hosts, small
 
 N, D, C, Q, K = 12, 64, 10, 3, 3
@@ -403,3 +403,17 @@ def test_a_revealed_model_that_has_diverged_is_left_out(tmp_path: Path, clients:
     lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert math.isfinite(lines[2]["log"]["distillation_loss"])
     assert 0 < lines[2]["log"]["diversity"] < 1
+
+
+def test_answering_in_training_mode_moves_statistics_as_often_on_every_wire(tmp_path: Path) -> None:
+    """q + 1 times in a round: f6 keeps its answer on the images for the call that projects."""
+    how = {"query_batch_norm": "batch", "reduction": "batch"}
+    fields: dict[str, Any] = {f"algorithm__{k}": v for k, v in how.items()} | {"rounds": 1, "task__model": NORM}
+    counts = set()
+    for wire in WIRES:
+        run(tmp_path / wire, algorithm__wire=wire, **fields)
+        found = Checkpoints(tmp_path / wire / "checkpoints").newest()
+        assert found is not None
+        y = ClientFiles(tmp_path / wire / "clients").read(0, found[2]["versions"]["0"])["y"]
+        counts.add(tuple(y.ints.tolist()))
+    assert len(counts) == 1

@@ -653,12 +653,17 @@ class FedZge(Distilling):
         return {"bytes_per_client_and_round": each, "break_even_parameters": each / 8}
 
     # ---- clients
-    def moved_answers(self, me: Me, data: ClientData, x: Tensor, key: int, stream: int) -> Tensor:
-        """Logits [1 + moves, N, C] on images as they were sent and, in order, their moved copies."""
+    def moved_answers(
+        self, me: Me, data: ClientData, x: Tensor, key: int, stream: int, base: Tensor | None = None
+    ) -> Tensor:
+        """Logits [1 + moves, N, C] on images as they were sent and, in order, their moved copies.
+
+        base: those [N, C] on the images, where the client has them already.
+        """
         x = from_bytes(x)
         directions = held(self.directions_of(data.task, key, stream))
         with self.answering(me, data) as logits:
-            return torch.stack([logits(x), *map(logits, self.moved(x, directions))])
+            return torch.stack([logits(x) if base is None else base, *map(logits, self.moved(x, directions))])
 
     @on_client
     def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
@@ -667,7 +672,7 @@ class FedZge(Distilling):
         with self.answering(me, data) as logits:
             made = torch.stack([logits(part.clone()) for part in several])
         if self.wire == "f6":
-            me.scratch.base = made
+            me.scratch.base = made[0]
         return Answered(made.to(self.logit_type), data.n)
 
     @on_client
@@ -691,7 +696,9 @@ class FedZge(Distilling):
     @on_client
     def project(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds, v: LogitGradients) -> Projected:
         """<v_i, Delta_ij> [q, N]."""
-        logits = self.moved_answers(me, data, x, key, stream)
+        # without it, where the client has come from a host that is lost
+        base = me.scratch.values.get("base")
+        logits = self.moved_answers(me, data, x, key, stream, base)
         return Projected(client_scalars(v.double(), self.deltas(logits)).float(), data.n)
 
     @on_client
