@@ -19,6 +19,7 @@ from fldist.algorithms.fedzge import Answered, Coarse, FedZge, Revealed
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
 from fldist.inspection import predict
+from fldist.inspection import describe
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
@@ -417,3 +418,11 @@ def test_answering_in_training_mode_moves_statistics_as_often_on_every_wire(tmp_
         y = ClientFiles(tmp_path / wire / "clients").read(0, found[2]["versions"]["0"])["y"]
         counts.add(tuple(y.ints.tolist()))
     assert len(counts) == 1
+
+
+def test_describe_tells_every_field_and_its_default() -> None:
+    text = describe("fedzge")
+    assert "required" not in text
+    lines = [line for line in text.splitlines() if line.startswith(("  generator", "  lr_generator", "  gradient: "))]
+    assert len(lines) == 5
+    assert all("; " in line for line in lines)

@@ -359,17 +359,11 @@ class FedZge(Distilling):
     beta1: NonNegative = 1.0  # weight of L_adv
     beta2: NonNegative = 1.0  # weight of L_div
     beta3: NonNegative = 1.0  # weight of L_info
-    generator: ConditionalGenerator = field(
-        default_factory=ConditionalGenerator
-    )  # G: noise dimension nz, width ngf, ...
-    lr_generator: NonNegative = 1e-3
+    generator: ConditionalGenerator = field(default_factory=ConditionalGenerator)  # G: nz, ngf, slope, conditional
+    lr_generator: NonNegative = 1e-3  # of its optimizer, which is of the kind `optimizer`
     generator_steps: Annotated[int, Field(ge=1)] = 1  # in a round, each with queries of its own
-    generator_optimizer: Literal["fresh", "persistent"] = (
-        "fresh"  # a new one in each round, or one that keeps its state
-    )
-    gradient: Literal["queries", "none", "exact"] = (
-        "queries"  # none: never trained; exact: clients reveal their weights
-    )
+    generator_optimizer: Literal["fresh", "persistent"] = "fresh"  # new in each round, or one that keeps its state
+    gradient: Literal["queries", "none", "exact"] = "queries"  # none: never trained; exact: clients reveal weights
 
     wire: Wire = "f2"  # what of the queries travels; see the table of bytes
     logits: LogitType = "float32"  # of base logits and e, where clients take the differences (f3, f6); f5: float16
