@@ -18,8 +18,7 @@ from fldist.algorithms import fedzge
 from fldist.algorithms.fedzge import Answered, Coarse, FedZge, Revealed
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
-from fldist.inspection import predict
-from fldist.inspection import describe
+from fldist.inspection import describe, predict
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
@@ -426,3 +425,8 @@ def test_describe_tells_every_field_and_its_default() -> None:
     lines = [line for line in text.splitlines() if line.startswith(("  generator", "  lr_generator", "  gradient: "))]
     assert len(lines) == 5
     assert all("; " in line for line in lines)
+
+
+def test_one_image_of_four_pixels_a_side_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.synthetic: .* raise it"):
+        fldist.run(zge(algorithm__synthetic=1, task__resize=4), output=tmp_path / "run")

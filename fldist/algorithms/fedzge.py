@@ -383,6 +383,10 @@ class FedZge(Distilling):
         self._check_wire()
         self.generator_of(task)  # refuses shapes that it cannot make
         norm = any(a.batch_norm for a in task.architectures)
+        if self.synthetic == 1 and task.shape[-1] == 4:
+            raise ValueError(
+                "algorithm.synthetic: the generator's BatchNorm cannot train on one image of 4 x 4 pixels; raise it"
+            )
         if norm and self.synthetic == 1:
             raise ValueError("algorithm.synthetic: BatchNorm cannot train on batches of 1; raise it")
         if norm and self.query_batch_norm == "batch" and self.reduction == "per_sample" and self.gradient == "queries":
