@@ -186,24 +186,26 @@ class Collect(Fold):
     """Keep every reply: the result is {client: value} in client order. Memory grows with the clients.
 
     Where shape is given, what cannot be is refused, so that it cannot spoil, or end, what is made of all replies: a
-    tensor (of Params: the floats) of another shape or dtype, NaN and infinite numbers, and with not_negative negative
-    ones (reasons `shape`, `nan`, `range`).
+    tensor (of Params: the floats) of another shape or dtype, NaN and infinite numbers, with not_negative negative ones,
+    and those of a magnitude beyond limit (reasons `shape`, `nan`, `range`).
     """
 
     shape: tuple[int, ...] | None = None
     dtype: str = "float32"
     not_negative: bool = False
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         dtype_named(self.dtype)
         if self.shape is not None:
             _check_shape(self.shape)
-        elif self.not_negative:
-            raise ValueError("not_negative: replies are looked at where their shape is given; give it too")
+        elif self.not_negative or self.limit is not None:
+            name = "not_negative" if self.not_negative else "limit"
+            raise ValueError(f"{name}: replies are looked at where their shape is given; give it too")
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return Collected() if self.shape is None else _Checked(self.shape, self.dtype, self.not_negative)
+        return Collected() if self.shape is None else _Checked(self.shape, self.dtype, self.not_negative, self.limit)
 
 
 def collect() -> Collect:
@@ -233,23 +235,26 @@ class Collected(Accumulator):
 class _Checked(Collected):
     """A collection that looks at what it gets."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, not_negative: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, not_negative: bool, limit: float | None) -> None:
         super().__init__()
         self._shape = shape
         self._dtype = dtype_named(dtype)
         self._not_negative = not_negative
+        self._limit = limit
 
     def add(self, client: int, value: Any, weight: float) -> None:
         """Keep a reply, or refuse it."""
         numbers = value.floats if isinstance(value, Params) else value
         _refuse_unlike(numbers, self._shape, self._dtype)
-        if numbers.numel() and (self._dtype.is_floating_point or self._not_negative):
+        if numbers.numel() and (self._dtype.is_floating_point or self._not_negative or self._limit is not None):
             low, high = (float(v) for v in torch.aminmax(numbers))
             if math.isnan(low) or math.isnan(high):
                 raise Refused("nan", "there is a number that is NaN")
             if math.isinf(low) or math.isinf(high) or (self._not_negative and low < 0):
                 beyond = "negative or infinite" if self._not_negative else "infinite"
                 raise Refused("range", f"there is a number that is {beyond}")
+            if self._limit is not None and max(-low, high) > self._limit:
+                raise Refused("range", f"a value is beyond {self._limit:g}, the limit of this fold")
         super().add(client, value, weight)
 
 

@@ -62,7 +62,8 @@ def describe(name: str) -> str:
     lines.append("Fields (section `algorithm`):")
     hints, comments = get_type_hints(kind), _comments(kind)
     for item in dataclasses.fields(kind):
-        default = "required" if item.default is dataclasses.MISSING else f"default {item.default!r}"
+        value = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        default = "required" if value is dataclasses.MISSING else f"default {value!r}"
         said = f"; {comments[item.name]}" if item.name in comments else ""
         lines.append(f"  {item.name}: {_type_name(hints[item.name])}, {default}{said}")
     if not dataclasses.fields(kind):

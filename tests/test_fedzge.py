@@ -15,13 +15,13 @@ import torch
 import fldist
 from fldist.algorithm import Me, on_client
 from fldist.algorithms import fedzge
-from fldist.algorithms.fedzge import Answered, FedZge
+from fldist.algorithms.fedzge import Answered, Coarse, FedZge, Revealed
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
-from fldist.inspection import predict
+from fldist.inspection import describe, predict
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
-from fldist.runtime.checkpoint import Checkpoints
+from fldist.runtime.checkpoint import Checkpoints, ClientFiles
 from tests.conftest import Hosts, small
 
 N, D, C, Q, K = 12, 64, 10, 3, 3
@@ -328,3 +328,105 @@ def test_a_reply_that_is_lost_or_refused_leaves_no_trace(tmp_path: Path) -> None
     assert lines[1]["missing"]["0"].startswith("refused: logits: nan")
     assert math.isfinite(lines[2]["log"]["distillation_loss"])
     assert result["rounds"] == 3 or result["status"] == "finished"
+
+
+@dataclass(frozen=True)
+class Hostile(FedZge):
+    """In round 2, client 0 claims to have `claims` samples, and its answers are `times` what they are."""
+
+    claims: float = 96
+    times: float = 1.0
+
+    @on_client
+    def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
+        got = super().answer(me, data, x)
+        if data.round != 2 or data.client != 0:
+            return got
+        return Answered(got.logits * self.times, self.claims)
+
+    @on_client
+    def query_coarse(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds) -> Coarse:
+        got = super().query_coarse(me, data, x, key, stream)
+        return got._replace(scale=got.scale * self.times) if data.round == 2 and data.client == 0 else got
+
+    @on_client
+    def reveal(self, me: Me, data: ClientData) -> Revealed:
+        got = super().reveal(me, data)
+        return Revealed(got.y, self.claims) if data.round == 2 and data.client == 0 else got
+
+
+HOSTILE = "tests.test_fedzge:Hostile"
+
+
+@pytest.mark.parametrize("claims", [-480.0, math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("how", [{"wire": "f0"}, {"gradient": "exact"}])
+def test_samples_that_a_client_claims_cannot_spoil_what_is_collected(
+    tmp_path: Path, how: dict[str, Any], claims: float
+) -> None:
+    """One client alone: with none of the samples that it claims, there would be nothing to divide by."""
+    fields = {f"algorithm__{k}": v for k, v in how.items()}
+    for clients in (1, 3):
+        changes = {**fields, "clients__num_clients": clients, "rounds": 3}
+        fair = run(tmp_path / f"fair{clients}", **changes)
+        claimed = {"algorithm__name": HOSTILE, "algorithm__claims": claims}
+        result = run(tmp_path / f"run{clients}", **changes, **claimed)
+        assert result["state_hash"] == fair["state_hash"]
+
+
+@pytest.mark.parametrize(("wire", "field"), [("f0", "logits"), ("f5", "scale")])
+def test_huge_answers_are_refused_where_they_are_collected(tmp_path: Path, wire: str, field: str) -> None:
+    fields = {"algorithm__name": HOSTILE, "algorithm__wire": wire, "algorithm__times": 1e30}
+    run(tmp_path / "run", rounds=3, **fields)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert lines[1]["missing"]["0"].startswith(f"refused: {field}: range: ")
+    assert lines[2]["missing"] == {}
+    assert 0 < lines[2]["log"]["diversity"] < 1
+
+
+@dataclass(frozen=True)
+class Diverged(FedZge):
+    """In round 2, the weights of client 0 are NaN."""
+
+    @on_client
+    def reveal(self, me: Me, data: ClientData) -> Revealed:
+        got = super().reveal(me, data)
+        if data.round == 2 and data.client == 0:
+            got = got._replace(y=got.y.clone())
+            got.y.floats[0] = math.nan
+        return got
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_a_revealed_model_that_has_diverged_is_left_out(tmp_path: Path, clients: int) -> None:
+    how = {"algorithm__name": "tests.test_fedzge:Diverged", "algorithm__gradient": "exact"}
+    run(tmp_path / "run", rounds=3, clients__num_clients=clients, **how)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert math.isfinite(lines[2]["log"]["distillation_loss"])
+    assert 0 < lines[2]["log"]["diversity"] < 1
+
+
+def test_answering_in_training_mode_moves_statistics_as_often_on_every_wire(tmp_path: Path) -> None:
+    """q + 1 times in a round: f6 keeps its answer on the images for the call that projects."""
+    how = {"query_batch_norm": "batch", "reduction": "batch"}
+    fields: dict[str, Any] = {f"algorithm__{k}": v for k, v in how.items()} | {"rounds": 1, "task__model": NORM}
+    counts = set()
+    for wire in WIRES:
+        run(tmp_path / wire, algorithm__wire=wire, **fields)
+        found = Checkpoints(tmp_path / wire / "checkpoints").newest()
+        assert found is not None
+        y = ClientFiles(tmp_path / wire / "clients").read(0, found[2]["versions"]["0"])["y"]
+        counts.add(tuple(y.ints.tolist()))
+    assert len(counts) == 1
+
+
+def test_describe_tells_every_field_and_its_default() -> None:
+    text = describe("fedzge")
+    assert "required" not in text
+    lines = [line for line in text.splitlines() if line.startswith(("  generator", "  lr_generator", "  gradient: "))]
+    assert len(lines) == 5
+    assert all("; " in line for line in lines)
+
+
+def test_one_image_of_four_pixels_a_side_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.synthetic: .* raise it"):
+        fldist.run(zge(algorithm__synthetic=1, task__resize=4), output=tmp_path / "run")

@@ -59,7 +59,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss, one_hot
 
-from fldist.algorithm import Books, Clients, Me, Replies, Server, State, on_client
+from fldist.algorithm import Books, Clients, Me, Replies, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Architecture, Task
 from fldist.directions import Directions, Law, held
@@ -359,17 +359,11 @@ class FedZge(Distilling):
     beta1: NonNegative = 1.0  # weight of L_adv
     beta2: NonNegative = 1.0  # weight of L_div
     beta3: NonNegative = 1.0  # weight of L_info
-    generator: ConditionalGenerator = field(
-        default_factory=ConditionalGenerator
-    )  # G: noise dimension nz, width ngf, ...
-    lr_generator: NonNegative = 1e-3
+    generator: ConditionalGenerator = field(default_factory=ConditionalGenerator)  # G: nz, ngf, slope, conditional
+    lr_generator: NonNegative = 1e-3  # of its optimizer, which is of the kind `optimizer`
     generator_steps: Annotated[int, Field(ge=1)] = 1  # in a round, each with queries of its own
-    generator_optimizer: Literal["fresh", "persistent"] = (
-        "fresh"  # a new one in each round, or one that keeps its state
-    )
-    gradient: Literal["queries", "none", "exact"] = (
-        "queries"  # none: never trained; exact: clients reveal their weights
-    )
+    generator_optimizer: Literal["fresh", "persistent"] = "fresh"  # new in each round, or one that keeps its state
+    gradient: Literal["queries", "none", "exact"] = "queries"  # none: never trained; exact: clients reveal weights
 
     wire: Wire = "f2"  # what of the queries travels; see the table of bytes
     logits: LogitType = "float32"  # of base logits and e, where clients take the differences (f3, f6); f5: float16
@@ -389,6 +383,10 @@ class FedZge(Distilling):
         self._check_wire()
         self.generator_of(task)  # refuses shapes that it cannot make
         norm = any(a.batch_norm for a in task.architectures)
+        if self.synthetic == 1 and task.shape[-1] == 4:
+            raise ValueError(
+                "algorithm.synthetic: the generator's BatchNorm cannot train on one image of 4 x 4 pixels; raise it"
+            )
         if norm and self.synthetic == 1:
             raise ValueError("algorithm.synthetic: BatchNorm cannot train on batches of 1; raise it")
         if norm and self.query_batch_norm == "batch" and self.reduction == "per_sample" and self.gradient == "queries":
@@ -556,18 +554,19 @@ class FedZge(Distilling):
         fold = {
             "base": base,
             "delta": Collect(shape=(self.q, *shape), dtype="int8"),
-            "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True),
+            # as much as f3 takes
+            "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True, limit=LARGEST_LOGIT / 127.0),
         }
         got = cohort.call(self.query_coarse, x=batch.sent, key=key, stream=stream, fold=fold, phase="query")
         deltas = {k: from_int8(got.delta[k], got.scale[k]) for k in got.clients}
-        return Answers(got.base, ensemble(deltas, self.weights(got.n)), got.clients)
+        return Answers(got.base, ensemble(deltas, self.weights(server.task, got.clients)), got.clients)
 
     def ask_singly(self, server: Server, clients: Clients, replied: Sequence[int], batch: Batch) -> Answers:
         """One message for each moved copy; who has not answered all of them is left out of the ensemble."""
         shape = (1, self.synthetic, server.task.num_classes)
-        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype="float32")}
+        fold: dict[str, Fold] = {"logits": Collect(shape=shape, dtype="float32", limit=LARGEST_LOGIT)}
         got = clients.only(replied).call(self.answer, x=batch.sent, fold=fold, phase="query")
-        weights = self.weights(got.n)
+        weights = self.weights(server.task, got.clients)
         said = {k: [logits] for k, logits in got.logits.items()}
         for moved in self.moved(batch.x, self.drawn(server, batch.step)):
             got = clients.only(sorted(said)).call(self.answer, x=moved, fold=fold, phase="query")
@@ -577,9 +576,9 @@ class FedZge(Distilling):
         )
         return Answers(logits[0], self.deltas(logits), got.clients)
 
-    def weights(self, n: Mapping[int, float]) -> dict[int, float]:
-        """w_k but for their sum."""
-        return {k: 1.0 if self.weighed_by is None else float(count) for k, count in n.items()}
+    def weights(self, task: Task, clients: Sequence[int]) -> dict[int, float]:
+        """w_k but for their sum, where no fold looks at the n_k that clients claim: those that the server knows."""
+        return {k: 1.0 if self.weighed_by is None else float(task.sizes[k]) for k in clients}
 
     def project_all(self, server: Server, clients: Clients, batch: Batch, answers: Answers, v: Tensor) -> Tensor:
         """s_ij [q, N] of f6: who answered is sent v [N, C]."""
@@ -652,12 +651,17 @@ class FedZge(Distilling):
         return {"bytes_per_client_and_round": each, "break_even_parameters": each / 8}
 
     # ---- clients
-    def moved_answers(self, me: Me, data: ClientData, x: Tensor, key: int, stream: int) -> Tensor:
-        """Logits [1 + moves, N, C] on images as they were sent and, in order, their moved copies."""
+    def moved_answers(
+        self, me: Me, data: ClientData, x: Tensor, key: int, stream: int, base: Tensor | None = None
+    ) -> Tensor:
+        """Logits [1 + moves, N, C] on images as they were sent and, in order, their moved copies.
+
+        base: those [N, C] on the images, where the client has them already.
+        """
         x = from_bytes(x)
         directions = held(self.directions_of(data.task, key, stream))
         with self.answering(me, data) as logits:
-            return torch.stack([logits(x), *map(logits, self.moved(x, directions))])
+            return torch.stack([logits(x) if base is None else base, *map(logits, self.moved(x, directions))])
 
     @on_client
     def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
@@ -666,7 +670,7 @@ class FedZge(Distilling):
         with self.answering(me, data) as logits:
             made = torch.stack([logits(part.clone()) for part in several])
         if self.wire == "f6":
-            me.scratch.base = made
+            me.scratch.base = made[0]
         return Answered(made.to(self.logit_type), data.n)
 
     @on_client
@@ -690,7 +694,9 @@ class FedZge(Distilling):
     @on_client
     def project(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds, v: LogitGradients) -> Projected:
         """<v_i, Delta_ij> [q, N]."""
-        logits = self.moved_answers(me, data, x, key, stream)
+        # without it, where the client has come from a host that is lost
+        base = me.scratch.values.get("base")
+        logits = self.moved_answers(me, data, x, key, stream, base)
         return Projected(client_scalars(v.double(), self.deltas(logits)).float(), data.n)
 
     @on_client
@@ -710,9 +716,13 @@ class Revelation:
 
     def __init__(self, task: Task, replies: Replies, algorithm: FedZge) -> None:
         self._models: dict[int, Callable[[Tensor], Tensor]] = {
-            k: functools.partial(_run, task, y, k) for k, y in replies.y.items()
+            k: functools.partial(_run, task, y, k)
+            for k, y in replies.y.items()
+            if bool(y.floats.isfinite().all())  # a model that has diverged is left out, as its answers would be
         }
-        self._weights = algorithm.weights(replies.n)
+        if not self._models:
+            raise TooFewReplies("reveal", dict.fromkeys(replies.y, "refused: y: nan: its weights are not finite"))
+        self._weights = algorithm.weights(task, list(self._models))
 
     def answers(self, x: Tensor) -> Answers:
         """Their ensemble on images [N, ...]."""
