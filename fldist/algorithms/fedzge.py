@@ -12,7 +12,7 @@ clients distil the ensemble. Neither weights nor gradients nor data travel; clie
     v     = dL/de with x and f(x) held fixed                    `logit_gradient`
     Delta_ij = (e_i at x_i + eps u_ij  -  e_i at x_i) / eps     u_ij: q random directions for each image, |u_ij| = 1
     g_i   = d(beta1 L_adv + beta2 L_div)/dx_i with e held fixed  +  (d / q) sum_j <v_i, Delta_ij> u_ij
-                                                                `combine`; published: `batch_differences`
+                                                                `combine`; published: `Whole.batch`
     theta_G <- one optimizer step along (dx/dtheta_G)^T g;  then E2 and E3 steps of `distillation.distil` on x, e
 
 Bytes for each client and round (N images of d values, C classes, q queries, of which `difference: central` has twice as
@@ -741,7 +741,7 @@ def _run(task: Task, model: Params, client: int, x: Tensor) -> Tensor:
 
 def version_of(images: Tensor) -> int:
     """63 bits of a hash of the images: others, also of an attempt that is void, have another."""
-    return int.from_bytes(hashlib.sha256(images.cpu().numpy().tobytes()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(images.cpu().contiguous().numpy()).digest()[:8], "little") >> 1
 
 
 @functools.lru_cache(maxsize=2)
