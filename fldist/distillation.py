@@ -11,16 +11,16 @@ of `algorithms/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from fldist.algorithm import Algorithm, Cohort, Me, Server, State, on_client
+from fldist.algorithm import Algorithm, Cohort, Me, Server, State, TooFewReplies, on_client
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.kinds import Scalar
@@ -38,13 +38,20 @@ LARGEST_LOGIT = 2.0**16
 _PUBLISHED_BATCH = 256
 
 
-def ensemble(logits: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
-    """e, float64: the mean of the clients' logits (of one shape) with these weights, added in the clients' order."""
+def ensemble(
+    logits: Mapping[int, Any], weights: Mapping[int, float], decode: Callable[[Any], Tensor] = lambda held: held
+) -> Tensor:
+    """e, float64: the mean of the clients' logits (of one shape) with these weights, added in the clients' order.
+
+    decode: makes logits of what is held of a client, one client at a time.
+    """
     total = sum(weights[k] for k in logits)
-    clients = sorted(logits)
-    mean = torch.zeros_like(logits[clients[0]], dtype=torch.float64)
-    for k in clients:
-        mean += logits[k].double() * (weights[k] / total)
+    mean: Tensor | None = None
+    for k in sorted(logits):
+        part = decode(logits[k]).double() * (weights[k] / total)
+        mean = part if mean is None else mean.add_(part)
+    if mean is None:
+        raise ValueError("an ensemble needs the logits of at least one client")
     return mean
 
 
@@ -166,7 +173,7 @@ class Distilling(Algorithm):
     distil_batch_norm: BatchNorm = "running"  # of the clients' BatchNorm in distillation; running: left as it is
     query_batch_norm: BatchNorm = "running"  # of clients that answer; batch: training mode (published with FedZGE)
     query_chunk: Count = 0  # samples of one forward pass of an answer; 0: all that are answered at once
-    published_scores: bool = False  # also log accuracies as published: best of steps, on batch statistics (see docs)
+    published_scores: bool = False  # log accuracies as published: best of steps, by batch statistics, which they move
 
     def check(self, task: Task) -> None:
         """Refuse models that do not answer with a logit for each class, and scores without a test set."""
@@ -181,6 +188,12 @@ class Distilling(Algorithm):
                 )
         if self.published_scores and not task.num_test:
             raise ValueError("algorithm.published_scores: there is no global test set; set it to false")
+        norm = any(made.batch_norm for made in task.architectures)
+        if self.published_scores and norm and "running" in (self.distil_batch_norm, self.query_batch_norm):
+            raise ValueError(
+                "algorithm.published_scores: such scores move BatchNorm's running statistics on test data, by which "
+                "clients would then answer; set distil_batch_norm and query_batch_norm to batch, or it to false"
+            )
 
     def init_server(self, task: Task) -> State:
         """The global model x."""
@@ -247,10 +260,11 @@ class Distilling(Algorithm):
         return Published(me.scratch.published)
 
     def log_published(self, server: Server, cohort: Cohort) -> None:
-        """Log the mean of the clients' accuracies as published, where that is wanted."""
+        """Log the mean of the clients' accuracies as published, where that is wanted; no round ends for want of it."""
         if self.published_scores and self.client_steps:
-            scores = list(cohort.call(self.published, phase="evaluate").accuracy.values())
-            server.log(published_client_accuracy=sum(scores) / len(scores))
+            with suppress(TooFewReplies):
+                scores = list(cohort.call(self.published, phase="evaluate").accuracy.values())
+                server.log(published_client_accuracy=sum(scores) / len(scores))
 
     def teach_client(self, me: Me, data: ClientData, x: Tensor, e: Tensor) -> None:
         """E3 steps of the client's model; notes its accuracy as published, if that is wanted."""

@@ -347,6 +347,7 @@ class Answers(NamedTuple):
     e: Tensor  # [N, C], float64
     delta: Tensor | None  # Delta [q, N, C], float64; None where nobody was asked for it, or clients project it
     clients: Sequence[int]  # whose answers these are
+    scalars: Tensor | None = None  # <v_i, Delta_ij> [q, N], where clients take them
 
 
 @dataclass(frozen=True)
@@ -387,12 +388,18 @@ class FedZge(Distilling):
             raise ValueError(
                 "algorithm.synthetic: the generator's BatchNorm cannot train on one image of 4 x 4 pixels; raise it"
             )
-        if norm and self.synthetic == 1:
+        alone = task.architecture().batch_norm or (norm and self.distil_batch_norm == "batch")
+        if alone and self.synthetic == 1:
             raise ValueError("algorithm.synthetic: BatchNorm cannot train on batches of 1; raise it")
         if norm and self.query_batch_norm == "batch" and self.reduction == "per_sample" and self.gradient == "queries":
             raise ValueError(
                 "algorithm.query_batch_norm: batch makes each image's logits depend on all images, and reduction: "
                 "per_sample needs them apart; use query_batch_norm: running, or reduction: batch"
+            )
+        if self.gradient == "none" and self.generator_steps > 1:
+            raise ValueError(
+                f"algorithm.generator_steps: {self.generator_steps} with gradient: none would send images of which "
+                "only the last are used; set it to 1"
             )
         move = self.eps / math.sqrt(math.prod(task.shape))
         least = 16 * torch.finfo(torch.float32).eps
@@ -449,10 +456,8 @@ class FedZge(Distilling):
         for step in range(self.generator_steps):
             with self.generating(server, step) as (network, batch):
                 answers = self.ask(server, clients, replied, batch) if revealed is None else revealed.answers(batch.x)
-                if server.predicting and self.wire == "f6" and self.gradient == "queries":
-                    self.project_all(server, clients, batch, answers, answers.e)
-                elif self.gradient != "none" and not server.predicting:
-                    g = self.image_gradient(server, clients, batch, answers, revealed)
+                if self.gradient != "none" and not server.predicting:
+                    g = self.image_gradient(server, batch, answers, revealed)
                     self.move_generator(server, network, batch.made, g)
             replied = answers.clients
         self.show(server, batch.x)
@@ -509,13 +514,16 @@ class FedZge(Distilling):
         d = math.prod(task.shape)
         return Directions(key, stream >> 32, stream & 0xFFFFFFFF, self.synthetic, d, self.directions, task.device)
 
-    def moved(self, x: Tensor, directions: Directions) -> Iterator[Tensor]:
-        """x + eps u_j for all j, one at a time; with `central`, each followed by x - eps u_j."""
+    def moved(self, x: Tensor, directions: Directions, out: Tensor | None = None) -> Iterator[Tensor]:
+        """x + eps u_j for all j, one at a time; with `central`, each followed by x - eps u_j.
+
+        out: memory like x's for whoever is done with each before the next (none: each has its own).
+        """
         for j in range(self.q):
             u = directions.block(j).view_as(x)
-            yield torch.add(x, u, alpha=self.eps)
+            yield torch.add(x, u, alpha=self.eps, out=out)
             if self.difference == "central":
-                yield torch.sub(x, u, alpha=self.eps)
+                yield torch.sub(x, u, alpha=self.eps, out=out)
 
     def deltas(self, logits: Tensor) -> Tensor:
         """Delta [q, N, C], float64, of logits [1 + moves, N, C] on the images and, in order, their moved copies."""
@@ -533,7 +541,9 @@ class FedZge(Distilling):
         if self.gradient == "none" or self.wire == "f6":
             mean = Mean(by=by, shape=(1, *shape), dtype=self.logits, limit=LARGEST_LOGIT)
             got = cohort.call(self.answer, x=batch.sent, fold={"logits": mean}, phase="query")
-            return Answers(got.logits[0], None, got.clients)
+            if self.gradient == "none":
+                return Answers(got.logits[0], None, got.clients)
+            return self.ask_projected(server, clients, got.clients, batch, got.logits[0])
         if self.wire == "f0":
             return self.ask_singly(server, clients, replied, batch)
         if self.wire == "f1":
@@ -558,8 +568,9 @@ class FedZge(Distilling):
             "scale": Collect(shape=(self.q,), dtype="float32", not_negative=True, limit=LARGEST_LOGIT / 127.0),
         }
         got = cohort.call(self.query_coarse, x=batch.sent, key=key, stream=stream, fold=fold, phase="query")
-        deltas = {k: from_int8(got.delta[k], got.scale[k]) for k in got.clients}
-        return Answers(got.base, ensemble(deltas, self.weights(server.task, got.clients)), got.clients)
+        coarse = {k: (got.delta[k], got.scale[k]) for k in got.clients}
+        deltas = ensemble(coarse, self.weights(server.task, got.clients), lambda both: from_int8(*both))
+        return Answers(got.base, deltas, got.clients)
 
     def ask_singly(self, server: Server, clients: Clients, replied: Sequence[int], batch: Batch) -> Answers:
         """One message for each moved copy; who has not answered all of them is left out of the ensemble."""
@@ -580,23 +591,25 @@ class FedZge(Distilling):
         """w_k but for their sum, where no fold looks at the n_k that clients claim: those that the server knows."""
         return {k: 1.0 if self.weighed_by is None else float(task.sizes[k]) for k in clients}
 
-    def project_all(self, server: Server, clients: Clients, batch: Batch, answers: Answers, v: Tensor) -> Tensor:
-        """s_ij [q, N] of f6: who answered is sent v [N, C]."""
+    def ask_projected(
+        self, server: Server, clients: Clients, replied: Sequence[int], batch: Batch, e: Tensor
+    ) -> Answers:
+        """Send v to those of whom e [N, C] is the mean. Who is lost here is still in e, and in nothing that follows."""
+        model = server.task.frozen_copy(server.x)
+        v = logit_gradient(e.to(batch.x.device), logits_of(model, batch.x), batch.y, self.loss)
         key, stream = self.descriptor(server, batch.step)
         sent = {"x": batch.sent, "key": key, "stream": stream, "v": v.float().cpu()}
         mean = Mean(by=self.weighed_by, shape=(self.q, len(v)), limit=LARGEST_LOGIT)
-        got = clients.only(answers.clients).call(self.project, **sent, fold={"s": mean}, phase="query")
-        return got.s  # type: ignore[no-any-return]
+        got = clients.only(replied).call(self.project, **sent, fold={"s": mean}, phase="query")
+        return Answers(e, None, got.clients, got.s)
 
     # ---- what the server makes of the answers
-    def image_gradient(
-        self, server: Server, clients: Clients, batch: Batch, answers: Answers, revealed: Revelation | None
-    ) -> Tensor:
+    def image_gradient(self, server: Server, batch: Batch, answers: Answers, revealed: Revelation | None) -> Tensor:
         """g [N, d], as the fields say; logs the four losses."""
         task: Task = server.task
         loss, x, y, z = self.loss, batch.x, batch.y, batch.z
         e = answers.e.to(task.device)
-        delta = None if answers.delta is None else answers.delta.to(task.device)
+        delta, s = (None if t is None else t.to(task.device) for t in (answers.delta, answers.scalars))
         model = task.frozen_copy(server.x)
         if self.scope == "all" and revealed is None:
             f = logits_of(model, x)
@@ -610,7 +623,9 @@ class FedZge(Distilling):
             if revealed is not None:
                 part = revealed.gradient(v, x)
             else:
-                s = self.project_all(server, clients, batch, answers, v) if delta is None else client_scalars(v, delta)
+                if s is None:
+                    assert delta is not None
+                    s = client_scalars(v, delta)
                 if self.reduction == "batch":
                     s = s.sum(dim=1, keepdim=True).expand_as(s)
                 part = combine(lambda j, u: s[j], self.drawn(server, batch.step).block, self.q)
@@ -661,7 +676,8 @@ class FedZge(Distilling):
         x = from_bytes(x)
         directions = held(self.directions_of(data.task, key, stream))
         with self.answering(me, data) as logits:
-            return torch.stack([logits(x) if base is None else base, *map(logits, self.moved(x, directions))])
+            moved = self.moved(x, directions, torch.empty_like(x))
+            return torch.stack([logits(x) if base is None else base, *map(logits, moved)])
 
     @on_client
     def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
@@ -741,7 +757,7 @@ def _run(task: Task, model: Params, client: int, x: Tensor) -> Tensor:
 
 def version_of(images: Tensor) -> int:
     """63 bits of a hash of the images: others, also of an attempt that is void, have another."""
-    return int.from_bytes(hashlib.sha256(images.cpu().contiguous().numpy()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(images.cpu().contiguous().numpy().data).digest()[:8], "little") >> 1
 
 
 @functools.lru_cache(maxsize=2)
