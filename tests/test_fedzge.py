@@ -7,10 +7,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import fldist
 from fldist.algorithm import Me, on_client
@@ -430,3 +431,88 @@ def test_describe_tells_every_field_and_its_default() -> None:
 def test_one_image_of_four_pixels_a_side_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"algorithm\.synthetic: .* raise it"):
         fldist.run(zge(algorithm__synthetic=1, task__resize=4), output=tmp_path / "run")
+
+
+# ---- what is refused, and what is only said
+@dataclass(frozen=True)
+class Nine:
+    """A model with an output too few."""
+
+    short_name: ClassVar[str] = "nine"
+
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes - 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"algorithm__q": 0}, r"algorithm\.q: .*greater than or equal to 1"),
+        ({"algorithm__eps": 0}, r"algorithm\.eps: .*greater than 0"),
+        ({"algorithm__generator": {"nz": 0}}, r"algorithm\.generator\.nz"),
+        ({"algorithm__logits": "float16"}, r"float16 would destroy the estimate.*wire: f3"),
+        ({"algorithm__logits": "bfloat16", "algorithm__wire": "f0"}, r"bfloat16 would destroy the estimate"),
+        ({"algorithm__wire": "f6", "algorithm__scope": "all"}, r"f6 .* needs their logits"),
+        ({"algorithm__query_batch_norm": "batch", "task__model": NORM}, r"query_batch_norm.*reduction: batch"),
+        ({"algorithm__published_scores": True, "task__model": NORM}, r"published_scores.*test data"),
+        ({"algorithm__synthetic": 1, "task__model": NORM}, r"algorithm\.synthetic"),
+        ({"algorithm__gradient": "none", "algorithm__generator_steps": 2}, r"generator_steps.*set it to 1"),
+        ({"task__resize": 10}, r"square images whose side 4 divides.*task\.resize"),
+        (
+            {"clients__models": [SMALL, {"name": "tests.test_fedzge:Nine"}]},
+            r"must give 10 outputs a sample, one a class; it gives \(9,\)",
+        ),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        build(load(zge(**changes)))
+
+
+def test_moves_that_float32_rounds_away_are_warned_of_with_the_number(tmp_path: Path) -> None:
+    (note,) = [n for n in build(load(zge(algorithm__eps=1e-5))).task.notes if "algorithm.eps" in n]
+    assert "moves a pixel by 1.3e-06" in note  # 1e-5 / sqrt(64)
+    assert "below 1.9e-06" in note
+    assert not any("eps" in n for n in build(load(zge())).task.notes)
+    assert not any("eps" in n for n in build(load(zge(algorithm__eps=1e-5, algorithm__gradient="none"))).task.notes)
+
+
+def test_public_distillation_needs_public_samples() -> None:
+    with pytest.raises(ValueError, match=r"task\.public\.n"):
+        build(load(small(algorithm="public_distillation")))
+
+
+@dataclass(frozen=True)
+class Unprojected(FedZge):
+    """In round 2, client 1 is lost while projections are asked for."""
+
+    @on_client
+    def project(
+        self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds, v: fedzge.LogitGradients
+    ) -> fedzge.Projected:
+        if data.round == 2 and data.client == 1:
+            raise RuntimeError("gone")
+        return super().project(me, data, x, key, stream, v)
+
+
+def test_who_is_lost_while_projecting_is_not_asked_to_distil(tmp_path: Path) -> None:
+    run(tmp_path / "run", algorithm__name="tests.test_fedzge:Unprojected", algorithm__wire="f6")
+    told = {(r["round"], r["client"]) for r in messages(tmp_path / "run") if r.get("phase") == "distil"}
+    assert told == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 2)}
+
+
+def test_scores_as_published_change_no_run_without_batch_norm(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain")
+    scored = run(tmp_path / "scored", algorithm__published_scores=True)
+    assert scored["state_hash"] == plain["state_hash"]
+    assert scored["bytes"]["by_phase"]["distil"] == plain["bytes"]["by_phase"]["distil"]
+    for log in logs(tmp_path / "scored"):
+        assert 0 <= log["published_accuracy"] <= 1
+        assert log["published_accuracy"] == round(log["published_accuracy"], 2)
+        assert "published_client_accuracy" in log
+
+
+def test_pictures_of_the_images(tmp_path: Path) -> None:
+    run(tmp_path / "run", rounds=3, algorithm__show_every=2)
+    found = sorted(p.name for p in (tmp_path / "run" / "images").iterdir())
+    assert found == ["round-000001-synthetic.png", "round-000002-synthetic.png"]
