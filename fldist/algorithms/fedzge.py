@@ -509,13 +509,16 @@ class FedZge(Distilling):
         d = math.prod(task.shape)
         return Directions(key, stream >> 32, stream & 0xFFFFFFFF, self.synthetic, d, self.directions, task.device)
 
-    def moved(self, x: Tensor, directions: Directions) -> Iterator[Tensor]:
-        """x + eps u_j for all j, one at a time; with `central`, each followed by x - eps u_j."""
+    def moved(self, x: Tensor, directions: Directions, out: Tensor | None = None) -> Iterator[Tensor]:
+        """x + eps u_j for all j, one at a time; with `central`, each followed by x - eps u_j.
+
+        out: memory like x's for whoever is done with each before the next (none: each has its own).
+        """
         for j in range(self.q):
             u = directions.block(j).view_as(x)
-            yield torch.add(x, u, alpha=self.eps)
+            yield torch.add(x, u, alpha=self.eps, out=out)
             if self.difference == "central":
-                yield torch.sub(x, u, alpha=self.eps)
+                yield torch.sub(x, u, alpha=self.eps, out=out)
 
     def deltas(self, logits: Tensor) -> Tensor:
         """Delta [q, N, C], float64, of logits [1 + moves, N, C] on the images and, in order, their moved copies."""
@@ -661,7 +664,8 @@ class FedZge(Distilling):
         x = from_bytes(x)
         directions = held(self.directions_of(data.task, key, stream))
         with self.answering(me, data) as logits:
-            return torch.stack([logits(x) if base is None else base, *map(logits, self.moved(x, directions))])
+            made = map(logits, self.moved(x, directions, torch.empty_like(x)))
+            return torch.stack([logits(x) if base is None else base, *made])
 
     @on_client
     def answer(self, me: Me, data: ClientData, x: Images) -> Answered:
