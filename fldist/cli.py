@@ -267,6 +267,18 @@ def bench_autoflip(
     typer.echo(measure.told(lambda: autoflip.measure(repeats, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("fedzge")
+def bench_fedzge(
+    repeats: Annotated[int | None, typer.Option(help="Turns of all that is compared (default: 7).")] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """What FedZGE's queries cost when a key stands for the directions, against images sent one by one."""
+    from fldist.bench import fedzge, measure
+
+    typer.echo(measure.told(lambda: fedzge.measure(repeats, quick=quick, say=_aside), json_file))
+
+
 @bench_app.command("suite")
 def bench_suite(
     suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],

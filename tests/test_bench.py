@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist import cli
-from fldist.bench import autoflip, exchange, measure, workload
+from fldist.bench import autoflip, exchange, fedzge, measure, workload
 from fldist.bench import round as of_round
 from fldist.bench.measure import Figure, Pair, Report, Target
 from fldist.bench.party import PartyFailed, stage
@@ -125,6 +125,7 @@ def test_a_report_says_machine_targets_and_what_is_absent() -> None:
         (["workload", "--pairs", "-3"], "--pairs: must be at least 1, got -3"),
         (["round", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["autoflip", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["fedzge", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
         (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
         (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
@@ -322,3 +323,78 @@ def test_autoflip(
         assert figures[f"{work}_random50_realised_ratio"] == 1.0
         assert figures[f"{work}_t50_ts80_realised_ratio"] < 0.3
     assert out.count("compaction takes nothing out and saves nothing") == 2
+
+
+# ---- queries
+def test_a_link_is_priced_by_bytes() -> None:
+    assert fedzge.link_seconds([0.1, 0.2], 25_000_000) == pytest.approx([2.1, 2.2])
+
+
+def test_gradients_that_differ_end_the_measurement() -> None:
+    one = torch.tensor([3.0, 4.0]).numpy()
+    assert fedzge.apart(one, one) == 0.0
+    assert fedzge.apart(torch.tensor([3.0, 4.5]).numpy(), one) == pytest.approx(0.1)
+    fedzge.check_same({"f1": [0.0, 1e-5], "f2": [0.0]})
+    for bad in (1.1e-5, float("nan")):
+        with pytest.raises(RuntimeError, match="f2 and f0 come to gradients"):
+            fedzge.check_same({"f1": [0.0], "f2": [0.0, bad]})
+
+
+def test_the_busiest_host_counts_and_its_notes_are_taken(tmp_path: Path) -> None:
+    notes = {
+        7: [{"moved_s": 9.0}],  # the server: it moved images, and answered nothing
+        8: [{"moved_s": 1.0}, {"answered_s": 4.0}, {"moved_s": 0.5}, {"answered_s": 3.0}],
+        9: [{"moved_s": 2.0}, {"answered_s": 6.0}],
+    }
+    for pid, lines in notes.items():
+        (tmp_path / f"f2-{pid}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert fedzge.spent(tmp_path / "f2") == {"moved_s": 1.5, "answered_s": 7.0}
+    assert fedzge.spent(tmp_path / "f2") == {}
+
+
+def test_the_definition_of_the_diversity_term() -> None:
+    torch.manual_seed(5)
+    x, z = torch.randn(4, 1, 2, 3), torch.randn(4, 5)
+    total = 0.0
+    for i in range(4):
+        for k in range(4):
+            total += float((x[i] - x[k]).square().mean()) * float((z[i] - z[k]).square().mean())
+    assert float(fedzge.pairwise(x, z)) == pytest.approx(float(torch.exp(torch.tensor(-total / 16))), rel=1e-5)
+
+
+def test_passes_of_any_size_have_the_same_logits() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * len(x)
+
+    blocks = [torch.rand(8, 3) for _ in range(2)]
+    passes = fedzge.Passes(nn.Linear(3, 2), blocks)
+    assert all(passes.per_second(size) > 0.0 for size in (2, 8, 16))
+    passes = fedzge.Passes(Counts(), blocks)
+    passes.per_second(8)
+    for size in (4, 16):
+        with pytest.raises(RuntimeError, match=f"passes of {size} images"):
+            passes.per_second(size)
+
+
+@pytest.mark.timeout(300)
+@linux_only
+def test_fedzge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "fedzge")
+    n, q, d, c = fedzge.QUICK.n, fedzge.QUICK.q, 3 * 32 * 32, 10
+    assert figures["f0_bytes"] == 4 * ((q + 1) * n * (d + c) + n * c)
+    assert figures["f2_bytes"] == 4 * (n * d + (q + 1) * n * c + n * c) + 16
+    assert figures["f1_difference"] == figures["f2_difference"] == 0.0
+    assert figures["f2_ratio"] == pytest.approx(figures["f2_s"] / figures["f0_s"], rel=0.9)
+    images = fedzge.HOSTS * 4 * n * d / fedzge.LINK  # once to each host; one in each message of f0
+    assert figures["f2_link_s"] - figures["f2_s"] == pytest.approx(images, rel=0.02)
+    assert figures["f0_link_s"] - figures["f0_s"] == pytest.approx((q + 1) * images, rel=0.02)
+    parts = [figures[f"f2_{part}_s"] for part in ("forward", "moved", "gradient", "transfer")]
+    assert all(part > 0.0 for part in parts)
+    assert figures["diversity_difference"] <= 1e-5
+    assert figures["diversity_gradient_difference"] <= 1e-5
+    assert all(figures[f"cnn_chunk_{size}_per_s"] > 0.0 for size in (n // 4, n // 2, n, (q + 1) * n))
+    assert all(figures[f"directions_{law}_s"] > 0.0 for law in ("rademacher", "sphere", "randn"))
+    assert "100 Mbit/s is priced, not measured" in out

@@ -45,7 +45,17 @@ ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
-ALLOWED["bench"] = {"runner", "inspection", "console", "pruning", *ALLOWED["config"], "config"}
+ALLOWED["bench"] = {
+    "algorithms",
+    "directions",
+    "distillation",
+    "runner",
+    "inspection",
+    "console",
+    "pruning",
+    *ALLOWED["config"],
+    "config",
+}
 ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}
