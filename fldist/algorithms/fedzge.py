@@ -32,6 +32,7 @@ many in f0, f1, f2 and f4; generator steps multiply all but `distil`), all phase
     gradient: none    images 4 N d down, logits 4 N C up; then 4 N C down     a generator that is never trained
     gradient: exact   weights S_k up (phase `reveal`); images 4 N d and logits 4 N C down    a white box, a control
     images are sent once: for the distillation, clients' hosts hold them. Nothing else travels but scores (`eval`).
+    topology: reduce adds up answers at hosts, which f0, f5 and `exact` do not allow.
 
 Options of the shared laws: any partition (published: `dirichlet` with alpha 1 and 0.1); nothing of a model travels;
 cohorts as `clients.rounding` says (published: ceil); every client has a model of its own, that begins where
