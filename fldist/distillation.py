@@ -252,7 +252,7 @@ class Distilling(Algorithm):
 
     def log_published(self, server: Server, cohort: Cohort) -> None:
         """Log the mean of the clients' accuracies as published, where that is wanted; no round ends for want of it."""
-        if self.published_scores and self.client_steps:
+        if self.published_scores:
             with suppress(TooFewReplies):
                 scores = list(cohort.call(self.published, phase="evaluate").accuracy.values())
                 server.log(published_client_accuracy=sum(scores) / len(scores))

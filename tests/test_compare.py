@@ -589,7 +589,11 @@ def test_public_samples_of_other_data_are_the_methods_those_of_the_own_are_the_t
     own = {"task__public": {"n": 20, "data": None}}
     beside = {"task__public": {"n": 20, "data": {"name": "mnist"}}}
     unused = {"task__public": {"n": 0, "data": None}}
+    named = {"task__public": {"n": 20, "data": {"name": "digits"}}}
     assert len(split([run_of([0.5]), run_of([0.5], **own)])) == 2
+    assert len(split([run_of([0.5]), run_of([0.5], **named)])) == 2
+    subset = {"task__subset": {"train": 300}}
+    assert len(split([run_of([0.5], **subset), run_of([0.5], **subset, **named)])) == 1
     (task,) = split([run_of([0.5]), run_of([0.5], **unused), run_of([0.5], seed=1, **beside)])
     assert sorted(method.seeds for method in task.methods) == [(0,), (1,)]
     assert "mnist" in "".join(method.label for method in task.methods)

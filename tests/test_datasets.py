@@ -1194,6 +1194,24 @@ def test_what_an_own_loader_returns_is_looked_at(made: Any, says: str) -> None:
     assert (good.train_x.dtype, good.train_y.dtype) == (np.float32, np.int64)
 
 
+def test_public_rows_beside_a_subset_are_of_those_that_it_leaves_out() -> None:
+    from fldist.config import build, load
+
+    def of(**public: Any) -> Any:
+        subset = {"train": 300, "choice": "random"}
+        return build(load({"task": {"data": "digits", "subset": subset, "public": public}})).task
+
+    plain, shared = of(), of(n=50)
+    for one, other in zip(plain.parts, shared.parts, strict=True):
+        assert np.array_equal(one, other)
+    held = {tuple(x.flatten().tolist()) for x in shared.pooled()[0]}
+    public, _ = shared.public()
+    assert len(public) == 50
+    assert not any(tuple(x.flatten().tolist()) in held for x in public)
+    with pytest.raises(ValueError, match=r"task\.public\.n: 1200 of 1137 rows that task\.subset\.train leaves out"):
+        of(n=1200)
+
+
 def test_public_rows_named_as_the_same_data_set_are_kept_out_of_training() -> None:
     from fldist.config import build, load
 

@@ -464,8 +464,9 @@ class FedZge(Distilling):
         self.show(server, batch.x)
         e = answers.e.to(self.logit_type)
         self.teach_server(server, batch.x, e)
-        told = clients.only(replied).call(self.distil, x=batch.sent, e=e.cpu()).clients
-        self.log_published(server, clients.only(told))
+        if self.client_steps:
+            told = clients.only(replied).call(self.distil, x=batch.sent, e=e.cpu()).clients
+            self.log_published(server, clients.only(told))
 
     @property
     def logit_type(self) -> torch.dtype:

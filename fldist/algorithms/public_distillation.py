@@ -52,7 +52,8 @@ class PublicDistillation(Distilling):
         got = clients.only(replied).call(self.answer, fold={"logits": mean})
         e = got.logits.float()
         self.teach_server(server, x, e)
-        self.log_published(server, clients.only(clients.only(got.clients).call(self.distil, e=e).clients))
+        if self.client_steps:
+            self.log_published(server, clients.only(clients.only(got.clients).call(self.distil, e=e).clients))
 
     @on_client
     def answer(self, me: Me, data: ClientData) -> Answered:

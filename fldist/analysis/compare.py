@@ -278,9 +278,11 @@ def _of_task(run: Run) -> dict[str, str]:
 
 
 def _public_beside(flat: Mapping[str, str]) -> dict[str, str]:
-    """The keys of public samples that are not of the task: there are none, or they are of a data set that is named.
-    Without a name they are rows of the task's own data, and clients have fewer."""
-    if flat.get("task.public.n", "0") == "0" or "task.public.data.name" in flat:
+    """The keys of public samples that are not of the task, since clients hold the same without them: there are none, or
+    they are of another data set, or of those rows that a subset leaves out."""
+    own = flat.get("task.data.name")
+    taken = flat.get("task.public.data.name", own) == own and flat.get("task.subset.train", "null") == "null"
+    if flat.get("task.public.n", "0") == "0" or not taken:
         return {key: value for key, value in flat.items() if _within(key, ["task.public"])}
     return {}
 

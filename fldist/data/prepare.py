@@ -87,7 +87,8 @@ def held_out(n: int, fraction: float, rounding: Literal["floor", "ceil"]) -> int
 class Public:
     """Public rows: server and clients both know them by their numbers, so that none travel.
 
-    n: how many (0: none); seed: draws them, without replacement, from the training rows of the data set.
+    n: how many (0: none); seed: draws them, without replacement, from the training rows of the data set: where there
+    is a subset of these, from those that it leaves out.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

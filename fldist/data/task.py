@@ -191,11 +191,16 @@ class Task:
         test = subset.rows("test", len(data.test_y), rng) + len(data.train_y)
         self._labels = np.concatenate([data.train_y, data.test_y])
         self._public_from = public_dataset
-        source = len(public_dataset.train_y) if public_dataset is not None else len(pool)
+        left_out = np.delete(np.arange(len(data.train_y)), pool)
+        beside = public_dataset is None and subset.train is not None  # then clients have the same with and without them
+        source = len(public_dataset.train_y) if public_dataset is not None else len(left_out if beside else pool)
         if public.n > source:
-            raise ValueError(f"task.public.n: {public.n} of {source} training rows cannot be taken; lower it")
+            whose = "rows that task.subset.train leaves out" if beside else "training rows"
+            raise ValueError(f"task.public.n: {public.n} of {source} {whose} cannot be taken; lower it")
         drawn = np.sort(numpy_generator(public.seed, "public").permutation(source)[: public.n])
-        if public_dataset is None:
+        if beside:
+            self._public_rows = left_out[drawn]
+        elif public_dataset is None:
             self._public_rows, pool = pool[drawn], np.delete(pool, drawn)
             if not len(pool):
                 raise ValueError(f"task.public.n: {public.n} public rows leave none to train on; lower it")
