@@ -1,6 +1,5 @@
 """FedZGE's equations against what they are by definition: sums over pairs, automatic differentiation, all directions,
-and rounds that are looked at from within. Bytes and formulations of the wire are in `test_fedzge.py`, the laws of
-directions in `test_directions.py`."""
+and rounds seen from within. Bytes and wires are in `test_fedzge.py`, the laws of directions in `test_directions.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ import fldist
 from fldist.algorithm import Clients, Me, Server, on_client
 from fldist.algorithms import fedzge
 from fldist.algorithms.fedzge import FedZge, Loss, Whole, combine, diversity, from_bytes, from_int8, to_bytes, to_int8
-from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.directions import Directions
 from fldist.distillation import LARGEST_LOGIT, Targets, distil, distillation_loss, ensemble
@@ -33,10 +31,8 @@ from tests.conftest import small
 
 N, D, C, NZ = 4, 6, 3, 5
 WEIGHTS = {0: 30.0, 1: 70.0}
-LOSSES = [Loss(2.5, 0.7, 1.3, 0.9), Loss(1.0, 1.0, 1.0, 1.0), Loss(5.0, 0.0, 2.0, 0.0), Loss(0.5, 3.0, 0.0, 1.0)]
-LOSS = LOSSES[0]
+LOSSES = [Loss(2.5, 0.7, 1.3, 0.9), Loss(5.0, 0.0, 2.0, 0.0), Loss(0.5, 3.0, 0.0, 1.0), Loss(2.0, 0.0, 0.0, 0.0)]
 each_loss = pytest.mark.parametrize("loss", LOSSES)
-each_law = pytest.mark.parametrize("law", ["rademacher", "sphere"])
 
 
 def close(got: Tensor, want: Tensor, atol: float) -> None:
@@ -45,7 +41,6 @@ def close(got: Tensor, want: Tensor, atol: float) -> None:
 
 # ---- the definitions
 def logs(logits: Tensor) -> Tensor:
-    """log softmax."""
     return logits - logits.exp().sum(dim=1, keepdim=True).log()
 
 
@@ -54,31 +49,26 @@ def terms(e: Tensor, f: Tensor, x: Tensor, y: Tensor, z: Tensor, tau: float, log
     n, p, q = len(e), logs(e / tau), logs(f / tau)
     fid = -torch.stack([logs(e)[i, int(y[i])] for i in range(n)]).mean()
     adv = -torch.stack([p[i].exp() @ (p[i] - q[i]) for i in range(n)]).mean()
-    couples = itertools.product(range(n), range(n))
-    pairs = [(x[a] - x[b]).square().mean() * (z[a] - z[b]).square().mean() for a, b in couples]
+    pairs = [(x[a] - x[b]).square().mean() * (z[a] - z[b]).square().mean() for a in range(n) for b in range(n)]
     pbar = logs(e).exp().mean(dim=0)
     return [fid, adv, (-torch.stack(pairs).mean()).exp(), pbar @ (pbar.log() if log is None else log)]
 
 
 def total(e: Tensor, f: Tensor, x: Tensor, y: Tensor, z: Tensor, loss: Loss, log: Tensor | None = None) -> Tensor:
-    """L."""
     fid, adv, div, info = terms(e, f, x, y, z, loss.tau, log)
     return fid + loss.beta1 * adv + loss.beta2 * div + loss.beta3 * info
 
 
 def rand(*shape: int, seed: int) -> Tensor:
-    """Normal numbers, float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def tanh_net(seed: int, d: int) -> Callable[[Tensor], Tensor]:
-    """A small smooth classifier, float64."""
     first, offset, last = rand(d, 7, seed=seed), rand(7, seed=seed + 1), rand(7, C, seed=seed + 2)
     return lambda x: torch.tanh(x.reshape(len(x), -1) @ first * 0.6 + offset) @ last
 
 
 def weighed(s: Tensor, u: Tensor) -> Tensor:
-    """Of scalars [q, N] and directions [q, N, d]."""
     return combine(lambda j, _: s[j], u.__getitem__, len(u))
 
 
@@ -97,15 +87,13 @@ class Case:
         self.clients = {k: tanh_net(self.seed + 20 + 10 * k, self.d) for k in WEIGHTS}
 
     def e(self, x: Tensor) -> Tensor:
-        """Logits of the ensemble, with a graph."""
         return 0.3 * self.clients[0](x) + 0.7 * self.clients[1](x)
 
     def truth(self, loss: Loss) -> Tensor:
-        """dL/dx through everything."""
         x = self.x.clone().requires_grad_()
         return torch.autograd.grad(total(self.e(x), self.model(x), x, self.y, self.z, loss), x)[0]
 
-    def estimate(self, u: Tensor, loss: Loss = LOSS, **fields: Any) -> Tensor:
+    def estimate(self, u: Tensor, loss: Loss = LOSSES[0], **fields: Any) -> Tensor:
         """What the algorithm makes of the clients' answers along directions [q, N, d]."""
         zge: Any = FedZge(q=len(u), tau=loss.tau, synthetic=self.n, **fields)
         images = [self.x, *zge.moved(self.x, SimpleNamespace(block=u.__getitem__))]
@@ -137,7 +125,6 @@ def test_the_ensemble_is_a_mean_by_weights_whatever_the_clients_are_called() -> 
     e = ensemble(logits, weights)
     close(e, 0.1 * logits[0] + 0.7 * logits[1] + 0.2 * logits[2], 1e-15)
     close(ensemble(dict.fromkeys(range(3), logits[0]), weights), logits[0], 1e-15)
-    close(ensemble({k: t + 5 for k, t in logits.items()}, weights), e + 5, 1e-14)
     assert torch.equal(ensemble(dict(reversed(logits.items())), weights), e)
     close(ensemble({9 - k: t for k, t in logits.items()}, {9 - k: w for k, w in weights.items()}), e, 1e-15)
     assert ensemble({0: logits[0].float()}, weights).dtype == torch.float64
@@ -161,10 +148,8 @@ def test_the_loss_is_the_definition(loss: Loss) -> None:
 def test_diversity() -> None:
     x, z = rand(9, 3, 4, 4, seed=1), rand(9, NZ, seed=2)
     want = float(terms(rand(9, C, seed=1), rand(9, C, seed=1), x, torch.zeros(9), z, 1.0)[2])
-    assert 0 < want < 0.5
     assert float(diversity(x, z)) == pytest.approx(want, rel=1e-14)
     assert float(diversity(x + rand(3, 4, 4, seed=3), z - 100 * rand(NZ, seed=4))) == pytest.approx(want, rel=1e-11)
-    assert float(diversity(3 * x, z)) == pytest.approx(want**9, rel=1e-12)
     for alike in ((x[:1].expand_as(x), z), (x, z[:1].expand_as(z)), (x[:1], z[:1])):
         assert float(diversity(*alike)) == pytest.approx(1.0, abs=1e-14)
 
@@ -172,7 +157,6 @@ def test_diversity() -> None:
 def test_information_and_adversarial_are_least_and_zero_where_they_are_to_be() -> None:
     certain = 200 * torch.eye(C, dtype=torch.float64)
     assert float(fedzge.information(certain)) == pytest.approx(-math.log(C), rel=1e-14)  # of certain rows, balanced
-    assert float(fedzge.information(torch.zeros(N, C).double())) == pytest.approx(-math.log(C), rel=1e-14)
     assert float(fedzge.information(certain[:1].expand(N, C))) == pytest.approx(0.0, abs=1e-14)
     e = rand(N, C, seed=1)
     assert float(fedzge.adversarial(e, e + rand(N, 1, seed=2), 2.0)) == pytest.approx(0.0, abs=1e-15)
@@ -183,15 +167,12 @@ def test_information_and_adversarial_are_least_and_zero_where_they_are_to_be() -
 
 
 def test_the_logarithm_of_the_unmoved_mean_leaves_a_divergence_out() -> None:
-    gaps = []
-    for eps in (0.1, 0.05):
+    for eps in (1.0, 0.1):
         e, moved = rand(N, C, seed=1), rand(N, C, seed=1) + eps * rand(N, C, seed=2)
         pbar, new = logs(e).exp().mean(dim=0), logs(moved).exp().mean(dim=0)
         linear = fedzge.information(moved, fedzge.mean_log_probability(e)) - fedzge.information(e)
-        gaps.append(float(fedzge.information(moved) - fedzge.information(e) - linear))
-        assert gaps[-1] == pytest.approx(float((new * (new / pbar).log()).sum()), abs=1e-15)
-        assert float(linear) == pytest.approx(float(((new - pbar) * pbar.log()).sum()), abs=1e-15)
-    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.1)
+        close(linear, ((new - pbar) * pbar.log()).sum(), 1e-15)
+        close(fedzge.information(moved) - fedzge.information(e) - linear, (new * (new / pbar).log()).sum(), 1e-15)
 
 
 def test_a_class_that_underflows_gives_numbers() -> None:
@@ -203,19 +184,18 @@ def test_a_class_that_underflows_gives_numbers() -> None:
     y = torch.tensor([0, 1])
     for logits in (e, huge):
         for f in (logits, logits.flip(1), torch.zeros_like(logits)):
-            v = fedzge.logit_gradient(logits, f, y, LOSS)
+            v = fedzge.logit_gradient(logits, f, y, LOSSES[0])
             close(v.sum(dim=1), torch.zeros(2).double(), 1e-9)
-            assert bool(LOSS(logits, f, y[:, None].double(), y, y[:, None].double()).isfinite())
+            assert bool(LOSSES[0](logits, f, y[:, None].double(), y, y[:, None].double()).isfinite())
 
 
-# ---- gradients that are known
+# ---- what is known without a direction
 @each_loss
 @pytest.mark.parametrize("seed", [0, 100, 200])
 def test_the_gradients_that_are_known(loss: Loss, seed: int) -> None:
     case = Case(seed=seed)
     e, x = case.e(case.x).requires_grad_(), case.x.clone().requires_grad_()
-    value = total(e, case.model(x), x, case.y, case.z, loss)
-    on_logits, on_images = torch.autograd.grad(value, (e, x))
+    on_logits, on_images = torch.autograd.grad(total(e, case.model(x), x, case.y, case.z, loss), (e, x))
     known, f = fedzge.known_gradient(case.model, e.detach(), case.x, case.z, loss)
     close(known, on_images, 1e-14)
     assert torch.equal(f, case.model(case.x))
@@ -223,9 +203,12 @@ def test_the_gradients_that_are_known(loss: Loss, seed: int) -> None:
     close(v, on_logits, 1e-14)
     close(v.sum(dim=1), torch.zeros(N).double(), 1e-14)
     close(known + fedzge.exact_gradient(case.clients, WEIGHTS, v, case.x), case.truth(loss), 1e-14)
+    # without beta1 the global model has no say
+    other = fedzge.known_gradient(tanh_net(50, D), e.detach(), case.x, case.z, loss)
+    assert torch.equal(other[0], known) == (loss.beta1 == 0)
+    assert torch.equal(fedzge.logit_gradient(e.detach(), other[1], case.y, loss), v) == (loss.beta1 == 0)
 
 
-# ---- the whole loss, differenced
 @each_loss
 @pytest.mark.parametrize("eps", [0.5, 1e-3])
 @pytest.mark.parametrize("n", [1, N])
@@ -241,8 +224,7 @@ def test_how_much_larger_the_loss_is_elsewhere(loss: Loss, eps: float, n: int) -
 
     whole = Whole(case.model, e, f, case.x, case.y, case.z, loss)
     assert float(whole.batch(case.e(moved), moved)) == pytest.approx(float(larger(moved)), rel=1e-10, abs=1e-14)
-    alone = [torch.where(torch.arange(n)[:, None] == i, moved, case.x) for i in range(n)]
-    want = torch.stack([larger(x) for x in alone])
+    want = torch.stack([larger(torch.where(torch.arange(n)[:, None] == i, moved, case.x)) for i in range(n)])
     torch.testing.assert_close(whole.per_sample(case.e(moved), moved), want, rtol=1e-10, atol=1e-14)
 
 
@@ -271,13 +253,12 @@ def test_linear_clients_are_differenced_exactly(eps: float, difference: Any) -> 
     a, b, x, v = rand(C, D, seed=1), rand(C, seed=2), rand(N, D, seed=3), rand(N, C, seed=4)
     u = all_signs(1, D).expand(-1, N, D)
     zge: Any = FedZge(q=len(u), eps=eps, difference=difference)
-    images = [x, *zge.moved(x, SimpleNamespace(block=u.__getitem__))]
-    delta = zge.deltas(torch.stack([m @ a.T + b for m in images]))
+    moved = zge.moved(x, SimpleNamespace(block=u.__getitem__))
+    delta = zge.deltas(torch.stack([m @ a.T + b for m in (x, *moved)]))
     close(delta, u @ a.T, 1e-14 / eps)
     s = fedzge.client_scalars(v, delta)
-    close(s, torch.einsum("ic,jic->ji", v, u @ a.T), 1e-13 / eps)
-    # the mean over all directions that there are
-    close(weighed(s, u), v @ a, 1e-13 / eps)
+    close(s, (v * (u @ a.T)).sum(dim=2), 1e-13 / eps)
+    close(weighed(s, u), v @ a, 1e-13 / eps)  # the mean over all directions that there are
 
 
 @each_loss
@@ -296,11 +277,9 @@ def test_an_orthonormal_basis_gives_the_gradient(scope: str, loss: Loss) -> None
 def test_scopes_and_reductions_have_one_expectation(scope: str, reduction: str) -> None:
     """Over all directions that the Rademacher law has; their symmetry takes what is of first order in eps away."""
     case, every = Case(n=2, d=4), all_signs(2, 4)
-    want = case.truth(LOSS)
-    found = [case.estimate(every, scope=scope, reduction=reduction, eps=eps) for eps in (2e-2, 1e-2)]
-    errors = [float((g - want).norm()) for g in found]
-    assert errors[1] < 1e-3 * float(want.norm())
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+    want = case.truth(LOSSES[0])
+    found = case.estimate(every, scope=scope, reduction=reduction, eps=1e-4)
+    close(found, want, 1e-7 * float(want.norm()))
 
 
 def test_the_error_of_one_direction_is_that_of_theory() -> None:
@@ -319,7 +298,7 @@ def test_the_error_of_one_direction_is_that_of_theory() -> None:
     assert error(all_signs(2, D), batch=True) == pytest.approx(2 * D - 1, rel=1e-12)
 
 
-@each_law
+@pytest.mark.parametrize("law", ["rademacher", "sphere"])
 def test_the_error_and_the_angle_of_several_directions_are_those_of_theory(law: Any) -> None:
     for n, d, q in ((20000, 24, 6), (100, 24, 960), (400, 400, 20)):
         a, v = rand(8, d, seed=1), rand(n, 8, seed=2)
@@ -382,8 +361,7 @@ def test_images_in_bytes() -> None:
     close(from_bytes(every).double(), torch.arange(256).double() / 127.5 - 1, 1e-7)
     assert torch.equal(to_bytes(from_bytes(every)), every)
     x = torch.cat([torch.tensor([-1.0, 1.0]), torch.rand(5000, generator=torch.Generator().manual_seed(1)) * 2 - 1])
-    assert to_bytes(x).dtype == torch.uint8
-    assert to_bytes(x)[:2].tolist() == [0, 255]
+    assert torch.equal(to_bytes(x)[:2], every[[0, 255]])
     close(from_bytes(to_bytes(x)), x, 1 / 255 + 1e-6)
     assert torch.equal(from_bytes(x), x)
 
@@ -394,10 +372,8 @@ def test_differences_in_bytes_are_right_in_the_mean_and_off_by_little() -> None:
     values, scale = to_int8(delta, rng)
     assert (values.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (3,))
     mean = sum((from_int8(*to_int8(delta, rng)) for _ in range(draws)), torch.zeros_like(delta)) / draws
-    # up or down by parts of largest / 127: a deviation of half of it at most
-    far = (mean - delta).abs() / delta.abs().amax(dim=(1, 2), keepdim=True)
+    far = (mean - delta).abs() / delta.abs().amax(dim=(1, 2), keepdim=True)  # in steps of 1 / 127: half of it at most
     assert float(far.max()) < 5 / 254 / math.sqrt(draws) + 1e-7
-    assert torch.equal(values, to_int8(delta, torch.Generator().manual_seed(2))[0])
     delta = rand(4, 500, 10, seed=1) * 10.0 ** torch.arange(-4, 4, 2)[:, None, None]
     back = from_int8(*to_int8(delta, torch.Generator().manual_seed(1)))
     step = delta.abs().amax(dim=(1, 2), keepdim=True) / 127
@@ -405,19 +381,17 @@ def test_differences_in_bytes_are_right_in_the_mean_and_off_by_little() -> None:
     error = (back - delta).square().mean(dim=(1, 2))
     # f (1 - f) steps^2 for a fraction f that is uniform: a sixth
     torch.testing.assert_close(error, step[:, 0, 0].square() / 6, rtol=0.1, atol=0)
-    assert float((error / delta.square().mean(dim=(1, 2))).max()) < 1e-3
 
 
 def test_differences_in_bytes_at_the_edge() -> None:
     delta = rand(3, N, C, seed=1)
     delta[1] = 0.0
     assert torch.equal(from_int8(*to_int8(delta, torch.Generator()))[1], torch.zeros(N, C).double())
-    assert torch.equal(from_int8(*to_int8(torch.zeros(2, 3, 4), torch.Generator())), torch.zeros(2, 3, 4).double())
-    for seed in range(300):  # the largest may be rounded past 127 nowhere
-        delta = rand(2, 3, 2, seed=seed)
-        close(from_int8(*to_int8(delta, torch.Generator().manual_seed(seed))), delta, float(delta.abs().max()) / 126)
+    # 7e-6 above 127 scales: some, rounded up, would wrap
+    full = torch.full((1, 1000, 1000), 1.031, dtype=torch.float64)
+    close(from_int8(*to_int8(full, torch.Generator().manual_seed(1))), full, 0.01)
     for size in (1e-30, 1e-42, 1e-46):
-        close(from_int8(*to_int8(size * delta, torch.Generator())), torch.zeros_like(delta), 10 * size)
+        close(from_int8(*to_int8(size * delta, torch.Generator())), torch.zeros_like(delta), 5 * size)
 
 
 # ---- rounds, from within
@@ -431,6 +405,7 @@ class Watched(FedZge):
     scale: float = 1.0
 
     def round(self, server: Server, clients: Clients) -> None:
+        SEEN["task"].append((server.task, self.generator_of(server.task)))
         before = server.x, server.generator
         super().round(server, clients)
         SEEN["round"].append((before, (server.x, server.generator)))
@@ -440,18 +415,18 @@ class Watched(FedZge):
         u = torch.stack([directions.block(j) for j in range(self.q)]).double()
         g = super().image_gradient(server, batch, answers, revealed)
         SEEN["gradient"].append((batch, answers, u, server.task.frozen_copy(server.x).double(), g))
-        x = server.x
-        server.x = x + x  # another global model
-        SEEN["otherwise"].append(super().image_gradient(server, batch, answers, revealed))
-        server.x = x
-        super().image_gradient(server, batch, answers, revealed)  # so that it logs what is right
         return g * self.scale
+
+    def teach_server(self, server: Server, x: Tensor, e: Tensor) -> None:
+        SEEN["server"].append((x.clone(), e.clone()))
+        super().teach_server(server, x, e)
 
     def move_generator(self, server: Server, network: Network, made: Tensor, g: Tensor) -> None:
         weights = network.params.floats[: len(network.gradient)]
-        before = weights.clone()
+        before, leaves, cotangent = weights.clone(), list(network.module.parameters()), g.float().view_as(made)
+        want = torch.autograd.grad(made, leaves, cotangent, retain_graph=True)
         super().move_generator(server, network, made, g)
-        SEEN["move"].append((before, network.gradient.clone(), weights.clone()))
+        SEEN["move"].append((before, torch.cat([part.flatten() for part in want]), weights.clone()))
 
     @on_client
     def train(self, me: Me, data: ClientData) -> None:
@@ -474,26 +449,22 @@ class Watched(FedZge):
 CNN = {"name": "cnn", "widths": [4], "kernels": 3, "paddings": 1, "hidden": []}
 
 
-def settings(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Three clients on 8x8 digits with 12 images, 3 queries."""
+def watch(directory: Path, fields: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A run of three clients on 8x8 digits with 12 images, 3 queries."""
     algorithm = {"name": "tests.test_fedzge_math:Watched", "synthetic": 12, "q": 3, "generator": {"nz": 8, "ngf": 2}}
     steps = {"server_steps": 3, "client_steps": 2, "show_every": 0}
     task = {"task__model": CNN, "task__subset": {"train": 300, "test": 100}, "eval": {"every": 0}}
     clients = {"clients": {"num_clients": 3, "init": "own"}, "task__partition": {"name": "dirichlet", "alpha": 1.0}}
-    return small(algorithm={**algorithm, **steps, **fields}, **{**task, **clients, **changes})
+    SEEN.clear()
+    config = small(algorithm=algorithm | steps | (fields or {}), **(task | clients | changes))
+    result: dict[str, Any] = fldist.run(config, output=directory)
+    assert result["status"] == "finished"
+    return result
 
 
 def parts(model: Params) -> tuple[list[float], list[float], list[int]]:
-    """Weights; buffers."""
     split = model.layout.num_params
     return model.floats[:split].tolist(), model.floats[split:].tolist(), model.ints.tolist()
-
-
-def watch(directory: Path, fields: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    SEEN.clear()
-    result: dict[str, Any] = fldist.run(settings(fields or {}, **changes), output=directory)
-    assert result["status"] == "finished"
-    return result
 
 
 @pytest.mark.parametrize("difference", ["forward", "central"])
@@ -504,8 +475,8 @@ def test_the_gradient_of_a_round(tmp_path: Path, n: int, scope: str, reduction: 
     """What a round makes of the answers is the equation; eps is large, so that float32 of the global model suffices."""
     eps, loss, batch_wise = 0.05, Loss(2.0, 0.5, 1.5, 0.7), reduction == "batch"
     fields = {"scope": scope, "reduction": reduction, "difference": difference, "eps": eps, "divide_by_n": batch_wise}
-    watch(tmp_path / "run", {**fields, **asdict(loss), "synthetic": n}, rounds=1)
-    batch, answers, u, model, g = SEEN["gradient"][0]
+    watch(tmp_path / "run", {**fields, **asdict(loss), "synthetic": n})
+    batch, answers, u, model, g = SEEN["gradient"][1]
     x, y, z = batch.x.double(), batch.y, batch.z.double()
     e, delta, (q, _, d) = answers.e.double(), answers.delta.double(), u.shape
     log, signs = logs(e).exp().mean(dim=0).log(), (1, -1) if difference == "central" else (1,)
@@ -530,27 +501,16 @@ def test_the_gradient_of_a_round(tmp_path: Path, n: int, scope: str, reduction: 
         s = torch.stack([torch.stack([share(j, row) for row in rows]) for j in range(q)])
     want = (known.reshape(n, d) + d / q * (s[:, :, None] * u).sum(dim=0)) / (n if batch_wise else 1)
     close(g.double(), want, 1e-4 * float(want.abs().max()))
-    logged = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[0])["log"]
+    logged = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[1])["log"]
     names = ("fidelity", "adversarial", "diversity", "information")
-    want_terms = [float(t) for t in terms(e, model(x), x, y, z, loss.tau)]
-    assert [logged[name] for name in names] == pytest.approx(want_terms, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("scope", ["clients", "all"])
-@pytest.mark.parametrize("reduction", ["batch", "per_sample"])
-def test_a_round_without_betas_does_not_ask_the_global_model(tmp_path: Path, scope: str, reduction: str) -> None:
-    for beta1 in (0.0, 1.0):
-        fields = {"scope": scope, "reduction": reduction, "beta1": beta1, "beta2": 0.0, "beta3": 0.0}
-        watch(tmp_path / str(beta1), fields, rounds=1)
-        g = SEEN["gradient"][0][-1]
-        assert torch.equal(g, SEEN["otherwise"][0]) == (beta1 == 0)
-        assert float(g.norm()) > 0
+    for name, term in zip(names, terms(e, model(x), x, y, z, loss.tau), strict=True):
+        assert logged[name] == pytest.approx(float(term), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("wire", ["f2", "f4"])
 def test_answers_are_the_mean_of_what_the_selected_said(tmp_path: Path, wire: str) -> None:
     watch(tmp_path / "run", {"wire": wire}, clients={"num_clients": 6, "init": "own", "fraction": 0.5})
-    task = build(load(settings({}))).task
+    task, _ = SEEN["task"][0]
     for r, (batch, answers, u, _, _) in enumerate(SEEN["gradient"]):
         made = batch.made.detach()
         close(batch.x, ((made + 1) * 127.5).round() / 127.5 - 1 if wire == "f4" else made, 1e-6)
@@ -563,23 +523,23 @@ def test_answers_are_the_mean_of_what_the_selected_said(tmp_path: Path, wire: st
             model = task.frozen_copy(y, client)
             moved = [batch.x, *(batch.x + 1e-3 * u_j.float().view_as(batch.x) for u_j in u)]
             close(logits, torch.stack([model(x) for x in moved]), 1e-6)
-        for _, _, x, e in taught:
+        for x, e in (SEEN["server"][r], *((x, e) for _, _, x, e in taught)):
             assert torch.equal(x, batch.x)
             close(e.double(), answers.e.double(), 1e-6)
     assert len({client for client, *_ in SEEN["asked"]}) > 3  # cohorts differ
 
 
 def test_a_generator_without_a_learning_rate_only_sees_other_noise(tmp_path: Path) -> None:
-    watch(tmp_path / "run", {"lr_generator": 0.0})
-    job = build(load(settings({})))
-    architecture = job.algorithm.generator_of(job.task)  # type: ignore[attr-defined]
-    batches = [batch for batch, *_ in SEEN["gradient"]]
-    assert not torch.equal(batches[0].z, batches[1].z)
+    watch(tmp_path / "run", {"lr_generator": 0.0, "generator_steps": 2})
+    _, architecture = SEEN["task"][0]
+    for (a, _, u, *_), (b, _, w, *_) in itertools.combinations(SEEN["gradient"], 2):
+        assert not torch.equal(a.z, b.z)
+        assert not torch.equal(u, w)
     for (_, before), (_, after) in SEEN["round"]:
         assert parts(after)[0] == parts(before)[0] == parts(architecture.initial)[0]
     with architecture.module() as module, torch.no_grad():
         architecture.initial.clone().bind(module)
-        for batch in batches:
+        for batch, *_ in SEEN["gradient"]:
             assert torch.equal(module.train()(batch.z, batch.y), batch.x)
 
 
@@ -596,8 +556,7 @@ def test_the_generator_moves_by_its_rate_against_the_sign(tmp_path: Path) -> Non
         moves.append(SEEN["move"][0])
     (_, g, one), (_, many, thousand) = moves
     close(many, 1000 * g, float(g.abs().max()))
-    clear = g.abs() > 1e-6
-    close(one[clear], thousand[clear], 0.011 * lr)
+    close(one[g.abs() > 1e-6], thousand[g.abs() > 1e-6], 0.011 * lr)
 
 
 def test_an_optimizer_of_the_generator_that_persists(tmp_path: Path) -> None:
@@ -624,17 +583,16 @@ def test_clients_of_any_architecture_are_changed_by_training_and_distillation_al
     models = {"task__model": normed, "clients__models": [normed, CNN, {"name": "cnn_bn", "widths": [6]}]}
     result = watch(tmp_path / "run", **models, rounds=3)
     whats = ("start", "trained", "asked", "taught")
-    starts, trained, asked, taught = (
-        {(k, i // 3): parts(y) for i, (k, y, *_) in enumerate(SEEN[what])} for what in whats
-    )
-    assert len({len(weights) for weights, *_ in starts.values()}) == 3
-    for (k, r), y in trained.items():
-        assert starts[k, r] != y
-        assert asked[k, r] == y
-        assert taught[k, r][0] != y[0]
-        assert taught[k, r][1:] == y[1:]
-        assert (y[1:] == ([], [])) == (k == 1)
-        assert r == 0 or starts[k, r] == taught[k, r - 1]
+    models_of = [{(k, i // 3): parts(y) for i, (k, y, *_) in enumerate(SEEN[what])} for what in whats]
+    assert len({len(weights) for weights, *_ in models_of[0].values()}) == 3
+    for k, r in itertools.product(range(3), range(3)):
+        start, trained, asked, taught = (found[k, r] for found in models_of)
+        assert trained not in (start, taught)
+        assert asked == trained
+        assert taught[0] != trained[0]
+        assert taught[1:] == trained[1:]
+        assert (trained[1:] == ([], [])) == (k == 1)
+        assert r == 0 or start == models_of[3][k, r - 1]
     (before, _), (after, _) = SEEN["round"][0]
     assert parts(before)[1] != parts(after)[1]  # the global model trains on x
     scored = watch(tmp_path / "scored", **models, rounds=3, eval={"every": 1, "where": "both"})
