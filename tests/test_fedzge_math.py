@@ -573,7 +573,7 @@ def test_without_steps_of_distillation_models_stay(tmp_path: Path) -> None:
     assert all(parts(before) == parts(after) for (before, _), (after, _) in SEEN["round"])
     assert all(parts(a[1]) != parts(b[1]) for a, b in zip(SEEN["trained"], SEEN["taught"], strict=True))
     watch(tmp_path / "clients", {"client_steps": 0})
-    assert all(parts(a[1]) == parts(b[1]) for a, b in zip(SEEN["trained"], SEEN["taught"], strict=True))
+    assert "taught" not in SEEN or not SEEN["taught"], "clients have no use for e"
     assert all(parts(before) != parts(after) for (before, _), (after, _) in SEEN["round"])
 
 
