@@ -19,6 +19,7 @@ from fldist.algorithms import fedzge
 from fldist.algorithms.fedzge import Answered, Coarse, FedZge, Revealed
 from fldist.config import build, load, load_resumed
 from fldist.data.client_data import ClientData
+from fldist.distillation import comfortable, logits_of
 from fldist.inspection import describe, predict
 from fldist.kinds import Images, Logits, Seeds
 from fldist.runner import run_here
@@ -431,6 +432,19 @@ def test_describe_tells_every_field_and_its_default() -> None:
 def test_one_image_of_four_pixels_a_side_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"algorithm\.synthetic: .* raise it"):
         fldist.run(zge(algorithm__synthetic=1, task__resize=4), output=tmp_path / "run")
+
+
+def test_answers_in_passes_are_those_of_one() -> None:
+    made = build(load(zge(task__model={"name": "cnn", "widths": [32], "kernels": 3, "paddings": 1, "hidden": []}))).task
+    architecture = made.architecture()
+    # strides of 2: a layer gives 32 x 4 x 4 floats a sample
+    assert comfortable(architecture, made.shape) == (32 * 2**20 - 1) // (4 * 32 * 4 * 4)
+    x = torch.rand(50, *made.shape, generator=torch.Generator().manual_seed(1))
+    with architecture.module() as module:
+        made.init_params(whole=True).bind(module)
+        whole = logits_of(module.eval(), x)
+        for chunk in (1, 7, 49, 50, 1000):
+            torch.testing.assert_close(logits_of(module, x, chunk), whole, rtol=1e-5, atol=1e-6)
 
 
 # ---- what is refused, and what is only said
