@@ -1120,8 +1120,8 @@ def test_clients_see_the_public_rows_of_the_server(tmp_path):
 def test_more_public_rows_than_there_are_cannot_be_taken(merged):
     with pytest.raises(ValueError, match=r"task\.public\.n: 98 of 97 training rows cannot be taken; lower it"):
         build(load(numbered(public={"n": 98}, merged=merged)))
-    with pytest.raises(ValueError, match=r"task\.public\.n: 51 of 50 training rows"):
-        build(load(numbered(public={"n": 51}, subset={"train": 50})))
+    with pytest.raises(ValueError, match=r"task\.public\.n: 48 of 47 rows that task\.subset\.train leaves out"):
+        build(load(numbered(public={"n": 48}, subset={"train": 50}, merged=merged)))
 
 
 def test_public_rows_of_another_data_set():

@@ -59,9 +59,9 @@ class PublicDistillation(Distilling):
     def answer(self, me: Me, data: ClientData) -> Answered:
         """Logits on the public samples."""
         with self.answering(me, data) as logits:
-            return Answered(logits(data.task.public()[0]), data.n)
+            return Answered(logits(data.public[0]), data.n)
 
     @on_client
     def distil(self, me: Me, data: ClientData, e: Logits) -> None:
         """E3 steps on the public samples."""
-        self.teach_client(me, data, data.task.public()[0], e)
+        self.teach_client(me, data, data.public[0], e)
