@@ -172,6 +172,9 @@ def test_who_is_not_selected_has_no_bytes_and_keeps_its_model(tmp_path: Path) ->
     run(tmp_path / "run", rounds=1, **changes)
     who = {client for _, client in bytes_of(tmp_path / "run")}
     assert len(who) == 2  # ceil(1.4)
+    found = Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert found is not None
+    assert {int(client) for client in found[2]["versions"]} == who
 
 
 def test_bytes_do_not_depend_on_architectures(tmp_path: Path) -> None:
@@ -524,6 +527,27 @@ def test_scores_as_published_change_no_run_without_batch_norm(tmp_path: Path) ->
         assert 0 <= log["published_accuracy"] <= 1
         assert log["published_accuracy"] == round(log["published_accuracy"], 2)
         assert "published_client_accuracy" in log
+
+
+@dataclass(frozen=True)
+class Silent(FedZge):
+    """In round 2 nobody answers."""
+
+    @on_client
+    def query(self, me: Me, data: ClientData, x: Images, key: Seeds, stream: Seeds) -> Answered:
+        if data.round == 2:
+            raise RuntimeError("gone")
+        return super().query(me, data, x, key, stream)
+
+
+def test_a_round_without_an_answer_changes_nothing_at_the_server(tmp_path: Path) -> None:
+    how = {"algorithm__name": "tests.test_fedzge:Silent"}
+    run(tmp_path / "one", rounds=1, **how)
+    run(tmp_path / "two", rounds=2, **how)
+    states = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("one", "two")]
+    one, two = (found[1] for found in states if found is not None)
+    for name in ("x", "generator"):
+        assert torch.equal(one[name].floats, two[name].floats)
 
 
 def test_pictures_of_the_images(tmp_path: Path) -> None:
