@@ -843,3 +843,57 @@ def test_a_network_of_another_architecture_is_trained_and_scored():
     assert data_of(task).train(task.init_params(), epochs=1).architecture is None
     scores = data_of(task).evaluate(trained.params, "train", smaller)
     assert scores == data_of(other).evaluate(trained.params, "train")
+
+
+def test_networks_beside_are_trained_by_the_same_loss_and_clipped_apart():
+    task = make_task(epochs=2, clip=0.05)
+    start = task.init_params()
+    target = torch.ones(2)
+
+    def joint(module, beside, batch):
+        logits = module(batch.x)
+        return cross_entropy(logits, batch.y) + 3 * (beside(logits) - target).square().mean()
+
+    module, other = ordinary(Mlp((6,)).build, start), nn.Linear(CLASSES, 2)
+    torch.manual_seed(0)
+    again = nn.Linear(CLASSES, 2)
+    network = Network(again, Params.of(again))
+    other.load_state_dict({name: view.clone() for name, view in network.params.named()})
+    got = data_of(task).train(start, loss=lambda m, batch: joint(m, again, batch), beside=[network])
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, other)]
+    x, y = task.rows(0)
+    order = Streams(SEED, 1, 0).generator("order")
+    clipped = 0
+    for _ in range(2):
+        for rows in torch.randperm(len(y), generator=order).split(8):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            logits = module(x[rows])
+            (cross_entropy(logits, y[rows]) + 3 * (other(logits) - target).square().mean()).backward()
+            clipped += sum(float(nn.utils.clip_grad_norm_(m.parameters(), 0.05)) > 0.05 for m in (module, other))
+            for optimizer in optimizers:
+                optimizer.step()
+    assert clipped == 16  # both networks, at all 8 steps
+    for (name, view), tensor in zip(got.params.named(), module.state_dict().values(), strict=True):
+        torch.testing.assert_close(view, tensor, msg=name)
+    for (name, view), tensor in zip(network.params.named(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(view, tensor, msg=name)
+
+
+def test_a_readout_is_what_is_scored():
+    class Turned(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return -self.module(x)
+
+    task = make_task()
+    data = data_of(task)
+    model = task.init_params()
+    with task.architecture(0).module() as module:
+        task.full(model, 0).bind(module)
+        want = float((module(data.x).argmin(dim=1) == data.y).double().mean())
+    assert data.evaluate(model, "train", readout=Turned).accuracy == want
+    assert data.evaluate(model, "train").accuracy != want

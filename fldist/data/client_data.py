@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from fldist.clock import Clock, Measured
 from fldist.data.augment import add_noise, to_unit
 from fldist.data.partition import Noise
-from fldist.data.task import CPU, Architecture, Split, Task
+from fldist.data.task import CPU, Architecture, Readout, Split, Task
 from fldist.models.evaluate import Scores
 from fldist.models.train import Network, Order, Progress, train
 from fldist.params import Params
@@ -78,6 +78,7 @@ class _Plan:
     before_step: Callable[[Tensor], object] | None
     after_step: Callable[[Tensor], None] | None
     schedule_over: int
+    beside: Sequence[Network]
 
 
 class ClientData:
@@ -233,6 +234,7 @@ class ClientData:
         after_step: Callable[[Tensor], None] | None = None,
         compact: bool = False,
         schedule_over: int | None = None,
+        beside: Sequence[Network] = (),
         architecture: Architecture | None = None,
         resume_from: Trained | None = None,
     ) -> Trained:
@@ -248,6 +250,8 @@ class ClientData:
         after_step: gets the parameters [P] after every step, to change them in place; compact: train the network that
         is left when the hidden units are taken out of which the mask keeps nothing;
         schedule_over: epochs that `local.schedule` spans, where this is the beginning of a longer training;
+        beside: further networks that the loss trains, each with an optimizer of its own as the section `local` says;
+        `clip` then bounds the gradient of each network on its own; mask, drift, hooks are of the client's model alone;
         architecture: of `start` and what is trained, instead of the client's: a smaller network;
         resume_from: a training of this round to go on with (its model and optimizer are taken over and changed).
         """
@@ -266,7 +270,10 @@ class ClientData:
             before_step,
             after_step,
             max(epochs, schedule_over or 0),
+            beside,
         )
+        if beside and resume_from is not None:
+            raise ValueError("beside: a training with further networks goes on with no earlier one")
         if plan.keep is not None and plan.keep.shape != (start.layout.num_params,):
             raise ValueError(f"mask: shape {tuple(plan.keep.shape)}, not [{start.layout.num_params}], the parameters")
         if compact:
@@ -305,7 +312,7 @@ class ClientData:
     def _train(self, network: Network, start: Params, plan: _Plan, resume_from: Trained | None) -> Trained:
         local, epochs, drift, keep = self.task.local, plan.epochs, plan.drift, plan.keep
         if resume_from is None:
-            optimizers = [local.make_optimizer(network.weights)]
+            optimizers = [local.make_optimizer(n.weights) for n in (network, *plan.beside)]
         else:
             optimizers = list(resume_from.progress.optimizers)
             take_over(optimizers[0], network)
@@ -326,8 +333,9 @@ class ClientData:
             if not cumulative:
                 watched.kept.clear()
             lr = local.lr_at(self.round, number, plan.schedule_over)
-            for group in optimizers[0].param_groups:
-                group["lr"] = lr
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
 
         def step_loss(rows: Tensor) -> Tensor:
             batch = read(rows)
@@ -363,12 +371,12 @@ class ClientData:
         hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
         with watched.watching(network.module, self._reports or self._own):
             progress = train(
-                [network],
+                [network, *plan.beside],
                 step_loss,
                 optimizers,
                 epochs=epochs,
                 order=plan.order,
-                clip=plan.clip,
+                clip=[plan.clip] * (1 + len(plan.beside)) if plan.beside else plan.clip,
                 before_epoch=before_epoch,
                 before_step=before_step if touched else None,
                 after_step=after_step if hooked else None,
@@ -389,10 +397,17 @@ class ClientData:
         return self.task.frozen_copy(model, self._model_of)
 
     def evaluate(
-        self, model: Params, split: Split | Literal["global"], architecture: Architecture | None = None
+        self,
+        model: Params,
+        split: Split | Literal["global"],
+        architecture: Architecture | None = None,
+        readout: Readout | None = None,
     ) -> Scores:
-        """Score a model on the client's own part, or on the global test set. architecture: if not the client's own."""
-        return self.task.evaluate_client(model, self.client, split, architecture)
+        """Score a model on the client's own part, or on the global test set.
+
+        architecture: if not the client's own; readout: makes of the model's module the one whose outputs are scored.
+        """
+        return self.task.evaluate_client(model, self.client, split, architecture, readout)
 
 
 class _Outputs:
@@ -459,7 +474,11 @@ class PooledData(ClientData):
         return trained
 
     def evaluate(
-        self, model: Params, split: Split | Literal["global"], architecture: Architecture | None = None
+        self,
+        model: Params,
+        split: Split | Literal["global"],
+        architecture: Architecture | None = None,
+        readout: Readout | None = None,
     ) -> Scores:
         """Score a model on the global test set; ValueError for the splits, which only clients have."""
         if split != "global":

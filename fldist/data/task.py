@@ -28,6 +28,7 @@ from fldist.seeding import forked, generator, numpy_generator
 CPU = torch.device("cpu")
 Build = Callable[[tuple[int, ...], int], nn.Module]
 Split = Literal["train", "val", "test"]
+Readout = Callable[[nn.Module], nn.Module]
 
 
 class Partition(Protocol):
@@ -509,24 +510,36 @@ class Task:
         return self._score(model, None, self.test_batches(self.evaluation.batch_size))
 
     def evaluate_client(
-        self, model: Params, client: int, split: Split | Literal["global"], architecture: Architecture | None = None
+        self,
+        model: Params,
+        client: int,
+        split: Split | Literal["global"],
+        architecture: Architecture | None = None,
+        readout: Readout | None = None,
     ) -> Scores:
-        """Score a client's model on one of its splits, or on the global test set. architecture: instead of its own."""
+        """Score a client's model on one of its splits, or on the global test set.
+
+        architecture: instead of its own; readout: makes of the model's module the one whose outputs are scored.
+        """
         size = self.evaluation.batch_size
         of = architecture or client
         if split == "global":
-            return self._score(model, of, self.test_batches(size))
+            return self._score(model, of, self.test_batches(size), readout)
         x, y = self.rows(client, split)
         # clones: a slice's address could change the bits of a matrix product
         batches = ((x[start:stop].clone(), y[start:stop]) for start, stop in spans(len(y), size))
-        return self._score(model, of, batches)
+        return self._score(model, of, batches, readout)
 
     def _score(
-        self, model: Params, client: int | Architecture | None, batches: Iterator[tuple[Tensor, Tensor]]
+        self,
+        model: Params,
+        client: int | Architecture | None,
+        batches: Iterator[tuple[Tensor, Tensor]],
+        readout: Readout | None = None,
     ) -> Scores:
         with self.architecture(client).module() as module:
             self.full(model, client).bind(module)
-            return evaluate(module, batches, self.evaluation)
+            return evaluate(module if readout is None else readout(module), batches, self.evaluation)
 
 
 def sample_type(dataset: Dataset) -> torch.dtype:
