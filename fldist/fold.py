@@ -187,10 +187,10 @@ class Collect(Fold):
 
     Where shape is given, what cannot be is refused, so that it cannot spoil, or end, what is made of all replies: a
     tensor (of Params: the floats) of another shape or dtype, NaN and infinite numbers, with not_negative negative ones,
-    and those of a magnitude beyond limit (reasons `shape`, `nan`, `range`).
+    and those of a magnitude beyond limit (reasons `shape`, `nan`, `range`). None in the shape: any number of entries.
     """
 
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int | None, ...] | None = None
     dtype: str = "float32"
     not_negative: bool = False
     limit: float | None = None
@@ -198,7 +198,7 @@ class Collect(Fold):
     def __post_init__(self) -> None:
         dtype_named(self.dtype)
         if self.shape is not None:
-            _check_shape(self.shape)
+            _check_shape(tuple(0 if n is None else n for n in self.shape))
         elif self.not_negative or self.limit is not None:
             name = "not_negative" if self.not_negative else "limit"
             raise ValueError(f"{name}: replies are looked at where their shape is given; give it too")
@@ -235,7 +235,7 @@ class Collected(Accumulator):
 class _Checked(Collected):
     """A collection that looks at what it gets."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, not_negative: bool, limit: float | None) -> None:
+    def __init__(self, shape: tuple[int | None, ...], dtype: str, not_negative: bool, limit: float | None) -> None:
         super().__init__()
         self._shape = shape
         self._dtype = dtype_named(dtype)
@@ -258,12 +258,14 @@ class _Checked(Collected):
         super().add(client, value, weight)
 
 
-def _refuse_unlike(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise Refused for all but a tensor of this shape and dtype."""
+def _refuse_unlike(value: Any, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    """Raise Refused for all but a tensor of this shape (None: any number there) and dtype."""
+    wanted = str(list(shape)).replace("None", "any")
     if not isinstance(value, Tensor):
-        raise Refused("shape", f"{type(value).__name__} is not {dtype} {list(shape)}")
-    if value.shape != shape or value.dtype is not dtype or value.layout is not torch.strided:
-        raise Refused("shape", f"{value.dtype} {list(value.shape)} is not {dtype} {list(shape)}")
+        raise Refused("shape", f"{type(value).__name__} is not {dtype} {wanted}")
+    fits = len(value.shape) == len(shape) and all(n in (got, None) for n, got in zip(shape, value.shape, strict=True))
+    if not fits or value.dtype is not dtype or value.layout is not torch.strided:
+        raise Refused("shape", f"{value.dtype} {list(value.shape)} is not {dtype} {wanted}")
 
 
 def scale_exponent(limit: float) -> int:

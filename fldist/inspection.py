@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -229,8 +229,8 @@ class _Tracer:
         if spec.reply_type is ClientScores:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
-        if isinstance(how, Mean | Sum | Collect) and how.shape is not None:
-            made = torch.rand(how.shape).to(dtype_named(how.dtype))  # not all alike: masks follow the order
+        if isinstance(how, Mean | Sum | Collect) and how.shape is not None and None not in how.shape:
+            made = torch.rand(cast(tuple[int, ...], how.shape)).to(dtype_named(how.dtype))  # not all alike: masks follow the order
             return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
 

@@ -193,7 +193,8 @@ def folds_told(told: Mapping[str, Any]) -> dict[str, Fold]:
 
 def most_folded(told: Mapping[str, Any]) -> int:
     """The elements of the largest tensor of which `reducible` told; 0 where there are Params alone."""
-    return max((math.prod(how["shape"]) for how in told.values() if how["shape"] is not None), default=0)
+    shapes = [how["shape"] for how in told.values() if how["shape"] is not None]
+    return max((math.prod(shape) for shape in shapes if None not in shape), default=0)
 
 
 def plain(argument: Any) -> Any:
@@ -262,7 +263,8 @@ def _check_form(spec: ClientMethod, field: Field, how: Fold) -> None:
     """ValueError for a fold of a shape on a field that has none, or that may not be so large."""
     if not isinstance(how, Mean | Sum | Collect) or how.shape is None:
         return
-    name, size = f"{spec.name}.{field.name}", math.prod(how.shape) * dtype_named(how.dtype).itemsize
+    name = f"{spec.name}.{field.name}"
+    size = math.prod(n or 1 for n in how.shape) * dtype_named(how.dtype).itemsize  # None: one there is at least
     if field.form is not Form.TENSOR and not (isinstance(how, Collect) and field.form is Form.PARAMS):
         raise ValueError(f"{name}: {type(how).__name__} with a shape is of a tensor, and this field is none")
     if field.form is Form.TENSOR and size > field.max_bytes:

@@ -1,0 +1,113 @@
+"""Class prototypes: one vector for each class that a client holds. What methods that exchange such vectors share.
+
+    P_i^c = mean of the vectors of client i's samples of class c        `class_means`
+
+A client uploads those of its m_i classes, float32 [m_i, d], with their numbers, int32 [m_i]: m_i (4 d + 4) bytes. What
+is made of them, at the server and at the clients, is the business of `algorithms/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fldist.data.task import Task
+from fldist.fold import Accumulator, Collect, Fold, FoldContext, Refused
+from fldist.kinds import Labels, Prototypes
+
+LARGEST = 1e6
+"""A prototype with an entry beyond it is refused."""
+
+
+class Uploaded(NamedTuple):
+    """A client's prototypes."""
+
+    prototypes: Prototypes  # float32 [m, d]
+    classes: Labels  # int32 [m], strictly ascending
+
+
+class Stacked(NamedTuple):
+    """The prototypes of several clients, ordered by client and class."""
+
+    prototypes: Tensor  # [U, d]
+    classes: Tensor  # int64 [U]
+
+
+def class_means(values: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Means [C, d] of values [n, d] by class int64 [n], 0 for a class without any; and how many of each, int64 [C]."""
+    sums = torch.zeros(num_classes, values.shape[1], dtype=values.dtype, device=values.device)
+    sums.index_add_(0, classes, values)
+    counts = torch.bincount(classes, minlength=num_classes)
+    return sums / counts.clamp(min=1)[:, None].to(values.dtype), counts
+
+
+def kept_rows(task: Task, client: int) -> int:
+    """How many of a client's samples, from the first, its training really uses: `local.order: fixed` with `tail: drop`
+    never gets to the last n mod B."""
+    n, size = task.sizes[client], task.local.batch_size
+    if task.local.order == "fixed" and task.local.tail == "drop" and n > size:
+        return n - n % size
+    return n
+
+
+def num_held(task: Task, client: int) -> int:
+    """m_i, the number of classes among the samples that a client's training uses."""
+    return len(torch.unique(task.labels(client)[: kept_rows(task, client)]))
+
+
+def folds(dim: int, num_classes: int) -> dict[str, Fold]:
+    """How `Uploaded` replies are taken: all are kept, and what is no prototype of this dimension is refused."""
+    return {"prototypes": Collect(shape=(None, dim), limit=LARGEST), "classes": ClassNumbers(num_classes)}
+
+
+@dataclass(frozen=True)
+class ClassNumbers(Fold):
+    """Keep every reply that is int32 [m], strictly ascending within 0 ... num_classes - 1, and refuse others."""
+
+    num_classes: int
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start an empty collection."""
+        return _Numbers(Collect(shape=(None,), dtype="int32").begin(context), self.num_classes)
+
+
+class _Numbers(Accumulator):
+    """A collection that looks at the order and the range of what it gets."""
+
+    def __init__(self, kept: Accumulator, num_classes: int) -> None:
+        self._kept = kept
+        self._num_classes = num_classes
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Keep a reply, or refuse it."""
+        self._kept.add(client, value, weight)
+        if len(value) and not (
+            int(value[0]) >= 0 and int(value[-1]) < self._num_classes and bool((value[1:] > value[:-1]).all())
+        ):
+            self._kept.remove(client, value, weight)
+            raise Refused("range", f"class numbers must ascend within 0 to {self._num_classes - 1}")
+
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        """Drop a reply."""
+        self._kept.remove(client, value, weight)
+
+    def result(self) -> Any:
+        """All replies, in client order."""
+        return self._kept.result()
+
+
+def stacked(replies: Any, dim: int) -> Stacked:
+    """The prototypes of all `Uploaded` replies, in order of client and class, whatever order they came in.
+
+    Those of a client that sent more or fewer prototypes than class numbers are left out.
+    """
+    fitting = [c for c in sorted(replies.prototypes) if len(replies.prototypes[c]) == len(replies.classes[c])]
+    if not fitting:
+        return Stacked(torch.zeros(0, dim), torch.zeros(0, dtype=torch.int64))
+    return Stacked(
+        torch.cat([replies.prototypes[c].cpu() for c in fitting]),
+        torch.cat([replies.classes[c].cpu() for c in fitting]).long(),
+    )
