@@ -1,1 +1,69 @@
-"""Image generators, one family a file: from noise and labels to images."""
+"""Image generators, one family a file.
+
+`conditional` makes images from noise and labels and is trained in a run. The others are pretrained and frozen
+(`pretrained` says what they can do): `NAMES` gives their configurations' short names, `named` reads what a user wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fldist.models.generators.pretrained import GeneratorConfig
+
+NAMES = {
+    "mini_style": "fldist.models.generators.mini_style:MiniStyle",
+    "mlp_vae": "fldist.models.generators.mlp:MlpVae",
+    "mlp": "fldist.models.generators.mlp:Mlp",
+    "torchscript": "fldist.models.generators.torchscript:TorchScript",
+    "stylegan": "fldist.models.generators.stylegan:StyleGan",
+    "diffusion": "fldist.models.generators.diffusion:Diffusion",
+    "toy": "fldist.models.generators.toy:Toy",
+}
+"""The configurations of pretrained generators by name."""
+
+
+def named(given: str | Mapping[str, Any] | GeneratorConfig) -> GeneratorConfig:
+    """The configuration that `mini_style` or `{name: mini_style, path: ...}` means; one that is made is returned.
+
+    A name is one of `NAMES`, or a user's own subclass of `GeneratorConfig` as mypkg.mine:Thing or path/mine.py:Thing.
+    Made for pydantic's BeforeValidator: what is wrong is a ValidationError (a ValueError) whose location is the field,
+    so that the configuration's errors name `algorithm.generator.FIELD`. Nothing is read or loaded yet.
+    """
+    import dataclasses
+
+    from pydantic import TypeAdapter
+
+    from fldist import resolve
+    from fldist.models.generators.pretrained import GeneratorConfig
+
+    if isinstance(given, GeneratorConfig):
+        return given
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ValueError(
+            f"it must be a name such as mini_style, or {{name: mini_style, ...}}; names: {', '.join(NAMES)}"
+        )
+    name = given["name"]
+    try:
+        kind = resolve.from_table(NAMES, name, "name")
+    except ValueError as error:
+        raise _wrong("name", str(error).removeprefix("name: "), name) from None
+    if not (isinstance(kind, type) and issubclass(kind, GeneratorConfig)):
+        raise _wrong("name", f"it is no subclass of {GeneratorConfig.__module__}.GeneratorConfig", name)
+    fields = {key: value for key, value in given.items() if key != "name"}
+    for key in fields.keys() - {field.name for field in dataclasses.fields(kind)}:
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise _wrong(key, f"{name} has no such field; it has {known}", fields[key])
+    made: GeneratorConfig = TypeAdapter(kind).validate_python(fields)
+    return made
+
+
+def _wrong(field: str, said: str, given: object) -> ValueError:
+    """An error whose location is a field."""
+    from pydantic_core import PydanticCustomError, ValidationError
+
+    error = PydanticCustomError("generator", "{said}", {"said": said})
+    return ValidationError.from_exception_data("generator", [{"type": error, "loc": (field,), "input": given}])
