@@ -20,7 +20,7 @@ from fldist.data.client_data import ClientData, PooledData
 from fldist.data.task import Task
 from fldist.fold import Fold, collect
 from fldist.kinds import MaxBytes, Report, Weights
-from fldist.models.evaluate import Evaluation
+from fldist.models.evaluate import Evaluation, Scores
 from fldist.params import Params
 from fldist.seeding import generator
 
@@ -226,6 +226,11 @@ class ClientScores(NamedTuple):
 
     scores: Annotated[Report, MaxBytes(1024)]  # float64 [1 + M]: samples, then the metrics of `Evaluation.names`
 
+    @classmethod
+    def of(cls, scores: Scores, how: Evaluation) -> ClientScores:
+        """These scores as they travel."""
+        return cls(torch.tensor([scores.n, *(scores.values[m] for m in how.names)], dtype=torch.float64))
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -305,7 +310,7 @@ class Algorithm:
             raise ValueError("eval.model: this client was sent no model in this round")
         assert how.split != "auto"
         scores = data.evaluate(model, how.split)
-        return ClientScores(torch.tensor([scores.n, *(scores.values[m] for m in how.names)], dtype=torch.float64))
+        return ClientScores.of(scores, how)
 
     def summary(self, server: Server, books: Books) -> dict[str, float]:
         """Figures of the whole run, for `summary` of result.json; the default has none.

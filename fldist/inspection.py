@@ -230,7 +230,8 @@ class _Tracer:
             return torch.ones(1 + len(self.job.evaluation.names), dtype=torch.float64)
         reference = reference_for(field, spec.call)
         if isinstance(how, Mean | Sum | Collect) and how.shape is not None and None not in how.shape:
-            made = torch.rand(cast(tuple[int, ...], how.shape)).to(dtype_named(how.dtype))  # not all alike: masks follow the order
+            made = torch.rand(cast(tuple[int, ...], how.shape))  # not all alike: masks follow the order
+            made = made.to(dtype_named(how.dtype))
             return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
 

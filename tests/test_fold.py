@@ -571,6 +571,16 @@ def test_a_collection_that_cannot_be_is_an_error_when_it_is_made():
     with pytest.raises(ValueError, match="dtype: 'half a float'"):
         Collect((2,), "half a float")
     with pytest.raises(ValueError, match="shape"):
-        Collect((2, None))
+        Collect((2, -1))
     with pytest.raises(ValueError, match="not_negative"):
         Collect(not_negative=True)
+
+
+def test_none_in_a_shape_is_any_number_of_entries():
+    accumulator = begin(Collect((None, 2)), None, 1.0)
+    accumulator.add(0, torch.zeros(3, 2), 1.0)
+    accumulator.add(1, torch.zeros(0, 2), 1.0)
+    for wrong in (torch.zeros(3, 3), torch.zeros(6), torch.zeros(3, 2, 1)):
+        with pytest.raises(Refused, match=r"shape: .* is not torch.float32 \[any, 2\]"):
+            accumulator.add(2, wrong, 1.0)
+    assert {k: v.shape for k, v in accumulator.result().items()} == {0: (3, 2), 1: (0, 2)}

@@ -35,10 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
+    "prototypes": {"data", "fold", "kinds"},
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["algorithms"] |= {"directions", "distillation"}
+ALLOWED["algorithms"] |= {"directions", "distillation", "prototypes"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}

@@ -117,6 +117,11 @@ class ClientData:
         return self.task.device
 
     @property
+    def architecture(self) -> Architecture:
+        """The client's architecture."""
+        return self.task.architecture(self._model_of)
+
+    @property
     def n(self) -> int:
         """How many training samples there are."""
         return self.task.sizes[self.client]
@@ -210,7 +215,7 @@ class ClientData:
 
     @property
     def _no_single(self) -> bool:
-        return self.task.architecture(self._model_of).batch_norm
+        return self.architecture.batch_norm
 
     def second_loader(self, num_samples: int, batch_size: int) -> Iterator[Tensor]:
         """Shuffled index batches of other samples without end; it runs on over steps and epochs."""
