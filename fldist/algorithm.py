@@ -312,6 +312,14 @@ class Algorithm:
         scores = data.evaluate(model, how.split)
         return ClientScores.of(scores, how)
 
+    def made_up(self, task: Task, client: int, method: str, field: str) -> torch.Tensor | None:
+        """A reply field of a client in the size that it will have, where it follows from the task alone.
+
+        For predictions (`--dry-run`), which know the size of a field that is folded with a shape or has an argument of
+        its kind; of all others they say that it is not predictable, which is the default.
+        """
+        return None
+
     def summary(self, server: Server, books: Books) -> dict[str, float]:
         """Figures of the whole run, for `summary` of result.json; the default has none.
 
