@@ -221,6 +221,33 @@ def data_prepare(
     typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**section.data.fields)))
 
 
+@data_app.command("convert-generator")
+def data_convert_generator(
+    network: Annotated[Path, typer.Argument(metavar="NETWORK.pkl", help="A network pickle of StyleGAN3 or -XL.")],
+    code_dir: Annotated[Path, typer.Option(help="A checkout of its code: the folder of dnnlib and torch_utils.")],
+    out: Annotated[Path, typer.Option(help="The file to write, FILE.pt; FILE.json is written beside it.")],
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="The pickle may run any code here.")] = False,
+    kind: Annotated[str, typer.Option(help="stylegan3 or stylegan-xl: the range of its pixels.")] = "stylegan3",
+    key: Annotated[str, typer.Option(help="Which of the pickle's networks.")] = "G_ema",
+    truncation_psi: Annotated[float, typer.Option(min=0, max=1, help="Pulls drawn latents to their mean.")] = 1.0,
+) -> None:
+    """Turn a StyleGAN network pickle, once, into a TorchScript file that needs no trust: generator torchscript."""
+    from fldist.models.generators.convert import convert
+    from fldist.models.generators.stylegan import StyleGan
+
+    if kind not in ("stylegan3", "stylegan-xl"):
+        raise ValueError(f"--kind: it must be stylegan3 or stylegan-xl; got {kind!r}")
+    config = StyleGan(
+        network_pkl=str(network),
+        code_dir=str(code_dir),
+        kind="stylegan3" if kind == "stylegan3" else "stylegan-xl",
+        key=key,
+        truncation_psi=truncation_psi,
+        trust_pickle=trust_pickle,
+    )
+    typer.echo(convert(config, out))
+
+
 @bench_app.command("exchange")
 def bench_exchange(
     pairs: Pairs = None,
