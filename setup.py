@@ -19,7 +19,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fldist", "fldist.*"]),
-    package_data={"fldist": ["py.typed"], "fldist.analysis": ["page/*"]},
+    package_data={
+        "fldist": ["py.typed"],
+        "fldist.analysis": ["page/*"],
+        "fldist.models.generators": ["weights/*.safetensors", "weights/*.json"],
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",

@@ -179,6 +179,40 @@ def report(
     typer.echo(f"report of {count}: {made.page} ({bytes_text(made.page.stat().st_size)})")
 
 
+@app.command("pretrain-generator")
+def pretrain_generator(
+    data: Annotated[str, typer.Argument(help="A name from `fldist data list`, or your own data set.")],
+    out: Annotated[Path, typer.Option(help="The weights: FILE.safetensors; FILE.json and FILE.png go beside.")],
+    fields: Annotated[list[str] | None, typer.Argument(help="Other fields of task.data: key=value.")] = None,
+    arch: Annotated[str, typer.Option(help="mini_style or mlp_vae.")] = "mini_style",
+    images: Annotated[int | None, typer.Option(min=1, help="Train on the first so many images.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over them.")] = None,
+    latent_dim: Annotated[int | None, typer.Option(min=1, help="Values of a latent.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and noise.")] = 0,
+) -> None:
+    """Train a small generator of images, for algorithm.generator, in minutes on a CPU."""
+    import shlex
+
+    from fldist.config import components, load
+    from fldist.pretrain import pretrain
+
+    given = {"arch": arch, "out": out, "images": images, "epochs": epochs, "latent-dim": latent_dim, "seed": seed}
+    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    command = shlex.join(["fldist", "pretrain-generator", data, *(fields or []), *options])
+    settings = load({"task": {"data": {"name": data}}}, [f"task.data.{field}" for field in fields or []])
+    pretrain(
+        components(settings).load_data,
+        arch,
+        out,
+        made_by={"made_by": command, "data": data},
+        images=images,
+        epochs=epochs,
+        latent_dim=latent_dim,
+        seed=seed,
+        say=_aside,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """What works on this machine, what does not, and what to do about it."""

@@ -45,6 +45,7 @@ ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
 ALLOWED["console"] = {"runtime", "units"}
 ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
+ALLOWED["pretrain"] = {"data", "models", "runtime", "seeding"}
 ALLOWED["bench"] = {
     "algorithms",
     "directions",
@@ -56,7 +57,7 @@ ALLOWED["bench"] = {
     *ALLOWED["config"],
     "config",
 }
-ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", *ALLOWED["config"]} | {"config"}
+ALLOWED["cli"] = {"runner", "inspection", "console", "bench", "analysis", "config", "pretrain", *ALLOWED["config"]}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED[""] = {"config", "runner", "runtime"}
 
