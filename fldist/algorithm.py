@@ -246,6 +246,15 @@ class Algorithm:
     def check(self, task: Task) -> None:
         """Refuse a task that cannot be done: ValueError with the key and the remedy. Called before anything starts."""
 
+    def outputs(self, classes: int) -> int:
+        """How many outputs a model has, the server's and the clients'; the default is one a class.
+
+        With another number the classifier that a model was built with is replaced, and what its outputs say of the
+        classes is the algorithm's business. ValueError, with the key and the remedy, for classes that it cannot tell
+        apart. Called while the task is made.
+        """
+        return classes
+
     def init_server(self, task: Task) -> State:
         """The server's state before round 1."""
         raise TypeError(f"{type(self).__name__} does not define init_server(self, task)")
