@@ -217,8 +217,10 @@ def centroids(
     first, norm, last = f[0], f[1], f[3]
     with torch.no_grad():
         x = first(p)
-        mean, var = (None, None) if mode == "batch" else (norm.running_mean, norm.running_var)
-        x = batch_norm(x, mean, var, norm.weight, norm.bias, training=mode == "batch", eps=norm.eps)
+        mean, var = norm.running_mean, norm.running_var
+        if mode == "batch":
+            mean, var = x.mean(dim=0), x.var(dim=0, correction=0)
+        x = batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
         means, counts = class_means(last(relu(x)), classes, num_classes)
     return means, counts > 0
 
