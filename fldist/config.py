@@ -411,6 +411,11 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"stop.accuracy: {settings.stop.accuracy:g} is never known, since eval.every is 0; set it to 1 or more"
         )
+    if settings.stop.patience is not None and settings.eval.every == 0:
+        raise ConfigError(
+            f"stop.patience: {settings.stop.patience} scored rounds never come, since eval.every is 0; set it to 1 or "
+            "more"
+        )
     if settings.topology != "star":
         _check_together(settings)
     public = settings.task.public
