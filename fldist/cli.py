@@ -179,6 +179,40 @@ def report(
     typer.echo(f"report of {count}: {made.page} ({bytes_text(made.page.stat().st_size)})")
 
 
+@app.command("pretrain-generator")
+def pretrain_generator(
+    data: Annotated[str, typer.Argument(help="A name from `fldist data list`, or your own data set.")],
+    out: Annotated[Path, typer.Option(help="The weights: FILE.safetensors; FILE.json and FILE.png go beside.")],
+    fields: Annotated[list[str] | None, typer.Argument(help="Other fields of task.data: key=value.")] = None,
+    arch: Annotated[str, typer.Option(help="mini_style or mlp_vae.")] = "mini_style",
+    images: Annotated[int | None, typer.Option(min=1, help="Train on the first so many images.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over them.")] = None,
+    latent_dim: Annotated[int | None, typer.Option(min=1, help="Values of a latent.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and noise.")] = 0,
+) -> None:
+    """Train a small generator of images, for algorithm.generator, in minutes on a CPU."""
+    import shlex
+
+    from fldist.config import components, load
+    from fldist.pretrain import pretrain
+
+    given = {"arch": arch, "out": out, "images": images, "epochs": epochs, "latent-dim": latent_dim, "seed": seed}
+    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    command = shlex.join(["fldist", "pretrain-generator", data, *(fields or []), *options])
+    settings = load({"task": {"data": {"name": data}}}, [f"task.data.{field}" for field in fields or []])
+    pretrain(
+        components(settings).load_data,
+        arch,
+        out,
+        made_by={"made_by": command, "data": data},
+        images=images,
+        epochs=epochs,
+        latent_dim=latent_dim,
+        seed=seed,
+        say=_aside,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """What works on this machine, what does not, and what to do about it."""
@@ -219,6 +253,33 @@ def data_prepare(
     # refuses what a run would refuse, in the same words
     section = load({"task": {"data": {"name": name, **given}}}, [f"task.data.{field}" for field in fields or []]).task
     typer.echo(catalogue.prepare(resolve.from_table(datasets.NAMES, name, "name")(**section.data.fields)))
+
+
+@data_app.command("convert-generator")
+def data_convert_generator(
+    network: Annotated[Path, typer.Argument(metavar="NETWORK.pkl", help="A network pickle of StyleGAN3 or -XL.")],
+    code_dir: Annotated[Path, typer.Option(help="A checkout of its code: the folder of dnnlib and torch_utils.")],
+    out: Annotated[Path, typer.Option(help="The file to write, FILE.pt; FILE.json is written beside it.")],
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="The pickle may run any code here.")] = False,
+    kind: Annotated[str, typer.Option(help="stylegan3 or stylegan-xl: the range of its pixels.")] = "stylegan3",
+    key: Annotated[str, typer.Option(help="Which of the pickle's networks.")] = "G_ema",
+    truncation_psi: Annotated[float, typer.Option(min=0, max=1, help="Pulls drawn latents to their mean.")] = 1.0,
+) -> None:
+    """Turn a StyleGAN network pickle, once, into a TorchScript file that needs no trust: generator torchscript."""
+    from fldist.models.generators.convert import convert
+    from fldist.models.generators.stylegan import StyleGan
+
+    if kind not in ("stylegan3", "stylegan-xl"):
+        raise ValueError(f"--kind: it must be stylegan3 or stylegan-xl; got {kind!r}")
+    config = StyleGan(
+        network_pkl=str(network),
+        code_dir=str(code_dir),
+        kind="stylegan3" if kind == "stylegan3" else "stylegan-xl",
+        key=key,
+        truncation_psi=truncation_psi,
+        trust_pickle=trust_pickle,
+    )
+    typer.echo(convert(config, out))
 
 
 @bench_app.command("exchange")

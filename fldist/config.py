@@ -109,7 +109,10 @@ class PublicSection(Section):
 
 
 class TaskSection(Section):
-    """What is learnt: data, their partition among the clients, the model, and what of it travels."""
+    """What is learnt: data, their partition among the clients, the model, and what of it travels.
+
+    feature_dim: K, how many features the classifier of every model takes: it is replaced by one behind an adapter.
+    """
 
     data: Named = Component(name="digits")
     subset: Subset = Subset()
@@ -122,6 +125,7 @@ class TaskSection(Section):
     augment: Augment = Augment()
     normalize: Normalize = "unit"
     model: Named = Component(name="mlp")
+    feature_dim: Annotated[int, Field(ge=1)] | None = None
     travel: Travel = "all"
 
 
@@ -581,6 +585,8 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         public=Public(section.public.n, section.public.seed),
         public_dataset=chosen.load_public() if chosen.load_public is not None else None,
         client_models=[(name, partial(make, sample=sample)) for name, make in chosen.client_models],
+        feature_dim=section.feature_dim,
+        num_outputs=chosen.algorithm.outputs(dataset.classes),
         own_init=settings.clients.init == "own",
         model_name=_model_name(section.model),
         device=device,

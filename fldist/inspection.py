@@ -131,6 +131,8 @@ class Prediction:
     unknown: list[str]
     at_most: list[str]
     """Reply fields that are counted whole, and of which clients leave out what is 0."""
+    later: dict[str, dict[str, int]] | None = None
+    """By kind: bytes of each further round, where these have others than the first."""
 
     @property
     def training(self) -> dict[str, int]:
@@ -139,6 +141,13 @@ class Prediction:
             way: sum(ways[way] for phase, ways in self.phases.items() if phase not in UNTRAINED_PHASES)
             for way in ("up", "down")
         }
+
+    def of_run(self, rounds: int) -> dict[str, int]:
+        """Bytes of training in so many rounds."""
+        first = self.training
+        if self.later is None:
+            return {way: rounds * n for way, n in first.items()}
+        return {way: n + (rounds - 1) * sum(w[way] for w in self.later.values()) for way, n in first.items()}
 
 
 class _Tracer:
@@ -169,10 +178,15 @@ class _Tracer:
         spec = self._methods[method.__name__]
         phase = phase or self.default_phase or spec.phase
         replies: dict[str, Any] = {}
-        up = []
+        up: list[dict[int, Any]] = []  # by field
         for field in spec.reply.fields:
             how = fold.get(field.name, Collect())
             value = self._reply_value(spec, field, how, arguments)
+            own = {} if value is not None else self._made_up(spec, field, ids)
+            if own:
+                up.append(own)
+                replies[field.name] = own
+                continue
             if value is None and not field.optional:
                 self.unknown.append(
                     f"{spec.name}.{field.name} ({field.kind.label}): its size is known only when it runs"
@@ -183,7 +197,7 @@ class _Tracer:
                 value = Params(value.layout, torch.rand(value.layout.num_floats))  # masks go by the order
             if field.sparse is not None and field.sparse.mask is None and isinstance(value, Params):
                 self.at_most.add(f"{spec.name}.{field.name} ({field.kind.label})")
-            up.append(value)
+            up.append(dict.fromkeys(ids, value))
             if isinstance(value, Kept):
                 value = value.value
             elif isinstance(how, Mean | Sum) and isinstance(value, torch.Tensor):
@@ -205,7 +219,7 @@ class _Tracer:
                 for f in spec.call.fields
             ]
             self._count("down", phase, spec.call, client, down)
-            self._count("up", phase, spec.reply, client, up)
+            self._count("up", phase, spec.reply, client, [values[client] for values in up])
         return Replies(replies, list(ids), {}, dict.fromkeys(ids, 0.0))
 
     def give_anew(self, name: str) -> None:
@@ -234,6 +248,11 @@ class _Tracer:
             made = made.to(dtype_named(how.dtype))
             return Params(self.job.task.layout.restricted("params"), made) if field.form is Form.PARAMS else made
         return plain(arguments[reference.name]) if reference is not None else None
+
+    def _made_up(self, spec: ClientMethod, field: Field, ids: Sequence[int]) -> dict[int, torch.Tensor]:
+        """What the algorithm says of a field's size, by client; nothing where it does not know."""
+        made = {c: self.job.algorithm.made_up(self.job.task, c, spec.name, field.name) for c in ids}
+        return {c: value for c, value in made.items() if value is not None} if None not in made.values() else {}
 
     def _count(self, way: str, phase: str, schema: Schema, client: int, values: list[Any]) -> None:
         builder = FrameBuilder(Head(FrameType.CALL), share=False)
@@ -294,8 +313,29 @@ def predict(job: Job) -> Prediction:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
+    later = _later(job, view) if not tracer.unknown and job.rounds > 1 else None
     counted = dict(tracer.by_kind), dict(tracer.phases)
-    return Prediction(before, *counted, tracer.once, tracer.unknown, sorted(tracer.at_most))
+    if later == counted[0]:
+        later = None
+    return Prediction(before, *counted, tracer.once, tracer.unknown, sorted(tracer.at_most), later)
+
+
+def _later(job: Job, view: ServerView) -> dict[str, dict[str, int]] | None:
+    """Bytes by kind of the round that comes next, in the stage of the first; None where made-up replies end it."""
+    stage = job.algorithm.stages(job.rounds)[0]
+    if stage.rounds < 2:
+        return None
+    tracer = _Tracer(job)
+    clients = ClientsView(job, tracer)
+    view.enter(2, job.seed)
+    clients.enter(2)
+    try:
+        stage.step(view, clients)
+        for name in _new_every_round(job, view, stage.step) if tracer.versions else ():
+            tracer.give_anew(name)
+    except (_UnknownSize, TooFewReplies):
+        return None
+    return dict(tracer.by_kind)
 
 
 def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None]) -> list[str]:
@@ -334,10 +374,14 @@ def dry_run(settings: Settings, nproc: int) -> str:
     guess = "; an estimate, since replies to the setup decide what is sent" if prediction.before else ""
     lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients{guess}:"]
     for kind, ways in sorted(prediction.by_kind.items()):
-        lines.append(f"  {kind:<12} up {ways['up']:>16,}   down {ways['down']:>16,}")
+        lines.append(_bytes_line(kind, ways))
     total = prediction.training
     lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
-    lines.append(f"  {job.rounds} rounds  up {total['up'] * job.rounds:>16,}   down {total['down'] * job.rounds:>16,}")
+    if prediction.later is not None:
+        lines.append("and of each further round:")
+        lines += [_bytes_line(kind, ways) for kind, ways in sorted(prediction.later.items())]
+    whole = prediction.of_run(job.rounds)
+    lines.append(f"  {job.rounds} rounds  up {whole['up']:>16,}   down {whole['down']:>16,}")
     for phase, ways in sorted(prediction.before.items()):
         lines.append(f"  {phase:<12} up {ways['up']:>16,}   down {ways['down']:>16,}   (once, before round 1)")
     for name, size in sorted(prediction.once.items()):
@@ -350,6 +394,10 @@ def dry_run(settings: Settings, nproc: int) -> str:
     lines += [f"  {name} is counted whole: what is 0 in it is left out" for name in prediction.at_most]
     lines += [f"  not predictable: {text}" for text in prediction.unknown]
     return "\n".join(lines)
+
+
+def _bytes_line(kind: str, ways: dict[str, int]) -> str:
+    return f"  {kind:<12} up {ways['up']:>16,}   down {ways['down']:>16,}"
 
 
 # ---- partition

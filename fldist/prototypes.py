@@ -53,9 +53,10 @@ def kept_rows(task: Task, client: int) -> int:
     return n
 
 
-def num_held(task: Task, client: int) -> int:
-    """m_i, the number of classes among the samples that a client's training uses."""
-    return len(torch.unique(task.labels(client)[: kept_rows(task, client)]))
+def made_up(task: Task, client: int, field: str, dim: int) -> Tensor | None:
+    """A field of `Uploaded` in the size that it will have, for predictions."""
+    held = torch.unique(task.labels(client)[: kept_rows(task, client)])
+    return {"prototypes": torch.zeros(len(held), dim), "classes": held.int()}.get(field)
 
 
 def folds(dim: int, num_classes: int) -> dict[str, Fold]:

@@ -20,6 +20,7 @@ from fldist.runtime.server import Observer
 
 log = logging.getLogger("fldist")
 
+
 class Tracker(Protocol):
     """What `output.trackers` names."""
 

@@ -11,11 +11,36 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fldist import models, resolve, vision
-from fldist.models.cnn import Cnn, CnnBn, FemnistCnn, LeNet5, NiidCnn, TwoCnn
-from fldist.models.layers import features_and_logits, head, norm_layer, num_groups, xavier
+from fldist.models.cnn import Cnn, Cnn4, CnnBn, FemnistCnn, LeNet5, NiidCnn, TwoCnn
+from fldist.models.googlenet import GoogLeNet
+from fldist.models.layers import (
+    AdaptedHead,
+    Head,
+    adapted,
+    feature_dim,
+    features_and_logits,
+    head,
+    head_names,
+    norm_layer,
+    num_groups,
+    xavier,
+)
 from fldist.models.lstm import NextCharLstm
 from fldist.models.mlp import Mlp
-from fldist.models.resnet import ResNet18, ResNet18Small, ResNet34, ResNet50
+from fldist.models.mobilenet import MobileNetV2
+from fldist.models.resnet import (
+    ResNet4,
+    ResNet6,
+    ResNet8,
+    ResNet10,
+    ResNet18,
+    ResNet18Small,
+    ResNet34,
+    ResNet50,
+    ResNet101,
+    ResNet152,
+)
+from fldist.models.vit import VitB16, VitB32
 from fldist.params import Layout, Params
 
 MNIST = (1, 28, 28)
@@ -47,9 +72,10 @@ def layers_of(module, kind):
 # ---- the table of names
 OF_TOKENS = ["next_char_lstm"]
 OF_IMAGES = [name for name in models.NAMES if name not in OF_TOKENS]
+LARGE = ["resnet101", "resnet152", "vit_b16", "vit_b32"]  # half a second to draw
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
+@pytest.mark.parametrize("name", [name for name in OF_IMAGES if name not in LARGE])
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("shape", [MNIST, CIFAR])
 def test_every_name_builds_for_its_data(name, shape, classes):
@@ -63,6 +89,15 @@ def test_every_name_builds_for_its_data(name, shape, classes):
         assert module(torch.rand(2, *shape)).shape == (2, classes)
     assert layers_of(module, nn.Linear)[-1].out_features == classes
     assert {t.dtype for t in module.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_large_networks_build_for_their_data(name, channels):
+    with torch.device("meta"):  # sizes alone
+        module = resolve.from_table(models.NAMES, name, "task.model")().build((channels, 32, 32), 7).eval()
+        assert module(torch.rand(2, channels, 32, 32)).shape == (2, 7)
+        assert next(iter(layers_of(module, nn.Conv2d))).in_channels == channels
 
 
 SIZES = [  # configuration, shape, classes, parameters, float buffers, counters
@@ -93,6 +128,8 @@ SIZES = [  # configuration, shape, classes, parameters, float buffers, counters
     (ResNet34(), CIFAR, 100, 21_335_972, 17_024, 36),
     (ResNet50(), CIFAR, 10, 23_528_522, 53_120, 53),
     (ResNet50(), CIFAR, 100, 23_712_932, 53_120, 53),
+    (ResNet101(), CIFAR, 10, 42_520_650, 105_344, 104),
+    (ResNet152(), CIFAR, 10, 58_164_298, 151_424, 155),
 ]
 
 
@@ -119,6 +156,42 @@ def test_number_of_values(config, shape, classes, params, buffers, counters):
 def test_bytes_of_the_state(config, shape, size):
     with torch.device("meta"):
         assert Layout.of(config.build(shape, 10)).nbytes == size
+
+
+WITHOUT_HEAD = [  # what is left when the head is cut off, and how many features it gives
+    (Cnn4(), CIFAR, 873_408, 512),
+    (Cnn4(), (3, 64, 64), 5_592_000, 512),
+    (Cnn4(), MNIST, 576_896, 512),
+    (GoogLeNet(), CIFAR, 5_599_904, 1024),
+    (MobileNetV2(), CIFAR, 2_223_872, 1280),
+    (ResNet4(), CIFAR, 83_520, 64),
+    (ResNet6(), CIFAR, 313_664, 128),
+    (ResNet8(), CIFAR, 1_232_704, 256),
+    (ResNet10(), CIFAR, 4_905_792, 512),
+    (ResNet18(), CIFAR, 11_176_512, 512),
+    (ResNet34(), CIFAR, 21_284_672, 512),
+    (ResNet50(), CIFAR, 23_508_032, 2048),
+    (ResNet101(), CIFAR, 42_500_160, 2048),
+    (ResNet152(), CIFAR, 58_143_808, 2048),
+    (VitB16(), CIFAR, 85_651_200, 768),
+    (VitB16(representation=0), CIFAR, 85_651_200, 768),
+    (VitB32(), CIFAR, 87_418_368, 768),
+]
+
+
+@pytest.mark.parametrize(("config", "shape", "params", "features"), WITHOUT_HEAD)
+def test_number_of_values_without_the_head(config, shape, params, features):
+    with torch.device("meta"):
+        module = config.build(shape, 100)
+        assert feature_dim(module) == features
+        sizes = [dict(module.named_parameters())[name].numel() for name in head_names(module)]
+        assert sum(p.numel() for p in module.parameters()) - sum(sizes) == params
+        made = adapted(module, 512, 100)
+    sizes = [dict(made.named_parameters())[name].numel() for name in head_names(made)]
+    assert sum(p.numel() for p in made.parameters()) - sum(sizes) == params
+    two_layers = getattr(config, "representation", 0)
+    assert sum(sizes) == (393_984 + 769 * 100 if two_layers else 513 * 100)
+    assert feature_dim(made) == 512
 
 
 # ---- names and values that recorded runs rest on
@@ -593,6 +666,100 @@ def test_resnets_of_other_norms_train(config):
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.parametrize(("config", "depth"), [(ResNet4, 1), (ResNet6, 2), (ResNet8, 3), (ResNet10, 4)])
+def test_the_smallest_resnets_are_the_beginning_of_resnet18(config, depth):
+    """Stem and the first block of each group; a block of 64 channels has no shortcut with values of its own."""
+    small, whole = config().build(CIFAR, 10), ResNet18().build(CIFAR, 10)
+    names = [name for name, _ in small.named_children()]
+    assert names == ["conv1", "bn1", "relu", "maxpool", *(f"layer{i + 1}" for i in range(depth)), "avgpool", "fc"]
+    for name in names[:-1]:
+        mine, theirs = getattr(small, name), getattr(whole, name)
+        assert repr(mine) == (repr(theirs[:1]) if name.startswith("layer") else repr(theirs))
+    assert small.fc.in_features == 64 * 2 ** (depth - 1)
+    weight = getattr(small, f"layer{depth}")[0].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * weight.shape[0])) ** 0.5, rel=0.02)  # He, by fan-out
+    assert abs(weight).max() > 3 * weight.std()  # normal
+    x = torch.rand(2, *CIFAR)
+    expected = small.maxpool(torch.relu(small.bn1(small.conv1(x))))
+    for i in range(depth):
+        expected = getattr(small, f"layer{i + 1}")(expected)
+    assert expected.shape[1:] == (64 * 2 ** (depth - 1), 8 // 2 ** (depth - 1), 8 // 2 ** (depth - 1))
+    torch.testing.assert_close(small(x), small.fc(expected.mean((2, 3))))
+
+
+# ---- torchvision's other networks
+@pytest.mark.parametrize(
+    ("config", "first", "scale"),
+    [
+        (GoogLeNet(), "conv1.conv", 0.01),
+        (MobileNetV2(), "features.0.0", (2 / (9 * 32)) ** 0.5),
+        (VitB32(), "conv_proj", None),
+    ],
+)
+def test_other_networks_take_grey_images(torchvision_resnets, config, first, scale):
+    del torchvision_resnets  # skips without torchvision
+    if scale is None:  # too large to be drawn for this
+        scale = 1 / 32
+        with torch.device("meta"):
+            coloured, grey = config.build(CIFAR, 10), config.build((1, 32, 32), 10)
+    else:
+        coloured, grey = seeded(config, CIFAR), seeded(config, (1, 32, 32))
+        convolution = grey.get_submodule(first)
+        assert convolution.weight.std().item() == pytest.approx(scale, rel=0.1)
+        same = {n for n, value in coloured.state_dict().items() if torch.equal(value, grey.state_dict()[n])}
+        assert set(coloured.state_dict()) - same == {f"{first}.weight"}
+    told = [repr(module.get_submodule(first)) for module in (coloured, grey)]
+    assert told[0] == told[1].replace("Conv2d(1,", "Conv2d(3,")
+    layers = [layer for _, layer in coloured.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert layers[0] is coloured.get_submodule(first)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "fields"),
+    [
+        (GoogLeNet(), "GoogLeNet", {"aux_logits": False, "init_weights": True}),
+        (MobileNetV2(), "MobileNetV2", {}),
+    ],
+)
+def test_other_networks_are_torchvisions(torchvision_resnets, config, name, fields):
+    del torchvision_resnets
+    torch.manual_seed(3)
+    theirs = getattr(vision.torchvision().models, name)(num_classes=7, **fields)
+    ours = seeded(config, CIFAR, 7)
+    assert_same(ours, theirs)
+    assert [layer.p for layer in layers_of(ours, nn.Dropout)] == [0.2]
+    x = torch.rand(2, *CIFAR)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    ours.train()
+    assert not torch.equal(features_and_logits(ours, x)[0], features_and_logits(ours, x)[0])  # by the dropout
+
+
+def test_vit_is_torchvisions_with_a_marked_head(torchvision_resnets):
+    del torchvision_resnets
+    models_of = vision.torchvision().models
+    with torch.device("meta"):
+        plain = models_of.vit_b_16(image_size=32, num_classes=7)
+        mine, wide = VitB16(representation=0).build(CIFAR, 7), VitB16().build(CIFAR, 7)
+    shapes = {name: value.shape for name, value in plain.state_dict().items()}
+    assert {name: value.shape for name, value in mine.state_dict().items()} == shapes
+    assert head_names(mine) == ["heads.head.weight", "heads.head.bias"]
+    before = ["heads.pre_logits.weight", "heads.pre_logits.bias"]
+    assert [name for name in wide.state_dict() if name not in shapes] == before
+    assert head_names(wide) == [*before, "heads.head.weight", "heads.head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "size"),
+    [(VitB16(), MNIST, 32), (VitB16(), (3, 32, 48), 48), (VitB32(), (3, 48, 48), 64)],
+)
+def test_vit_names_the_size_that_would_do(config, shape, size):
+    message = (
+        rf"^task.model: {config.short_name} needs square .* multiple of {config.patch}; .*; set task.resize to {size}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        config.build(shape, 10)
+
+
 # ---- heads
 @pytest.mark.parametrize(
     ("config", "width"), [(Cnn, 64), (CnnBn, 64), (NiidCnn, 84), (LeNet5, 84), (ResNet18, 512), (ResNet50, 2048)]
@@ -686,3 +853,98 @@ def test_features_need_a_linear_layer():
 
     with pytest.raises(ValueError, match=r"^task.model: Unused does not call its last linear layer"):
         features_and_logits(Unused(), torch.rand(2, 2))
+
+
+# ---- heads that are replaced
+@pytest.mark.parametrize(
+    ("width", "features", "windows"),
+    [
+        (8, 2, [(0, 4), (4, 8)]),  # groups of four
+        (5, 3, [(0, 2), (1, 4), (3, 5)]),
+        (2, 6, [(0, 1)] * 3 + [(1, 2)] * 3),  # repeated
+        (4, 4, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_the_adapter_averages_windows_of_features(width, features, windows):
+    made = adapted(nn.Sequential(nn.Linear(3, width), nn.Linear(width, 7)), features, 5)
+    x = torch.rand(4, 3)
+    got, outputs = features_and_logits(made, x)
+    z = made[0](x)
+    torch.testing.assert_close(got, torch.stack([z[:, a:b].mean(1) for a, b in windows], dim=1))
+    assert isinstance(made[1], AdaptedHead)
+    assert torch.equal(outputs, made[1].head(got))
+    assert outputs.shape == (4, 5)
+    assert feature_dim(made) == features
+    assert head_names(made) == ["1.head.weight", "1.head.bias"]
+    assert not list(made[1].adapter.parameters())
+    assert isinstance(made[1].adapter, nn.Identity) == (width == features)
+    if width % features == 0:
+        torch.testing.assert_close(got.mean(1), z.mean(1))
+
+
+def test_gradients_flow_through_an_adapter_to_the_base():
+    made = adapted(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 2, 5)
+    features, _ = features_and_logits(made, torch.rand(6, 3))
+    (gradient,) = torch.autograd.grad(features.sum(), made[0].bias)
+    assert torch.equal(gradient, torch.full((4,), 3.0))
+
+
+def test_a_new_head_is_drawn_behind_the_base_with_pytorchs_values():
+    base = seeded(Mlp((6,)), (4,), 3)
+    expected = nn.Linear(2, 9)  # goes on with the same generator
+    made = adapted(seeded(Mlp((6,)), (4,), 3), 2, 9)
+    assert torch.equal(made[-1].head.weight, expected.weight)
+    assert torch.equal(made[-1].head.bias, expected.bias)
+    assert torch.equal(made[1].weight, base[1].weight)
+
+
+def test_without_a_number_features_stay_as_they_are():
+    made = adapted(Mlp((6,)).build((4,), 3), None, 9)
+    assert isinstance(made[-1].adapter, nn.Identity)
+    assert (made[-1].head.in_features, made[-1].head.out_features) == (6, 9)
+
+
+def test_a_marked_head_is_replaced_layer_by_layer():
+    marked = Head(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    module = nn.Sequential(nn.Linear(2, 8), marked)
+    x = torch.rand(4, 2)
+    features, outputs = features_and_logits(module, x)
+    assert torch.equal(features, module[0](x))
+    assert head_names(module) == ["1.0.weight", "1.0.bias", "1.2.weight"]
+    made = adapted(module, 4, 6)
+    assert repr(made[1].head) == repr(Head(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6, bias=False)))
+    features, outputs = features_and_logits(made, x)
+    torch.testing.assert_close(features, made[0](x).view(4, 4, 2).mean(2))
+    assert torch.equal(outputs, made[1].head(features))
+    assert feature_dim(made) == 4
+    assert head_names(made) == ["1.head.0.weight", "1.head.0.bias", "1.head.2.weight"]
+    assert made[1].head[1] is not marked[1]
+
+
+def test_a_linear_layer_behind_a_marked_head_is_the_classifier():
+    module = nn.Sequential(Head(nn.Linear(2, 8)), nn.Linear(8, 3))
+    assert head_names(module) == ["1.weight", "1.bias"]
+
+
+def test_a_module_that_is_all_classifier_becomes_a_head():
+    made = adapted(nn.Linear(6, 3), 2, 4)
+    assert isinstance(made, AdaptedHead)
+    assert head_names(made) == ["head.weight", "head.bias"]
+    assert head_names(nn.Linear(6, 3)) == ["weight", "bias"]
+    again = adapted(Head(nn.Linear(6, 5), nn.Linear(5, 3)), 2, 4)
+    assert head_names(again) == ["head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"]
+
+
+def test_a_module_without_a_linear_layer_has_no_head():
+    for look in (feature_dim, head_names, lambda module: adapted(module, 4, 3)):
+        with pytest.raises(ValueError, match=r"^task\.model: Conv2d has no linear layer to take features from;"):
+            look(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("config", [Cnn4(), GoogLeNet(), MobileNetV2(), ResNet4(), ResNet50(), LeNet5(projection=6)])
+def test_networks_of_all_sizes_get_features_of_one_size(config):
+    made = adapted(config.build(MNIST, 10), 24, 10).eval()
+    features, outputs = features_and_logits(made, torch.rand(2, *MNIST))
+    assert (features.shape, outputs.shape) == ((2, 24), (2, 10))
+    last = next(name for name, layer in made.named_modules() if isinstance(layer, AdaptedHead))
+    assert head_names(made) == [f"{last}.head.weight", f"{last}.head.bias"]

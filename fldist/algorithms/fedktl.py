@@ -62,7 +62,7 @@ from fldist.models.generators.pretrained import GeneratorConfig, PretrainedGener
 from fldist.models.layers import features_and_logits
 from fldist.models.train import Network, Order
 from fldist.params import Params
-from fldist.prototypes import Stacked, Uploaded, class_means, folds, kept_rows, stacked
+from fldist.prototypes import Stacked, Uploaded, class_means, folds, kept_rows, made_up, stacked
 from fldist.seeding import derive, forked, generator
 
 Matrix = Annotated[Tensor, Kind.WEIGHTS]
@@ -399,6 +399,10 @@ class FedKtl(Algorithm):
         if not self.mu:
             given["g_seed"] = None
         return {name: None if value is None else Once(value, 1, name=name) for name, value in given.items()}
+
+    def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
+        """Uploads have m_i prototypes."""
+        return made_up(task, client, field, self.outputs(task.num_classes)) if method == "train" else None
 
     def feature_dim(self, task: Task) -> int:
         """K."""

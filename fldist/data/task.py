@@ -18,6 +18,7 @@ from fldist.data.datasets import Dataset
 from fldist.data.partition import Noise, Rows, rows_by_owner
 from fldist.data.prepare import ClientSplit, Preparation, Public, Subset
 from fldist.models.evaluate import Evaluation, Scores, evaluate
+from fldist.models.layers import adapted, feature_dim, features_and_logits
 from fldist.models.train import LocalTraining, Network, has_batch_norm
 from fldist.params import Layout, Params, Travel
 from fldist.pruning.compact import Compaction
@@ -93,8 +94,11 @@ class Task:
     travel: which part of a model's state is exchanged (`all`, `floats`, `params`; what does not travel keeps its
     initial value); merged: training and test samples are divided among the clients together, and there is no
     global test set; client_models: name and builder of the clients' models, client i has number i mod their count
-    (none: everyone has the task's); own_init: every client's initial model is drawn on its own; device: where samples
-    are given out and networks calculate. All that is drawn at random is drawn on the CPU, initial models lie there.
+    (none: everyone has the task's); feature_dim: how many features the classifier of every model takes, behind an
+    adapter (None: as the model has it); num_outputs: of every model (None: one a class). Builders are always asked for
+    models of as many outputs as there are classes; where features or outputs are to be others, the classifier is
+    replaced (`layers.adapted`). own_init: every client's initial model is drawn on its own; device: where samples are
+    given out and networks calculate. All that is drawn at random is drawn on the CPU, initial models lie there.
 
     Where clients are owners of rows (partition `natural`) and the data say whose each test row is, a client's test part
     is its owner's test rows, and the global test set those of all clients.
@@ -119,6 +123,8 @@ class Task:
         public: Public | None = None,
         public_dataset: Dataset | None = None,
         client_models: Sequence[tuple[str, Build]] = (),
+        feature_dim: int | None = None,
+        num_outputs: int | None = None,
         own_init: bool = False,
         model_name: str = "model",
         device: torch.device = CPU,
@@ -139,6 +145,8 @@ class Task:
         scale = self.preparation.scale(dataset)
         self._scale = (scale[0].to(device), scale[1].to(device)) if scale is not None else None
         self._divide(partition, partition_seed, subset or Subset(), merged, public or Public(), public_dataset)
+        self.num_outputs = self.num_classes if num_outputs is None else num_outputs
+        self._feature_dim = feature_dim
         self.architectures: list[Architecture] = []
         self._builds = [(model_name, build)]
         for name, other in client_models:
@@ -405,12 +413,42 @@ class Task:
         """C."""
         return self.dataset.classes
 
+    @property
+    def feature_dim(self) -> int:
+        """K, how many features the classifiers of all clients' models take; ValueError where they differ in it."""
+        made = [self.architectures[i] for i in dict.fromkeys(self._cycle)]
+        widths = {a.name: feature_dim(a.template) for a in made}
+        if len(set(widths.values())) > 1:
+            told = ", ".join(f"{width} ({name})" for name, width in widths.items())
+            raise ValueError(f"task.feature_dim: the clients' models have features of several sizes, {told}; set it")
+        return next(iter(widths.values()))
+
     # ---- models
     def _architecture(self, index: int) -> Architecture:
-        name, build = self._builds[index]
         with forked(self.seed, "init", *([index] if index else [])):
-            module = build(self.shape, self.num_classes)
-        return Architecture.of(name, module, self.device)
+            module = self._module(index)
+        return Architecture.of(self._builds[index][0], module, self.device)
+
+    def _module(self, index: int) -> nn.Module:
+        """A model of an architecture, its initial values drawn from the global generator."""
+        name, build = self._builds[index]
+        module = build(self.shape, self.num_classes)
+        if self._feature_dim is None and self.num_outputs == self.num_classes:
+            return module
+        key = "task.model" if self._feature_dim is None else "task.feature_dim"
+        try:
+            module = adapted(module, self._feature_dim, self.num_outputs).eval()
+            with torch.no_grad():
+                features, outputs = features_and_logits(module, self.blank(2).cpu())
+        except Exception as error:  # of a model of the user's own, whatever it does
+            why = str(error).partition("\n")[0].removeprefix("task.model: ")
+            raise ValueError(f"{key}: the classifier of {name} cannot be replaced: {why}") from None
+        if features.shape != (2, feature_dim(module)) or outputs.shape != (2, self.num_outputs):
+            raise ValueError(
+                f"{key}: the classifier of {name} cannot be replaced: the model goes on behind its last linear layer, "
+                "or gives it more than one row of features a sample; it must end in a linear classifier (nn.Linear)"
+            )
+        return module.train()
 
     def architecture(self, client: int | Architecture | None = None) -> Architecture:
         """A client's architecture, or the server's; one that is given itself is given back."""
@@ -436,9 +474,8 @@ class Task:
         travel: Travel = "all" if whole else self.travel
         if client is None or not self.own_init:
             return made.initial.restricted(travel).clone()
-        _, build = self._builds[self.architectures.index(made)]
         with forked(self.seed, "own-init", client):
-            return Params.of(build(self.shape, self.num_classes), made.layout).restricted(travel)
+            return Params.of(self._module(self.architectures.index(made)), made.layout).restricted(travel)
 
     def full(self, part: Params, client: int | Architecture | None = None) -> Params:
         """Fresh blocks of the whole model, on the task's device: `part`, and initial values where it has none."""

@@ -1,6 +1,6 @@
 """Small convolutional networks: one general form, and published ones as its instances.
 
-Residual networks are in `resnet.py`.
+Residual networks are in `resnet.py`, larger networks in `googlenet.py`, `mobilenet.py` and `vit.py`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,23 @@ class NiidCnn(Cnn):
     strides: Positive = 1
     pool: NonNegative = 2
     hidden: tuple[Width, ...] = (120, 84)
+
+
+@dataclass(frozen=True)
+class Cnn4(Cnn):
+    """Two 5x5 convolutions (32, 64) with ReLU and 2x2 max-pool each, a linear layer of 512 with ReLU, and the classes.
+
+    Without the head 873,408 parameters on 3x32x32, 576,896 on 1x28x28; features of 512. The network of FedAvg's paper
+    (McMahan et al. 2017) without padding, as PFLlib and HtFLlib have it (Zhang et al., arXiv 2312.04992). The fields
+    are those of `Cnn`.
+    """
+
+    short_name: ClassVar[str] = "cnn4"
+
+    widths: Widths = (32, 64)
+    strides: Positive = 1
+    pool: NonNegative = 2
+    hidden: tuple[Width, ...] = (512,)
 
 
 @dataclass(frozen=True)

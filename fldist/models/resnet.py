@@ -84,10 +84,10 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class ResidualNet(nn.Module):
-    """A stem, four groups of blocks (64, 128, 256, 512 channels; all but the first halve the size), average, head.
+    """A stem, groups of blocks (64, 128, 256, 512 channels; all but the first halve the size), average, head.
 
-    depths: blocks of each group. small_images: the stem is one 3x3 convolution of stride 1 in place of a 7x7
-    convolution of stride 2 and a max-pool of stride 2.
+    depths: blocks of each group, and with that how many groups there are. small_images: the stem is one 3x3
+    convolution of stride 1 in place of a 7x7 convolution of stride 2 and a max-pool of stride 2.
     """
 
     def __init__(
@@ -107,15 +107,14 @@ class ResidualNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
         before = 64
-        groups: list[nn.Module] = []
         for i, depth in enumerate(depths):
             width = 64 * 2**i
             blocks: list[nn.Module] = []
             for j in range(depth):
                 blocks.append(block(before, width, 2 if i > 0 and j == 0 else 1, norm))
                 before = width * block.expansion
-            groups.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = groups
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self._groups = tuple(f"layer{i + 1}" for i in range(len(depths)))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         layers = head(before, classes, projection)
         self.fc = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
@@ -123,7 +122,8 @@ class ResidualNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, channels, h, w] -> logits [B, classes]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for name in self._groups:
+            x = self.get_submodule(name)(x)
         return self.fc(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
 
 
@@ -138,7 +138,7 @@ class ResNet18:
 
     short_name: ClassVar[str] = "resnet18"
     block: ClassVar[Block] = BasicBlock
-    depths: ClassVar[tuple[int, int, int, int]] = (2, 2, 2, 2)
+    depths: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
 
     norm: Norm = "batch"
     init: Init = "default"
@@ -165,7 +165,7 @@ class ResNet34(ResNet18):
     """ResNet-34; fields as `ResNet18`. Three channels, ten classes: 21,289,802 parameters, 17,024 float buffers."""
 
     short_name: ClassVar[str] = "resnet34"
-    depths: ClassVar[tuple[int, int, int, int]] = (3, 4, 6, 3)
+    depths: ClassVar[tuple[int, ...]] = (3, 4, 6, 3)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,61 @@ class ResNet50(ResNet18):
 
     short_name: ClassVar[str] = "resnet50"
     block: ClassVar[Block] = Bottleneck
-    depths: ClassVar[tuple[int, int, int, int]] = (3, 4, 6, 3)
+    depths: ClassVar[tuple[int, ...]] = (3, 4, 6, 3)
+
+
+@dataclass(frozen=True)
+class ResNet101(ResNet18):
+    """ResNet-101; fields as `ResNet18`. Three channels, ten classes: 42,520,650 parameters."""
+
+    short_name: ClassVar[str] = "resnet101"
+    block: ClassVar[Block] = Bottleneck
+    depths: ClassVar[tuple[int, ...]] = (3, 4, 23, 3)
+
+
+@dataclass(frozen=True)
+class ResNet152(ResNet18):
+    """ResNet-152; fields as `ResNet18`. Three channels, ten classes: 58,164,298 parameters."""
+
+    short_name: ClassVar[str] = "resnet152"
+    block: ClassVar[Block] = Bottleneck
+    depths: ClassVar[tuple[int, ...]] = (3, 8, 36, 3)
+
+
+@dataclass(frozen=True)
+class ResNet4(ResNet18):
+    """The stem of ResNet-18 and one basic block of 64 channels; fields as `ResNet18`.
+
+    Three channels: 83,520 parameters without the head, features of 64. ResNet-4, 6, 8 and 10 count stem, convolutions
+    and head; they are the small ones of HtFLlib's families (Zhang et al., 2025).
+    """
+
+    short_name: ClassVar[str] = "resnet4"
+    depths: ClassVar[tuple[int, ...]] = (1,)
+
+
+@dataclass(frozen=True)
+class ResNet6(ResNet18):
+    """As `ResNet4`, with a block of 128 channels behind it: 313,664 parameters without the head, features of 128."""
+
+    short_name: ClassVar[str] = "resnet6"
+    depths: ClassVar[tuple[int, ...]] = (1, 1)
+
+
+@dataclass(frozen=True)
+class ResNet8(ResNet18):
+    """As `ResNet4`, with blocks up to 256 channels: 1,232,704 parameters without the head, features of 256."""
+
+    short_name: ClassVar[str] = "resnet8"
+    depths: ClassVar[tuple[int, ...]] = (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class ResNet10(ResNet18):
+    """As `ResNet4`, with blocks up to 512 channels: 4,905,792 parameters without the head, features of 512."""
+
+    short_name: ClassVar[str] = "resnet10"
+    depths: ClassVar[tuple[int, ...]] = (1, 1, 1, 1)
 
 
 @dataclass(frozen=True)

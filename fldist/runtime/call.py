@@ -76,6 +76,7 @@ class Call:
             builder.frame.note["once"] = names
         return builder.frame, given
 
+
 def check_names(spec: ClientMethod, fold: Mapping[str, Fold], arguments: Mapping[str, Any]) -> None:
     """Refuse arguments and folds that a client method does not have: ValueError."""
     names = [f.name for f in spec.call.fields]

@@ -16,6 +16,7 @@ Wanted = Literal["auto", "cpu", "cuda"]
 
 CPU = torch.device("cpu")
 
+
 @dataclass(frozen=True)
 class Place:
     """A rank's number among the ranks of its machine, from 0, and how many these are, as far as is known."""

@@ -17,9 +17,7 @@ class Placement:
     round among the hosts that are alive; after its first call of a round a client stays where it is for that round.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], ranks: Sequence[int], stateful: bool, orphans: Orphans = "adopt"
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], stateful: bool, orphans: Orphans = "adopt") -> None:
         self.shared_files = False
         """Whether every host can read every client's state: then none is lost with a host."""
         self._sizes = sizes

@@ -26,6 +26,8 @@ KEY = "algorithm.generator"
 """Where a configuration names a pretrained generator; errors begin with it."""
 GREY = (0.299, 0.587, 0.114)
 """The luma of ITU-R BT.601: what red, green and blue weigh."""
+WEIGHTS = Path(__file__).with_name("weights")
+"""The folder of the weights that come with the package."""
 RANGES = ((0.0, 1.0), (-1.0, 1.0))
 """The values that a network's pixels may be in."""
 BLOCK = 256
@@ -303,3 +305,25 @@ def read_sidecar(weights: Path, key: str = f"{KEY}.path") -> SideCar:
             f"({car.latent_dim}); got {car.z_dim}"
         )
     return car
+
+
+def read_weights(
+    path: str | None, arch: str, latent: Literal["z", "w"], value_range: tuple[float, float]
+) -> tuple[Path, SideCar, dict[str, Tensor]]:
+    """The file, side-car and tensors of an architecture of this package; path None: those that come with it.
+
+    ValueError when the side-car is of another architecture, or says of its latents or pixels what is not so.
+    """
+    file = WEIGHTS / f"{arch}.safetensors" if path is None else find_file(path)
+    car = read_sidecar(file)
+    if car.arch != arch:
+        raise ValueError(
+            f"{KEY}.path: {file} is of arch {car.arch!r}, and the generator is {arch!r}; set {KEY}.name to what it is, "
+            "or choose another file"
+        )
+    if (car.latent, car.value_range) != (latent, value_range):
+        raise ValueError(
+            f"{KEY}.path: the JSON file of {file} must say latent {latent!r} and value_range {list(value_range)}, as "
+            f"{arch} has them; it says {car.latent!r} and {list(car.value_range)}; correct it"
+        )
+    return file, car, read_state(file)
