@@ -406,7 +406,7 @@ def _bytes_line(kind: str, ways: dict[str, int]) -> str:
 def _who_has_which(task: Task) -> list[str]:
     """Who has which of several models, and how large they are."""
     lines = [""]
-    for made in dict.fromkeys(task.architecture(client) for client in range(task.num_clients)):
+    for made in task.client_architectures:
         mine = [c for c in range(task.num_clients) if task.architecture(c) is made]
         shown = ", ".join(map(str, mine[:30])) + (" ..." if len(mine) > 30 else "")
         lines.append(f"model {made.name}: {made.layout.num_params:,} parameters, clients {shown}")
