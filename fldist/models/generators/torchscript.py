@@ -40,6 +40,7 @@ class TorchScript(GeneratorConfig):
                 f"{KEY}.path: {file} cannot be read as TorchScript ({said}); write it with torch.jit.save"
             ) from None
         program.eval()
+        set_device(program, device)
         mapping = None
         if car.latent == "w":
             if not hasattr(program, "mapping"):
@@ -60,6 +61,19 @@ class TorchScript(GeneratorConfig):
             value_range=car.value_range,
             device=device,
         )
+
+
+def set_device(program: Any, device: torch.device) -> None:
+    """Write a device into a program's instructions where it names one.
+
+    What a traced program makes itself, such as an identity matrix, it makes on the device it was traced on, and
+    map_location moves its tensors alone.
+    """
+    for module in program.modules():
+        for name in module._c._method_names():
+            for node in module._c._get_method(name).graph.findAllNodes("prim::Constant"):
+                if node.output().type().kind() == "DeviceObjType":
+                    node.s_("value", str(device))
 
 
 class _Method(nn.Module):
