@@ -228,7 +228,10 @@ def read_state(file: Path, key: str = f"{KEY}.path") -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, key: str = f"{KEY}.path") -> None:
-    """Copy tensors into a module of the same names and shapes; ValueError names the file and what differs."""
+    """Give tensors to a module of the same names and shapes; ValueError names the file and what differs.
+
+    The module may be on the device `meta`, so that no initial values are drawn from torch's global generator.
+    """
     wanted = module.state_dict()
     for name, tensor in wanted.items():
         if name not in state:
@@ -241,7 +244,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, key: s
     more = sorted(set(state) - set(wanted))
     if more:
         raise ValueError(f"{key}: {file} has tensors that nothing is known of: {_some(more)}; choose the right file")
-    module.load_state_dict({name: state[name] for name in wanted})
+    module.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=True)
 
 
 def _some(names: Any) -> str:
