@@ -60,8 +60,8 @@ def made_up(task: Task, client: int, field: str, dim: int) -> Tensor | None:
 
 
 def folds(dim: int, num_classes: int) -> dict[str, Fold]:
-    """How `Uploaded` replies of one call are taken: all are kept but those refused, which are no prototypes of this
-    dimension, or more or fewer of them than class numbers.
+    """How `Uploaded` replies of a call are taken: all are kept, and what is no prototype of this dimension is refused,
+    as are more or fewer of them than class numbers.
     """
     vectors = Vectors(dim)
     return {"prototypes": vectors, "classes": ClassNumbers(num_classes, vectors)}

@@ -126,10 +126,7 @@ class FedProto(Algorithm):
     def check(self, task: Task) -> None:
         """Refuse models whose features differ in width, or that have no linear classifier."""
         super().check(task)
-        widths: dict[str, int] = {}
-        for made in dict.fromkeys(task.architecture(client) for client in range(task.num_clients)):
-            with torch.no_grad():
-                widths[made.name] = features_and_logits(made.copy().eval(), task.blank(2))[0].shape[1]
+        widths = {made.name: feature_dim(made.template) for made in task.client_architectures}
         if len(set(widths.values())) > 1:
             shown = ", ".join(f"{k} in {name}" for name, k in widths.items())
             raise ValueError(

@@ -80,8 +80,7 @@ class LgFedAvg(Algorithm):
     def check(self, task: Task) -> None:
         """Refuse models whose heads differ in shape, or that have none."""
         super().check(task)
-        makes = dict.fromkeys(task.architecture(client) for client in range(task.num_clients))
-        shapes = {made.name: [slot.shape for slot in head_slots(made)] for made in makes}
+        shapes = {made.name: [slot.shape for slot in head_slots(made)] for made in task.client_architectures}
         first = next(iter(shapes.values()))
         if any(shape != first for shape in shapes.values()):
             shown = ", ".join(f"{' and '.join(str(list(s)) for s in shape)} in {n}" for n, shape in shapes.items())
