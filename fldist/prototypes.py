@@ -71,7 +71,7 @@ def folds(dim: int, num_classes: int) -> dict[str, Fold]:
 class Vectors(Fold):
     """Keep every reply that is float32 [m, dim] with entries up to `LARGEST`, and refuse others.
 
-    lengths: by client, m of what is kept.
+    lengths: by client, m of what was kept last.
     """
 
     dim: int
@@ -124,11 +124,6 @@ class _Vectors(_Kept):
         """Keep a reply, or refuse it."""
         self._kept.add(client, value, weight)
         self._lengths[client] = len(value)
-
-    def remove(self, client: int, value: Any, weight: float) -> None:
-        """Drop a reply."""
-        super().remove(client, value, weight)
-        del self._lengths[client]
 
 
 class _Numbers(_Kept):
