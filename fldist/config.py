@@ -65,6 +65,15 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _members(value: Any) -> Any:
+    """A family's name stands for its models, in order."""
+    if not isinstance(value, str):
+        return value
+    if value not in models.FAMILIES:
+        raise ValueError(f"unknown family; known: {', '.join(models.FAMILIES)}, or a list of models such as [mlp, cnn]")
+    return list(models.FAMILIES[value])
+
+
 Named = Annotated[Component, BeforeValidator(_named)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -78,15 +87,16 @@ class Section(BaseModel):
 class ClientsSection(Section):
     """Who takes part: `fraction` of `num_clients` in each round, or `per_round` of them.
 
-    models: the clients' models, client i has number i mod their count (none: everyone has `task.model`);
-    init: one initial model for all clients of an architecture, or one of its own for each.
+    models: the clients' models, client i has number i mod their count (none: everyone has `task.model`), or the name of
+    a family (`models.FAMILIES`), which stands for its list; init: one initial model for all clients of an architecture,
+    or one of its own for each.
     """
 
     num_clients: Annotated[int, Field(ge=1)] = 10
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     per_round: Annotated[int, Field(ge=1)] | None = None
     rounding: Literal["floor", "ceil", "nearest"] = "floor"
-    models: list[Named] = []
+    models: Annotated[list[Named], BeforeValidator(_members)] = []
     init: Literal["common", "own"] = "common"
 
     def count(self) -> int:
@@ -410,6 +420,11 @@ def _check(settings: Settings) -> None:
     if settings.stop.accuracy is not None and settings.eval.every == 0:
         raise ConfigError(
             f"stop.accuracy: {settings.stop.accuracy:g} is never known, since eval.every is 0; set it to 1 or more"
+        )
+    if settings.stop.patience is not None and settings.eval.every == 0:
+        raise ConfigError(
+            f"stop.patience: {settings.stop.patience} scored rounds never come, since eval.every is 0; set it to 1 or "
+            "more"
         )
     if settings.topology != "star":
         _check_together(settings)

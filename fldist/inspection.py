@@ -28,6 +28,7 @@ from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
 from fldist.fold import Collect, Fold, Mean, Sum, dtype_named
 from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, Sparse, call_schema, reference_for, reply_schema
+from fldist.models import FAMILIES
 from fldist.models.train import Order, Progress
 from fldist.params import Params
 from fldist.resolve import from_package
@@ -71,7 +72,8 @@ def describe(name: str) -> str:
     stateful = kind.init_client is not Algorithm.init_client
     lines += ["", f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds."]
     if kind.heterogeneous:
-        lines.append("Clients may have models of different architectures (clients.models).")
+        families = ", ".join(FAMILIES)
+        lines.append(f"Clients may have models of different architectures (clients.models: a list, or {families}).")
     if not kind.has_global_model:
         lines.append("There is no global model: clients score their own.")
     lines.append("")
@@ -370,6 +372,7 @@ def dry_run(settings: Settings, nproc: int) -> str:
         rows = sum(job.task.sizes[c] for c in mine)
         when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
         lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
+    lines += _who_has_which(job.task) if settings.clients.models else []
     prediction = predict(job)
     guess = "; an estimate, since replies to the setup decide what is sent" if prediction.before else ""
     lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients{guess}:"]
@@ -398,6 +401,16 @@ def dry_run(settings: Settings, nproc: int) -> str:
 
 def _bytes_line(kind: str, ways: dict[str, int]) -> str:
     return f"  {kind:<12} up {ways['up']:>16,}   down {ways['down']:>16,}"
+
+
+def _who_has_which(task: Task) -> list[str]:
+    """Who has which of several models, and how large they are."""
+    lines = [""]
+    for made in task.client_architectures:
+        mine = [c for c in range(task.num_clients) if task.architecture(c) is made]
+        shown = ", ".join(map(str, mine[:30])) + (" ..." if len(mine) > 30 else "")
+        lines.append(f"model {made.name}: {made.layout.num_params:,} parameters, clients {shown}")
+    return lines
 
 
 # ---- partition

@@ -8,7 +8,7 @@ is made of them, at the server and at the clients, is the business of `algorithm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -60,36 +60,49 @@ def made_up(task: Task, client: int, field: str, dim: int) -> Tensor | None:
 
 
 def folds(dim: int, num_classes: int) -> dict[str, Fold]:
-    """How `Uploaded` replies are taken: all are kept, and what is no prototype of this dimension is refused."""
-    return {"prototypes": Collect(shape=(None, dim), limit=LARGEST), "classes": ClassNumbers(num_classes)}
+    """How `Uploaded` replies of a call are taken: all are kept, and what is no prototype of this dimension is refused,
+    as are more or fewer of them than class numbers.
+    """
+    vectors = Vectors(dim)
+    return {"prototypes": vectors, "classes": ClassNumbers(num_classes, vectors)}
+
+
+@dataclass(frozen=True)
+class Vectors(Fold):
+    """Keep every reply that is float32 [m, dim] with entries up to `LARGEST`, and refuse others.
+
+    lengths: by client, m of what is kept.
+    """
+
+    dim: int
+    lengths: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start an empty collection."""
+        return _Vectors(Collect(shape=(None, self.dim), limit=LARGEST).begin(context), self.lengths)
 
 
 @dataclass(frozen=True)
 class ClassNumbers(Fold):
-    """Keep every reply that is int32 [m], strictly ascending within 0 ... num_classes - 1, and refuse others."""
+    """Keep every reply that is int32 [m], strictly ascending within 0 ... num_classes - 1, and refuse others.
+
+    vectors: the fold of an earlier field of the same reply, whose m must be the same.
+    """
 
     num_classes: int
+    vectors: Vectors | None = None
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return _Numbers(Collect(shape=(None,), dtype="int32").begin(context), self.num_classes)
+        lengths = None if self.vectors is None else self.vectors.lengths
+        return _Numbers(Collect(shape=(None,), dtype="int32").begin(context), self.num_classes, lengths)
 
 
-class _Numbers(Accumulator):
-    """A collection that looks at the order and the range of what it gets."""
+class _Kept(Accumulator):
+    """A collection of which more is wanted than that its entries are tensors of a shape."""
 
-    def __init__(self, kept: Accumulator, num_classes: int) -> None:
+    def __init__(self, kept: Accumulator) -> None:
         self._kept = kept
-        self._num_classes = num_classes
-
-    def add(self, client: int, value: Any, weight: float) -> None:
-        """Keep a reply, or refuse it."""
-        self._kept.add(client, value, weight)
-        if len(value) and not (
-            int(value[0]) >= 0 and int(value[-1]) < self._num_classes and bool((value[1:] > value[:-1]).all())
-        ):
-            self._kept.remove(client, value, weight)
-            raise Refused("range", f"class numbers must ascend within 0 to {self._num_classes - 1}")
 
     def remove(self, client: int, value: Any, weight: float) -> None:
         """Drop a reply."""
@@ -100,15 +113,55 @@ class _Numbers(Accumulator):
         return self._kept.result()
 
 
-def stacked(replies: Any, dim: int) -> Stacked:
-    """The prototypes of all `Uploaded` replies, in order of client and class, whatever order they came in.
+class _Vectors(_Kept):
+    """A collection that tells how long its entries are."""
 
-    Those of a client that sent more or fewer prototypes than class numbers are left out.
-    """
-    fitting = [c for c in sorted(replies.prototypes) if len(replies.prototypes[c]) == len(replies.classes[c])]
-    if not fitting:
+    def __init__(self, kept: Accumulator, lengths: dict[int, int]) -> None:
+        super().__init__(kept)
+        self._lengths = lengths
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Keep a reply, or refuse it."""
+        self._kept.add(client, value, weight)
+        self._lengths[client] = len(value)
+
+    def remove(self, client: int, value: Any, weight: float) -> None:
+        """Drop a reply."""
+        super().remove(client, value, weight)
+        del self._lengths[client]
+
+
+class _Numbers(_Kept):
+    """A collection that looks at the number, the order and the range of what it gets."""
+
+    def __init__(self, kept: Accumulator, num_classes: int, lengths: dict[int, int] | None) -> None:
+        super().__init__(kept)
+        self._num_classes = num_classes
+        self._lengths = lengths
+
+    def add(self, client: int, value: Any, weight: float) -> None:
+        """Keep a reply, or refuse it."""
+        self._kept.add(client, value, weight)
+        try:
+            self._look(client, value)
+        except Refused:
+            self._kept.remove(client, value, weight)
+            raise
+
+    def _look(self, client: int, value: Tensor) -> None:
+        if self._lengths is not None and self._lengths[client] != len(value):
+            raise Refused("shape", f"{len(value)} class numbers for {self._lengths[client]} prototypes")
+        if len(value) and not (
+            int(value[0]) >= 0 and int(value[-1]) < self._num_classes and bool((value[1:] > value[:-1]).all())
+        ):
+            raise Refused("range", f"class numbers must ascend within 0 to {self._num_classes - 1}")
+
+
+def stacked(replies: Any, dim: int) -> Stacked:
+    """The prototypes of all `Uploaded` replies, in order of client and class, whatever order they came in."""
+    ids = sorted(replies.prototypes)
+    if not ids:
         return Stacked(torch.zeros(0, dim), torch.zeros(0, dtype=torch.int64))
     return Stacked(
-        torch.cat([replies.prototypes[c].cpu() for c in fitting]),
-        torch.cat([replies.classes[c].cpu() for c in fitting]).long(),
+        torch.cat([replies.prototypes[c].cpu() for c in ids]), torch.cat([replies.classes[c].cpu() for c in ids]).long()
     )

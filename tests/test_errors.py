@@ -104,6 +104,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("task.model={name: cnn_bn, norm: bach}", "task.model.norm: input should be 'batch', 'group' or 'none'; got"),
         ("task.model=cnn_bn; local.batch_size=1", "local.batch_size: BatchNorm cannot train on batches of 1; raise it"),
         ("clients.models=[mlp,cnn_nb]", "clients.models.1.name: unknown name 'cnn_nb'; did you mean 'cnn_bn'"),
+        (
+            "clients.models=htfe5",
+            "clients.models: unknown family; known: htfe2, htfe3, htfe4, htfe8, htfe9, htm10, or a",
+        ),
         ("clients.models=[mlp,cnn_bn]", "clients.models: FedAvg needs the model of task.model at all clients"),
         ("eval.metrics=[acuracy]", "eval.metrics.0: input should be 'accuracy', 'loss', 'top5', 'f1', 'precision',"),
         (

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fldist import run
+from fldist import models, run
 from fldist.algorithms.fedavg import FedAvg
 from fldist.config import ConfigError, build, load
+from fldist.inspection import describe, dry_run
 from fldist.models.layers import AdaptedHead, feature_dim, features_and_logits, head_names
 from tests.conftest import small
 
@@ -179,3 +180,44 @@ def test_embeddings_do_not_follow_the_outputs():
     made = adapted(NextCharLstm().build((7,), 11), None, 10)
     assert made.embedding.num_embeddings == 11
     assert feature_dim(made) == 256
+
+
+# ---- families
+FAMILIES = {
+    "htfe2": "cnn4 resnet18",
+    "htfe3": "resnet10 resnet18 resnet34",
+    "htfe4": "cnn4 googlenet mobilenet_v2 resnet18",
+    "htfe8": "cnn4 googlenet mobilenet_v2 resnet18 resnet34 resnet50 resnet101 resnet152",
+    "htfe9": "resnet4 resnet6 resnet8 resnet10 resnet18 resnet34 resnet50 resnet101 resnet152",
+    "htm10": "cnn4 googlenet mobilenet_v2 resnet18 resnet34 resnet50 resnet101 resnet152 vit_b16 vit_b32",
+}
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_family_stands_for_its_models_in_order(name):
+    settings = load(small(algorithm="local"), [f"clients.models={name}"])
+    assert [model.name for model in settings.clients.models] == FAMILIES[name].split()
+    listed = load(small(algorithm="local", clients={"num_clients": 6, "models": FAMILIES[name].split()}))
+    assert settings == listed
+    assert settings.resolved()["clients"]["models"] == [{"name": member} for member in FAMILIES[name].split()]
+
+
+def test_clients_have_the_models_of_a_family_in_turn():
+    config = small(algorithm="local", clients={"num_clients": 5, "models": "htfe2"}, task__resize=16)
+    config["task"] |= {"feature_dim": 32, "split": {"test": 0.2}}
+    shown = dry_run(load(config), 1)
+    task = build(load(config)).task
+    assert [task.architecture(client).name for client in range(5)] == ["cnn4", "resnet18"] * 2 + ["cnn4"]
+    sizes = [task.layout_of(client).num_params for client in range(2)]
+    assert f"\nmodel cnn4: {sizes[0]:,} parameters, clients 0, 2, 4\nmodel resnet18: {sizes[1]:,} parameters, " in shown
+    assert "parameters, clients 1, 3\n" in shown
+    assert task.feature_dim == 32
+
+
+def test_families_are_told_where_they_may_be_used():
+    assert "(clients.models: a list, or htfe2, htfe3, htfe4, htfe8, htfe9, htm10)." in describe("local")
+    assert "htfe2" not in describe("fedavg")
+
+
+def test_one_model_is_not_listed():
+    assert "\nmodel " not in dry_run(load(small()), 1)

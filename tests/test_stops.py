@@ -12,7 +12,7 @@ from fldist.algorithms.fedavg import FedAvg
 from fldist.config import ConfigError, load, load_resumed
 from fldist.fold import collect
 from fldist.runner import run_here
-from fldist.runtime.stops import Stop, reason_text
+from fldist.runtime.stops import Stop, reason_text, since_best
 from tests.conftest import small
 
 SPENT = {"uplink_bytes": 100, "downlink_bytes": 50, "seconds": 3.0}
@@ -44,6 +44,29 @@ def test_what_is_not_reached_does_not(stop):
 
 def test_an_unscored_round_ends_no_run_by_its_accuracy():
     assert Stop(accuracy=0.1).reached(4, SPENT, None) is None
+    assert Stop(patience=1).reached(4, SPENT, None, [0.5, 0.4]) is None
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(2, True), (3, True), (4, False)])
+def test_patience_ends_a_run_that_does_not_get_better(patience, ends):
+    """Its best is the second of five: 5 - 1 = 4 scores from there on, more than 3."""
+    got = Stop(patience=patience).reached(9, SPENT, 0.2, [0.1, 0.5, 0.4, 0.3])
+    assert got == ({"rule": "patience", "limit": patience, "value": 3, "round": 9} if ends else None)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "since"),
+    [
+        ([], 0),
+        ([0.0], 0),
+        ([0.1, 0.2], 0),
+        ([0.2, 0.2, 0.2], 2),  # the first of the best counts
+        ([0.5, 0.1, 0.6, 0.2], 1),
+        ([float("nan"), 0.1, float("nan")], 1),
+    ],
+)
+def test_rounds_since_the_best(accuracies, since):
+    assert since_best(accuracies) == since
 
 
 @pytest.mark.parametrize(
@@ -62,6 +85,14 @@ def test_an_unscored_round_ends_no_run_by_its_accuracy():
             {"rule": "accuracy", "limit": 0.9, "value": 0.91, "round": 7},
             "accuracy 0.9100 in round 7 (stop.accuracy: 0.9)",
         ),
+        (
+            {"rule": "patience", "limit": 3, "value": 3, "round": 7},
+            "no better accuracy in 3 scored rounds up to round 7 (stop.patience: 3)",
+        ),
+        (
+            {"rule": "patience", "limit": 1, "value": 1, "round": 7},
+            "no better accuracy in 1 scored round up to round 7 (stop.patience: 1)",
+        ),
     ],
 )
 def test_the_reason_is_told_in_words(stop, text):
@@ -75,6 +106,7 @@ def test_the_reason_is_told_in_words(stop, text):
         ({"total_bytes": 0}, r"stop\.total_bytes: .*greater than 0"),
         ({"seconds": 0}, r"stop\.seconds: .*greater than 0"),
         ({"accuracy": 80}, r"stop\.accuracy: .*less than or equal to 1; got 80"),
+        ({"patience": 0}, r"stop\.patience: .*greater than or equal to 1"),
         ({"rounds": 0}, r"stop\.rounds: .*greater than or equal to 1"),
         ({"uplink": 5}, r"stop\.uplink: unknown key; did you mean stop\.uplink_bytes"),
     ],
@@ -87,6 +119,13 @@ def test_what_cannot_be_a_limit_is_refused(stop, message):
 def test_an_accuracy_needs_scores():
     with pytest.raises(ConfigError, match=r"stop\.accuracy: 0\.5 is never known, since eval\.every is 0; set it"):
         load(small(stop={"accuracy": 0.5}, eval={"every": 0}))
+
+
+def test_patience_needs_scores():
+    with pytest.raises(
+        ConfigError, match=r"stop\.patience: 5 scored rounds never come, since eval\.every is 0; set it"
+    ):
+        load(small(stop={"patience": 5}, eval={"every": 0}))
 
 
 def test_bytes_may_be_written_with_units():
@@ -118,6 +157,41 @@ def test_a_run_ends_at_an_accuracy(tmp_path):
     result = run(small(rounds=6, stop={"accuracy": wanted}), output=tmp_path / "run")
     assert (result["stop"]["rule"], result["stop"]["round"], result["rounds"]) == ("accuracy", first, first)
     assert free["stop"] == {"rule": "rounds", "limit": 6, "value": 6, "round": 6}
+
+
+@dataclass(frozen=True)
+class Lost(FedAvg):
+    """Forgets everything in round 4, and goes on from there."""
+
+    def round(self, server, clients):
+        super().round(server, clients)
+        if server.round >= 4:
+            server.x = server.x * 0.0
+
+
+def test_patience_counts_scored_rounds_of_a_run_and_of_its_continuation(tmp_path):
+    """Every second round is scored, and 2 is the only one before all is forgotten: 4, 6 and 8 are three in a row."""
+    config = small(rounds=20, algorithm=f"{__name__}:Lost", eval={"every": 2}, stop={"patience": 3}, local__lr=0.5)
+    whole = run(config, output=tmp_path / "whole")
+    assert whole["best"]["round"] == 2
+    assert whole["stop"] == {"rule": "patience", "limit": 3, "value": 3, "round": 8}
+    assert whole["rounds"] == 8
+    run({**config, "stop": {"patience": 3, "rounds": 6}}, output=tmp_path / "cut")
+    longer = run_here(load_resumed(tmp_path / "cut", ["stop.rounds=null"]), output=tmp_path / "cut", resume=True)
+    assert (longer["stop"], longer["state_hash"]) == (whole["stop"], whole["state_hash"])
+    with pytest.raises(ConfigError, match=r"stop\.patience: the run in .* is finished, with 3 of 3; give more"):
+        load_resumed(tmp_path / "cut", ["rounds=30"])
+    more = run_here(load_resumed(tmp_path / "cut", ["stop.patience=4"]), output=tmp_path / "cut", resume=True)
+    assert more["stop"] == {"rule": "patience", "limit": 4, "value": 4, "round": 10}
+
+
+def test_a_run_whose_patience_was_over_before_it_was_killed_only_has_to_end(tmp_path):
+    config = small(rounds=20, algorithm=f"{__name__}:Lost", stop={"patience": 2})
+    whole = run(config, output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run_here(load_resumed(tmp_path / "run"), output=tmp_path / "run", resume=True)
+    assert (again["stop"], again["state_hash"]) == (whole["stop"], whole["state_hash"])
+    assert whole["stop"]["rule"] == "patience"
 
 
 def test_scoring_at_clients_is_no_part_of_what_is_spent(tmp_path):

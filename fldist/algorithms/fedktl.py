@@ -59,7 +59,7 @@ from fldist.kinds import Images, Kind, Latents, Once, Seeds
 from fldist.models.evaluate import evaluate
 from fldist.models.generators import named
 from fldist.models.generators.pretrained import GeneratorConfig, PretrainedGenerator, to_samples
-from fldist.models.layers import features_and_logits
+from fldist.models.layers import feature_dim, features_and_logits
 from fldist.models.train import Network, Order
 from fldist.params import Params
 from fldist.prototypes import Stacked, Uploaded, class_means, folds, kept_rows, made_up, stacked
@@ -217,8 +217,10 @@ def centroids(
     first, norm, last = f[0], f[1], f[3]
     with torch.no_grad():
         x = first(p)
-        mean, var = (None, None) if mode == "batch" else (norm.running_mean, norm.running_var)
-        x = batch_norm(x, mean, var, norm.weight, norm.bias, training=mode == "batch", eps=norm.eps)
+        mean, var = norm.running_mean, norm.running_var
+        if mode == "batch":
+            mean, var = x.mean(dim=0), x.var(dim=0, correction=0)
+        x = batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
         means, counts = class_means(last(relu(x)), classes, num_classes)
     return means, counts > 0
 
@@ -273,9 +275,7 @@ def align(
     size = e.shape[1]
     adam = torch.optim.Adam([*f.weights, kept], lr=how.lr, fused=True)
     f.train()
-    losses: dict[str, float] = {}
-    batches = how.epochs * math.ceil(len(p) / how.batch_size)
-    for number, drawn in enumerate(_batches(len(p), how, rng), start=1):
+    for drawn in _batches(len(p), how, rng):
         rows = drawn.to(p.device)
         b, c = len(rows), classes.index_select(0, rows)
         w = draw(b)
@@ -286,13 +286,11 @@ def align(
             slope = mmd_gradient(x, w, how.bandwidths).add_(gap, alpha=2 * how.lambda_ / (b * size))
             f.gradient.zero_()
             kept.grad.zero_().index_add_(0, c, gap, alpha=-2 * how.lambda_ / (b * size))
-            if number > batches - 1 - (len(p) % how.batch_size == 1):
-                losses = {"mmd": float(mmd(x, w, how.bandwidths)), "mse": float(gap.square().mean())}
         q.backward(slope)
         for weights in (f.weights, [kept]):
             nn.utils.clip_grad_norm_(weights, how.clip, foreach=False)
         adam.step()
-    return kept.detach(), losses
+    return kept.detach(), {"mmd": float(mmd(x, w, how.bandwidths)), "mse": float(gap.square().mean())}
 
 
 def _batches(n: int, how: Alignment, rng: torch.Generator) -> Iterator[Tensor]:
@@ -344,7 +342,7 @@ class FedKtl(Algorithm):
         etf(task.num_classes, self.outputs(task.num_classes), 0)
         if self.mu and len(task.shape) != 3:
             raise ValueError(f"algorithm: fedktl makes images, and the samples' shape is {tuple(task.shape)}; set mu=0")
-        widths = {made.name: _feature_dim(made, task.shape) for made in _used(task)}
+        widths = {made.name: feature_dim(made.template) for made in task.client_architectures}
         if self.mu and len(set(widths.values())) > 1:
             shown = ", ".join(f"{name}: {width}" for name, width in widths.items())
             raise ValueError(f"task.feature_dim: the models' features differ ({shown}); set it, for instance to 512")
@@ -406,7 +404,7 @@ class FedKtl(Algorithm):
 
     def feature_dim(self, task: Task) -> int:
         """K."""
-        return _feature_dim(_used(task)[0], task.shape)
+        return feature_dim(task.architecture(0).template)
 
     def setup(self, server: Server, clients: Clients) -> None:
         """V and the initial g travel, once."""
@@ -539,9 +537,7 @@ class FedKtl(Algorithm):
         if images is None or vectors is None:
             me.y = data.train(me.y, loss=self.loss(v), clip=self.clip).whole
         else:
-            made = _projection(
-                _feature_dim(data.architecture, data.task.shape), vectors.shape[1], g_seed or 0, data.device
-            )
+            made = _projection(self.feature_dim(data.task), vectors.shape[1], g_seed or 0, data.device)
             initial = made.initial if g is None else Params(made.layout, g)
             with data.task.network(me.g or initial, made) as projection:
                 pairs = Pairs(data, images, vectors, projection.module)
@@ -633,19 +629,6 @@ class Pairs:
         rows = next(self._order).to(self._images.device)
         features, _ = features_and_logits(module, self._images.index_select(0, rows))
         return transfer(self._g(features), self._vectors.index_select(0, rows))
-
-
-def _used(task: Task) -> list[Architecture]:
-    """The clients' architectures."""
-    return list(dict.fromkeys(task.architecture(client) for client in range(task.num_clients)))
-
-
-@functools.lru_cache(maxsize=32)
-def _feature_dim(made: Architecture, shape: tuple[int, ...]) -> int:
-    """K: the values that a model's head is given."""
-    with torch.no_grad():
-        features, _ = features_and_logits(made.copy().eval(), torch.zeros(1, *shape, device=made.device))
-    return features.shape[1]
 
 
 @functools.lru_cache(maxsize=2)

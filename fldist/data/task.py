@@ -457,6 +457,11 @@ class Task:
         return self.architectures[0 if client is None else self._cycle[client % len(self._cycle)]]
 
     @property
+    def client_architectures(self) -> list[Architecture]:
+        """The clients' architectures, in the order of the first client of each."""
+        return list(dict.fromkeys(self.architecture(client) for client in range(self.num_clients)))
+
+    @property
     def layout(self) -> Layout:
         """The layout of the server's model."""
         return self.architectures[0].layout

@@ -1,7 +1,8 @@
 """Models, one family a file, and the local training primitive in `train.py`.
 
 A model's configuration is a frozen dataclass with `build(shape, classes) -> nn.Module`; `NAMES` gives the short
-names. A user's own may also be any callable `(shape, classes) -> nn.Module`, an nn.Module class among them.
+names. A user's own may also be any callable `(shape, classes) -> nn.Module`, an nn.Module class among them. `FAMILIES`
+are the models of clients that differ.
 """
 
 NAMES = {
@@ -29,3 +30,19 @@ NAMES = {
     "vit_b16": "fldist.models.vit:VitB16",
     "vit_b32": "fldist.models.vit:VitB32",
 }
+
+_HTFE8 = ("cnn4", "googlenet", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+FAMILIES = {
+    "htfe2": ("cnn4", "resnet18"),
+    "htfe3": ("resnet10", "resnet18", "resnet34"),
+    "htfe4": ("cnn4", "googlenet", "mobilenet_v2", "resnet18"),
+    "htfe8": _HTFE8,
+    "htfe9": (
+        "resnet4", "resnet6", "resnet8", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    ),
+    "htm10": (*_HTFE8, "vit_b16", "vit_b32"),
+}  # fmt: skip
+"""Models for clients that differ, in order: HtFLlib's groups (Zhang et al., 2025), as in FedTGP's and FedKTL's papers.
+
+Their features have several sizes, from 64 to 2048: `task.feature_dim` makes them one."""

@@ -273,7 +273,7 @@ class ServerLoop:
             self.observer.warning(f"continued after round {done}, from {self.output.directory}")
             if self._lines:
                 last = self._lines[-1]
-                self._ended = self._finished_by(done, last["spent"], last["accuracy"])
+                self._ended = self._finished_by(done, last["spent"], last["accuracy"], self._lines[:-1])
         else:
             self._setup(view)
         number = 0
@@ -284,11 +284,14 @@ class ServerLoop:
                     self._round(number, index, stage, view)
         return self._finish(view)
 
-    def _finished_by(self, number: int, spent: dict[str, Any], accuracy: float | None) -> dict[str, Any] | None:
-        """What ends the run after a round, or None."""
+    def _finished_by(
+        self, number: int, spent: dict[str, Any], accuracy: float | None, before: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """What ends the run after a round, or None. before: the lines of the rounds before it."""
         if number >= self._total:
             return {"rule": "rounds", "limit": self._total, "value": number, "round": number}
-        return self.job.stop.reached(number, spent, accuracy)
+        scored = [line["accuracy"] for line in before if line["accuracy"] is not None]
+        return self.job.stop.reached(number, spent, accuracy, scored)
 
     def _spend(self, seconds: float) -> dict[str, Any]:
         """What the run has cost so far, these seconds added."""
@@ -406,12 +409,12 @@ class ServerLoop:
         server_s = max(0.0, facts.ended_s - facts.began_s - facts.calls_s)
         evaluated = time.monotonic()
         spent = self._spend(evaluated - began)
-        self._ended = self._finished_by(number, spent, None)
+        self._ended = self._finished_by(number, spent, None, self._lines)
         scores = self._evaluate(number, view, facts.own if committed else {})
         ended = time.monotonic()
         line = self._line(number, attempt, stage, facts, scores, server_s, ended - evaluated, began, committed)
         line["spent"] = spent
-        self._ended = self._ended or self._finished_by(number, spent, line["accuracy"])
+        self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
         scoring = caller.facts if caller.facts is not facts else None
         self.output.timeline(
             timeline.line(number, attempt, began, ended, facts, (evaluated, ended), scoring, caller.clocks)
