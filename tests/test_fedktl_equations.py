@@ -466,6 +466,14 @@ def test_bandwidths_from_the_median_follow_the_scale_of_the_samples() -> None:
     assert got[0] / 50 < typical < 50 * got[-1]
 
 
+def test_bandwidths_from_the_median_are_shares_of_that_of_all_pairs_of_points() -> None:
+    x, y = clouds(4, 3)
+    both = [*x, *y]
+    between = sorted(float((a - b).square().sum()) for a, b in itertools.combinations(both, 2))
+    middle = between[(len(between) - 1) // 2]  # the lower of two
+    assert median_bandwidths(x, y) == pytest.approx([middle / 4, middle / 2, middle, 2 * middle], rel=1e-9)
+
+
 def test_fixed_bandwidths_see_nothing_of_large_latents_and_those_from_the_median_do() -> None:
     x, near, far = rand(12, 16384, seed=30), rand(12, 16384, seed=31), 0.2 + rand(12, 16384, seed=32)
     kernels = kernel(squared_distances(x, near).float(), BANDWIDTHS)
@@ -555,7 +563,7 @@ def by_hand(f: nn.Module, p: Tensor, mode: str) -> Tensor:
 
 @each_mode
 def test_centroids_are_class_means_of_the_mapped_prototypes(mode: str) -> None:
-    f, p, classes = moved_transformer(6, 5, seed=1), rand(13, 6, seed=40), torch.tensor([4, 0, 2, 2, 4, 0, 6] + [6] * 6)
+    f, p, classes = moved_transformer(6, 5, seed=1), rand(13, 6, seed=40), torch.tensor([4, 0, 2, 2, 4, 2, 6] + [6] * 6)
     means, present = centroids(f, p, classes, 8, mode)
     assert means.shape == (8, 5)
     assert present.dtype == torch.bool
