@@ -180,7 +180,7 @@ def fingerprint_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 # ---- files
 def find_file(path: str, key: str = f"{KEY}.path") -> Path:
-    """A file where it is given, else below FLDIST_DATA, else in the folder `pretrained` of that.
+    """A file where it is given, else below FLDIST_DATA, else in the folder `pretrained` of that, else in `WEIGHTS`.
 
     ValueError, beginning with `key`, names all places that were looked at.
     """
@@ -189,7 +189,7 @@ def find_file(path: str, key: str = f"{KEY}.path") -> Path:
     root = os.environ.get("FLDIST_DATA")
     if root and not given.is_absolute():
         places += [Path(root).absolute() / given, Path(root).absolute() / "pretrained" / given]
-    for place in places:
+    for place in [*places, WEIGHTS / given]:
         if place.is_file():
             return place
     remedy = "put it there" if root else "set FLDIST_DATA to the folder that has it"
