@@ -670,7 +670,7 @@ def test_an_alignment_is_that_of_two_optimizers_and_automatic_differentiation(
     lam: float, batch_size: int, clip: float, epochs: int
 ) -> None:
     """Of 40 prototypes 13 leave one alone, which no batch can be made of; a second call has new optimizers."""
-    how = Alignment(0.01, epochs, batch_size, lam, clip, BANDWIDTHS)
+    how = Alignment(0.01, epochs, batch_size, lam, clip, BANDWIDTHS if lam else (2.0, 7.0))
     p, classes = uploaded()
     p, e, f = p.float(), rand(7, 4, seed=52).float(), network()
     by, kept = copy.deepcopy(f.module), e.clone()

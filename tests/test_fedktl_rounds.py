@@ -240,9 +240,9 @@ def test_a_clients_training_is_that_of_a_plain_loop(
             g = [p.detach() for p in model.g] if persist_g and r > 1 else None
             trained = list(turn.data.frozen_copy(turn.trained).parameters())
             moved = max(float((p - q.detach()).abs().max()) for p, q in zip(trained, ByHand.of(turn).f, strict=False))
-            assert moved > 1e-3
+            assert moved > 2e-3
             for got, want in zip(trained, model.f + model.h, strict=True):
-                close(got.double(), want.detach(), 2e-5)
+                close(got.double(), want.detach(), 1e-4)
             assert r == 3 or turns[r + 1, client].y.equals(turn.trained)
 
 
