@@ -104,12 +104,13 @@ def etf(classes: int, dim: int, seed: int) -> Tensor:
     rng = generator(seed, "fedktl-etf")
     if dim >= classes:
         drawn = torch.rand(dim, classes, dtype=torch.float64, generator=rng)
-        return simplex(torch.linalg.qr(drawn).Q).float()
+        # contiguous, as what was sent is: the layout decides the bits of a matrix product
+        return simplex(torch.linalg.qr(drawn).Q).float().contiguous()
     drawn = torch.rand(classes, classes, dtype=torch.float64, generator=rng)
     drawn[:, 0] = 1.0
     within = torch.linalg.qr(drawn).Q[:, 1:]  # [C, C - 1], a basis of the hyperplane
     frame: Tensor = within.T @ simplex(torch.eye(classes, dtype=torch.float64))
-    return frame.float()
+    return frame.float().contiguous()
 
 
 def unit(v: Tensor) -> Tensor:
