@@ -79,6 +79,7 @@ LATENTS = 2048
 """Least latents that are drawn at a time: a mapping network takes many in little more time than few."""
 _LATENT_VALUES = 2**24
 _SHOWN = 64
+_HALF = torch.finfo(torch.float16).max
 
 
 # ---- the classifier
@@ -104,12 +105,13 @@ def etf(classes: int, dim: int, seed: int) -> Tensor:
     rng = generator(seed, "fedktl-etf")
     if dim >= classes:
         drawn = torch.rand(dim, classes, dtype=torch.float64, generator=rng)
-        return simplex(torch.linalg.qr(drawn).Q).float()
+        # contiguous, as what was sent is: the layout decides the bits of a matrix product
+        return simplex(torch.linalg.qr(drawn).Q).float().contiguous()
     drawn = torch.rand(classes, classes, dtype=torch.float64, generator=rng)
     drawn[:, 0] = 1.0
     within = torch.linalg.qr(drawn).Q[:, 1:]  # [C, C - 1], a basis of the hyperplane
     frame: Tensor = within.T @ simplex(torch.eye(classes, dtype=torch.float64))
-    return frame.float()
+    return frame.float().contiguous()
 
 
 def unit(v: Tensor) -> Tensor:
@@ -217,6 +219,15 @@ def centroids(
 ) -> tuple[Tensor, Tensor]:
     """Class means [C, H] of F(P), of prototypes p [U, d] of classes [U], and which classes there are, bool [C].
 
+    mode: as of `mapped`.
+    """
+    means, counts = class_means(mapped(f, p, mode), classes, num_classes)
+    return means, counts > 0
+
+
+def mapped(f: nn.Module, p: Tensor, mode: Literal["eval", "batch"]) -> Tensor:
+    """F(P) [U, H] of prototypes p [U, d], without gradients; F stays as it is.
+
     eval: F's BatchNorm goes by its running statistics; batch: by those of all of p, and the running ones stay.
     """
     assert isinstance(f, nn.Sequential) and isinstance(f[1], nn.BatchNorm1d)
@@ -226,9 +237,8 @@ def centroids(
         mean, var = norm.running_mean, norm.running_var
         if mode == "batch":
             mean, var = x.mean(dim=0), x.var(dim=0, correction=0)
-        x = batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
-        means, counts = class_means(last(relu(x)), classes, num_classes)
-    return means, counts > 0
+        q: Tensor = last(relu(batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)))
+    return q
 
 
 @dataclass(frozen=True)
@@ -398,8 +408,8 @@ class FedKtl(Algorithm):
         etf(task.num_classes, self.outputs(task.num_classes), 0)
         if self.mu and len(task.shape) != 3:
             raise ValueError(f"algorithm: fedktl makes images, and the samples' shape is {tuple(task.shape)}; set mu=0")
-        widths = {made.name: feature_dim(made.template) for made in task.client_architectures}
-        if self.mu and len(set(widths.values())) > 1:
+        widths = {made.name: feature_dim(made.template) for made in task.client_architectures if self.mu}
+        if len(set(widths.values())) > 1:
             shown = ", ".join(f"{name}: {width}" for name, width in widths.items())
             raise ValueError(f"task.feature_dim: the models' features differ ({shown}); set it, for instance to 512")
         if task.evaluation.own:
@@ -411,8 +421,9 @@ class FedKtl(Algorithm):
         """F and E; the latent and the image of every class that there is one of."""
         if not self.mu:
             return State()
-        made = self.made(task)
-        classes = task.num_classes
+        made, classes = self.made(task), task.num_classes
+        to_samples(torch.zeros(1, *made.image_shape), task.shape)  # ValueError where they can be no samples
+        self._fits("latents", made.sample_latents(2, generator(task.seed, "fedktl-try")), (made.latent_dim,))
         e = torch.randn(classes, made.latent_dim, generator=generator(task.seed, "fedktl-centroids"))
         return State(
             f=self.transformer(task).initial.clone(),
@@ -475,7 +486,7 @@ class FedKtl(Algorithm):
             return
         dim = self.outputs(task.num_classes)
         images, vectors = self.pairs(server)
-        fold = folds(dim, task.num_classes)
+        fold = folds(dim, task.num_classes, limit=1.001)  # unit vectors, but for rounding
         replies = clients.selected().call(self.train, **common, images=images, vectors=vectors, fold=fold)
         u, before = stacked(replies, dim), server.e
         server.log(prototypes=len(u.classes))
@@ -498,7 +509,9 @@ class FedKtl(Algorithm):
             images = (pictures * 255).round().to(torch.uint8)
         else:
             images = server.task.normal(pictures.to(server.task.device)).cpu()
-        return images, vectors.half() if self.vectors_as == "float16" else vectors
+        if self.vectors_as == "float16":  # an infinite value would spoil every client
+            vectors = vectors.clamp(-_HALF, _HALF).half()
+        return images, vectors
 
     def align(self, server: Server, u: Stacked) -> None:
         """Train F and E on the round's prototypes; E's rows then are what will be decoded."""
@@ -536,8 +549,7 @@ class FedKtl(Algorithm):
         if not isinstance(self.bandwidths, str):
             return self.bandwidths
         n = min(len(p), 256)
-        with torch.no_grad():
-            return median_bandwidths(f.eval()(p[:n]), draw(n))
+        return median_bandwidths(mapped(f, p[:n], "batch"), draw(n))  # as the alignment maps them
 
     def generate(self, server: Server, before: Tensor) -> None:
         """Decode the classes whose latents have moved: whose rows of E are not as they were before."""
@@ -550,10 +562,20 @@ class FedKtl(Algorithm):
         made, pictures = self.made(task), server.decoded.clone()
         for rows in moved.nonzero().flatten().split(self.generation_batch):
             images = made.decode(server.e[rows].to(task.device))
+            self._fits("images", images, made.image_shape)
             pictures[rows] = to_samples(images, task.shape, self.antialias).cpu()
         server.decoded = pictures
         if self.show_every and (server.round == 1 or server.round % self.show_every == 0):
             server.images(pairs=pictures[wanted][:_SHOWN])
+
+    @staticmethod
+    def _fits(what: str, got: Tensor, shape: tuple[int, ...]) -> None:
+        """ValueError for latents or images of other sizes than the generator says."""
+        if tuple(got.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"algorithm.generator: it says that its {what} have the shape {list(shape)}, and gives "
+                f"{list(got.shape[1:])}; correct it, or choose another one"
+            )
 
     def _same_generator(self, server: Server, made: PretrainedGenerator) -> None:
         """A run that goes on with another generator would be neither's."""
