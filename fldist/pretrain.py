@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, relu
-from torch.nn.utils.parametrizations import spectral_norm
 
 from fldist.data.augment import to_unit
 from fldist.data.datasets import Dataset
@@ -32,6 +30,7 @@ from fldist.runtime.pictures import MOST, grid
 from fldist.seeding import forked, generator
 
 ImageShape = tuple[int, int, int]
+Say = Callable[[str], None]
 LEAST_SIDE = 16
 """Smaller images are enlarged to this side for `mini_style`, whose network makes 32."""
 REPORT_S = 5.0
@@ -42,17 +41,18 @@ REPORT_S = 5.0
 class Recipe:
     """What an architecture is trained with where the user says nothing else."""
 
-    images: int
-    epochs: int
-    batch: int
-    latent_dim: int
+    network: Callable[[int, ImageShape], nn.Module]  # of H and the images' shape: z [n, H] -> pixels in value_range
     latent: Literal["z", "w"]
     value_range: tuple[int, int]
+    latent_dim: int
+    images: int
+    epochs: int
+    batch: int = 100
 
 
 RECIPES = {
-    "mini_style": Recipe(60_000, 2, 64, 64, "w", (-1, 1)),
-    "mlp_vae": Recipe(6_000, 6, 100, 32, "z", (0, 1)),
+    "mini_style": Recipe(lambda h, shape: MiniStyleNetwork(h, h, shape), "w", (-1, 1), 64, 24_000, 4),
+    "mlp_vae": Recipe(decoder, "z", (0, 1), 32, 6_000, 6),
 }
 
 
@@ -66,7 +66,7 @@ def pretrain(
     epochs: int | None = None,
     latent_dim: int | None = None,
     seed: int = 0,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Train a generator from the first `images` training images of a data set and write its three files.
 
@@ -90,7 +90,8 @@ def pretrain(
     shape: ImageShape = (x.shape[1], x.shape[2], x.shape[3])
     say(f"{arch}: {len(x):,} images of {' x '.join(map(str, shape))}, {epochs} epochs, latent of {latent_dim} values")
     with _one_thread(), forked(seed, f"pretrain-{arch}"):
-        network = (_style if arch == "mini_style" else _vae)(x, latent_dim, epochs, recipe.batch, seed, say)
+        network = recipe.network(latent_dim, shape)
+        _train(network, x, recipe, latent_dim, epochs, seed, say)
     said: dict[str, Any] = {
         "arch": arch,
         "latent": recipe.latent,
@@ -122,6 +123,10 @@ def _prepared(data: Dataset, count: int, arch: str) -> Tensor:
     if data.kind != "values" or len(data.shape) != 3:
         raise ValueError(f"DATA: its samples are of shape {list(data.shape)}, no images; choose data of images")
     x = to_unit(np.asarray(data.train_x[:count]))
+    if float(x.min()) < 0.0 or float(x.max()) > 1.0:
+        raise ValueError(
+            f"DATA: its pixels are {float(x.min()):g} to {float(x.max()):g}; store bytes, or float32 from 0 to 1"
+        )
     side = min(x.shape[2:])
     if arch == "mini_style":
         side = min(max(side, LEAST_SIDE), SIDE)
@@ -142,7 +147,7 @@ def _one_thread() -> Iterator[None]:
 class _Progress:
     """Says every few seconds how far a training is."""
 
-    def __init__(self, steps: int, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: int, say: Say) -> None:
         self._steps = steps
         self._say = say
         self._began = self._said = time.monotonic()
@@ -167,7 +172,6 @@ def _batches(x: Tensor, epochs: int, batch: int, seed: int) -> Iterator[Tensor]:
             yield x[order[first : first + batch]]
 
 
-# ---- a variational autoencoder
 class _Encoder(nn.Module):
     """The decoder of `mlp_vae` mirrored: x [n, ...] -> mean and logarithm of the variance, [n, H] each."""
 
@@ -183,72 +187,25 @@ class _Encoder(nn.Module):
         return self.mean(hidden), self.log_var(hidden)
 
 
-def _vae(x: Tensor, latent_dim: int, epochs: int, batch: int, seed: int, say: Callable[[str], None]) -> nn.Module:
-    """Binary cross-entropy plus KL divergence from N(0, I), Adam with 1e-3. Source: Kingma and Welling, ICLR 2014."""
-    shape = (x.shape[1], x.shape[2], x.shape[3])
-    encoder, made = _Encoder(x[0].numel(), latent_dim), decoder(latent_dim, shape)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *made.parameters()], lr=1e-3)
-    progress = _Progress(epochs * (len(x) // batch), say)
-    for done, pixels in enumerate(_batches(x, epochs, batch, seed), start=1):
+def _train(network: nn.Module, x: Tensor, recipe: Recipe, latent_dim: int, epochs: int, seed: int, say: Say) -> None:
+    """Train a network from z to pixels as the decoder of a variational autoencoder.
+
+    Binary cross-entropy plus KL divergence from N(0, I), Adam with 1e-3. Source: Kingma and Welling, ICLR 2014.
+    """
+    encoder = _Encoder(x[0].numel(), latent_dim)
+    low, high = recipe.value_range
+    optimizer = torch.optim.Adam([*encoder.parameters(), *network.parameters()], lr=1e-3)
+    progress = _Progress(epochs * (len(x) // recipe.batch), say)
+    for done, pixels in enumerate(_batches(x, epochs, recipe.batch, seed), start=1):
         mean, log_var = encoder(pixels)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        told = binary_cross_entropy(made(z), pixels, reduction="sum") / batch
-        kl = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum() / batch
+        made = (network(z) - low) / (high - low)
+        told = binary_cross_entropy(made, pixels, reduction="sum") / len(pixels)
+        kl = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum() / len(pixels)
         optimizer.zero_grad()
         (told + kl).backward()
         optimizer.step()
         progress.step(done, {"cross-entropy": told, "KL": kl})
-    return made
-
-
-# ---- two networks against each other
-class _Discriminator(nn.Module):
-    """Three convolutions of stride 2 and a linear layer, each with spectral normalisation: x in -1..1 -> [n, 1]."""
-
-    def __init__(self, shape: ImageShape) -> None:
-        super().__init__()
-        channels, height, width = shape
-        widths = (channels, 32, 64, 128)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
-        for _ in range(3):
-            height, width = height // 2, width // 2
-        self.layers = nn.Sequential(*layers, nn.Flatten(), spectral_norm(nn.Linear(128 * height * width, 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [n, *shape]."""
-        return self.layers(x)  # type: ignore[no-any-return]
-
-
-def _style(x: Tensor, latent_dim: int, epochs: int, batch: int, seed: int, say: Callable[[str], None]) -> nn.Module:
-    """Hinge losses, Adam with 2e-4 and betas 0.5, 0.9, a step of either network a batch.
-
-    The weights are their moving averages, whose images are less of an accident than the last step's. Sources: Miyato
-    et al., ICLR 2018 (hinge loss, spectral normalisation); Karras et al., ICLR 2018 (averages).
-    """
-    shape = (x.shape[1], x.shape[2], x.shape[3])
-    network, judge = MiniStyleNetwork(latent_dim, latent_dim, shape), _Discriminator(shape)
-    of_steps = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)  # type: ignore[no-untyped-call]
-    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=of_steps)
-    ours = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9))
-    theirs = torch.optim.Adam(judge.parameters(), lr=2e-4, betas=(0.5, 0.9))
-    progress = _Progress(epochs * (len(x) // batch), say)
-    for done, pixels in enumerate(_batches(x, epochs, batch, seed), start=1):
-        made = network(torch.randn(batch, latent_dim))
-        real = relu(1.0 - judge(pixels * 2.0 - 1.0)).mean() + relu(1.0 + judge(made.detach())).mean()
-        theirs.zero_grad()
-        real.backward()  # type: ignore[no-untyped-call]
-        theirs.step()
-        judge.requires_grad_(False)  # its gradients would be thrown away
-        fooled = -judge(made).mean()
-        ours.zero_grad()
-        fooled.backward()
-        ours.step()
-        judge.requires_grad_(True)
-        average.update_parameters(network)
-        progress.step(done, {"discriminator": real, "generator": fooled})
-    return average.module
 
 
 # ---- files

@@ -19,7 +19,7 @@ from fldist.fold import Accumulator, Collect, Fold, FoldContext, Refused
 from fldist.kinds import Labels, Prototypes
 
 LARGEST = 1e6
-"""A prototype with an entry beyond it is refused."""
+"""A prototype with an entry beyond it is refused, where a method does not know better."""
 
 
 class Uploaded(NamedTuple):
@@ -46,10 +46,14 @@ def class_means(values: Tensor, classes: Tensor, num_classes: int) -> tuple[Tens
 
 def kept_rows(task: Task, client: int) -> int:
     """How many of a client's samples, from the first, its training really uses: `local.order: fixed` with `tail: drop`
-    never gets to the last n mod B."""
-    n, size = task.sizes[client], task.local.batch_size
-    if task.local.order == "fixed" and task.local.tail == "drop" and n > size:
-        return n - n % size
+    never gets to the last n mod B, nor a model with BatchNorm, with `tail: keep`, to a last one that is alone."""
+    n, local = task.sizes[client], task.local
+    left = n % local.batch_size
+    alone = left == 1 and task.architecture(client).batch_norm
+    if n == left:
+        return 0 if alone else n
+    if local.order == "fixed" and (local.tail == "drop" or (alone and local.tail == "keep")):
+        return n - left
     return n
 
 
@@ -59,27 +63,28 @@ def made_up(task: Task, client: int, field: str, dim: int) -> Tensor | None:
     return {"prototypes": torch.zeros(len(held), dim), "classes": held.int()}.get(field)
 
 
-def folds(dim: int, num_classes: int) -> dict[str, Fold]:
+def folds(dim: int, num_classes: int, limit: float = LARGEST) -> dict[str, Fold]:
     """How `Uploaded` replies of a call are taken: all are kept, and what is no prototype of this dimension is refused,
-    as are more or fewer of them than class numbers.
+    as are more or fewer of them than class numbers. limit: the largest magnitude of an entry.
     """
-    vectors = Vectors(dim)
+    vectors = Vectors(dim, limit)
     return {"prototypes": vectors, "classes": ClassNumbers(num_classes, vectors)}
 
 
 @dataclass(frozen=True)
 class Vectors(Fold):
-    """Keep every reply that is float32 [m, dim] with entries up to `LARGEST`, and refuse others.
+    """Keep every reply that is float32 [m, dim] with entries up to a limit, and refuse others.
 
-    lengths: by client, m of what is kept.
+    lengths: by client, m of what was kept last.
     """
 
     dim: int
+    limit: float = LARGEST
     lengths: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def begin(self, context: FoldContext) -> Accumulator:
         """Start an empty collection."""
-        return _Vectors(Collect(shape=(None, self.dim), limit=LARGEST).begin(context), self.lengths)
+        return _Vectors(Collect(shape=(None, self.dim), limit=self.limit).begin(context), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,6 @@ class _Vectors(_Kept):
         """Keep a reply, or refuse it."""
         self._kept.add(client, value, weight)
         self._lengths[client] = len(value)
-
-    def remove(self, client: int, value: Any, weight: float) -> None:
-        """Drop a reply."""
-        super().remove(client, value, weight)
-        del self._lengths[client]
 
 
 class _Numbers(_Kept):

@@ -25,6 +25,7 @@ from fldist.models.generators import named
 from fldist.models.generators.convert import convert
 from fldist.models.generators.diffusion import Diffusion, DiffusionGenerator
 from fldist.models.generators.stylegan import StyleGan, classes_of
+from fldist.models.generators.torchscript import set_device
 from fldist.vision import torchvision
 
 CPU = torch.device("cpu")
@@ -283,6 +284,20 @@ def test_a_converted_network_needs_no_trust_and_gives_the_same(
     assert torch.allclose(original.decode(drawn[0]), made.decode(drawn[0]), atol=1e-5)
     assert made.decode(drawn[0]).std() > 0.1
     assert made.decode(drawn[0][:0]).shape == (0, 3, 8, 8)
+
+
+def test_a_converted_network_makes_its_matrices_on_the_device_it_is_loaded_on(code: Path, tmp_path: Path) -> None:
+    write_network(code, tmp_path / "n.pkl")
+    convert(config(code, tmp_path / "n.pkl"), tmp_path / "n.pt")
+    w = torch.zeros(2, 6)
+    program = torch.jit.load(tmp_path / "n.pt")
+    set_device(program, torch.device("meta"))  # there is no GPU here; the matrix has no values there
+    with pytest.raises(RuntimeError, match=r"(?i)meta"):
+        program(w)
+    again = torch.jit.load(tmp_path / "n.pt")
+    set_device(again, torch.device("cuda:0"))
+    set_device(again, CPU)
+    assert torch.equal(again(w), torch.jit.load(tmp_path / "n.pt")(w))
 
 
 def test_what_a_trace_does_not_follow_is_refused(code: Path, tmp_path: Path) -> None:

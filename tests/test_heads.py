@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from fldist import models, run
 from fldist.algorithms.fedavg import FedAvg
-from fldist.config import ConfigError, build, load
+from fldist.config import ConfigError, build, load, make_algorithm
 from fldist.inspection import describe, dry_run
 from fldist.models.layers import AdaptedHead, feature_dim, features_and_logits, head_names
 from tests.conftest import small
@@ -221,3 +222,31 @@ def test_families_are_told_where_they_may_be_used():
 
 def test_one_model_is_not_listed():
     assert "\nmodel " not in dry_run(load(small()), 1)
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "pathological"])
+@pytest.mark.parametrize(("data", "classes"), [("cifar10", 2), ("cifar100", 10)])
+def test_presets_are_the_published_settings(data, classes, partition):
+    settings = load(Path(__file__).parents[1] / "configs" / "fedktl" / f"{data}-{partition}.yaml")
+    assert (settings.clients.num_clients, settings.clients.count()) == (20, 20)
+    assert [model.name for model in settings.clients.models] == FAMILIES["htfe8"].split()
+    assert settings.task.split.sizes(10) == (7, 0, 3)
+    assert all(settings.task.split.sizes(n)[0] == 3 * n // 4 for n in range(1, 500))
+    wanted = {
+        "dirichlet": {"alpha": 0.1, "min_size": 40, "balanced": True},
+        "pathological": {"per_client": classes, "balanced": True},
+    }
+    assert settings.task.partition.fields == wanted[partition]
+    assert (settings.rounds, settings.stop.patience, settings.task.feature_dim) == (2001, 100, 512)
+    assert (settings.local.batch_size, settings.local.lr, settings.local.epochs) == (10, 0.01, 1)
+    assert (settings.local.order, settings.local.tail, settings.local.momentum) == ("fixed", "drop", 0.0)
+    assert (settings.task.merged, settings.task.normalize) == (True, "symmetric")
+    made = make_algorithm(settings.algorithm)
+    assert (made.mu, made.lambda_, made.server_lr, made.server_batch_size, made.server_epochs) == (
+        50,
+        1,
+        0.01,
+        100,
+        100,
+    )
+    assert not made.generator.trust_pickle

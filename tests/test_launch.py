@@ -39,9 +39,10 @@ ALGORITHMS = (
     "centralised",
     "autoflip",
     "fedzge",
+    "lg_fedavg",
 )
 
-OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation")
+OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation", "fedproto")
 """These run under MPI as well; their own tests run them on gloo."""
 FIELDS: dict[str, dict[str, Any]] = {
     "autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True},

@@ -89,7 +89,7 @@ def test_commands_that_the_readme_names_exist() -> None:
         if k.arg == "name"
     }
     texts = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
-    named = {name for text in texts for name in re.findall(r"^(?:.*-m )?fldist (\w+)", text, re.M)}
+    named = {n.replace("-", "_") for text in texts for n in re.findall(r"^(?:.*-m )?fldist ([\w-]+)", text, re.M)}
     assert named <= commands, named - commands
     assert {"run", "describe", "doctor", "data", "partition"} <= named
 

@@ -79,6 +79,7 @@ LATENTS = 2048
 """Least latents that are drawn at a time: a mapping network takes many in little more time than few."""
 _LATENT_VALUES = 2**24
 _SHOWN = 64
+_HALF = torch.finfo(torch.float16).max
 
 
 # ---- the classifier
@@ -104,12 +105,13 @@ def etf(classes: int, dim: int, seed: int) -> Tensor:
     rng = generator(seed, "fedktl-etf")
     if dim >= classes:
         drawn = torch.rand(dim, classes, dtype=torch.float64, generator=rng)
-        return simplex(torch.linalg.qr(drawn).Q).float()
+        # contiguous, as what was sent is: the layout decides the bits of a matrix product
+        return simplex(torch.linalg.qr(drawn).Q).float().contiguous()
     drawn = torch.rand(classes, classes, dtype=torch.float64, generator=rng)
     drawn[:, 0] = 1.0
     within = torch.linalg.qr(drawn).Q[:, 1:]  # [C, C - 1], a basis of the hyperplane
     frame: Tensor = within.T @ simplex(torch.eye(classes, dtype=torch.float64))
-    return frame.float()
+    return frame.float().contiguous()
 
 
 def unit(v: Tensor) -> Tensor:
@@ -178,16 +180,22 @@ def mmd_gradient(x: Tensor, y: Tensor, bandwidths: Sequence[float] = BANDWIDTHS)
 
     2 / b^2 ( sum_l k'(x_j, y_l) (x_j - y_l)  -  sum_l k'(x_j, x_l) (x_j - x_l) ).
 
-    One Gram matrix for all kernels; the kernels among the y, half of the work of the loss, are not needed.
+    The kernels among the y, a third of the loss, are not needed; l = j, which adds nothing to the second sum, is left
+    out of it, since it would add rounding.
     """
     b = len(x)
-    both = torch.cat([y, x])  # [2 b, H]
-    d = squared_distances(x, both)
+    norms = x.square().sum(dim=1)
+    d = x.new_empty(b, 2 * b)  # D of x and y, and of x and x, side by side
+    torch.addmm(norms[:, None] + y.square().sum(dim=1), x, y.T, alpha=-2, out=d[:, :b])
+    torch.addmm(norms[:, None] + norms, x, x.T, alpha=-2, out=d[:, b:])
     slope = torch.zeros_like(d)
     for width in bandwidths:
-        slope.add_(torch.exp(d * (-0.5 / width)), alpha=1 / width)
-    slope[:, b:].neg_()
-    return (slope.sum(dim=1, keepdim=True) * x - slope @ both).mul_(2 / b**2)
+        # at least e^-80: an exp whose result is no normal number is fifty times as slow as another
+        slope.add_((d * (-0.5 / width)).clamp_(-80.0, 0.0).exp_(), alpha=1 / width)
+    across, within = slope[:, :b], slope[:, b:].neg_()
+    within.diagonal().zero_()
+    sums = slope.sum(dim=1, keepdim=True)
+    return torch.addmm(sums * x, across, y, alpha=-1).addmm_(within, x, alpha=-1).mul_(2 / b**2)
 
 
 def median_bandwidths(x: Tensor, y: Tensor) -> tuple[float, ...]:
@@ -211,6 +219,15 @@ def centroids(
 ) -> tuple[Tensor, Tensor]:
     """Class means [C, H] of F(P), of prototypes p [U, d] of classes [U], and which classes there are, bool [C].
 
+    mode: as of `mapped`.
+    """
+    means, counts = class_means(mapped(f, p, mode), classes, num_classes)
+    return means, counts > 0
+
+
+def mapped(f: nn.Module, p: Tensor, mode: Literal["eval", "batch"]) -> Tensor:
+    """F(P) [U, H] of prototypes p [U, d], without gradients; F stays as it is.
+
     eval: F's BatchNorm goes by its running statistics; batch: by those of all of p, and the running ones stay.
     """
     assert isinstance(f, nn.Sequential) and isinstance(f[1], nn.BatchNorm1d)
@@ -220,9 +237,8 @@ def centroids(
         mean, var = norm.running_mean, norm.running_var
         if mode == "batch":
             mean, var = x.mean(dim=0), x.var(dim=0, correction=0)
-        x = batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
-        means, counts = class_means(last(relu(x)), classes, num_classes)
-    return means, counts > 0
+        q: Tensor = last(relu(batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)))
+    return q
 
 
 @dataclass(frozen=True)
@@ -246,11 +262,65 @@ class Drawn:
 
     def __call__(self, n: int) -> Tensor:
         """The next n latents [n, H]."""
-        while len(self._left) < n:
-            rows = max(n, min(LATENTS, _LATENT_VALUES // self._of.latent_dim))
-            self._left = torch.cat([self._left, self._of.sample_latents(rows, self._rng).to(self._device)])
         taken, self._left = self._left[:n], self._left[n:]
-        return taken
+        if len(taken) == n:
+            return taken
+        missing = n - len(taken)
+        rows = max(missing, min(LATENTS, _LATENT_VALUES // self._of.latent_dim))
+        block = self._of.sample_latents(rows, self._rng).to(self._device)
+        self._left = block[missing:]
+        return torch.cat([taken, block[:missing]])
+
+
+class Passes:
+    """F's forward and backward pass in training, written out: autograd's bookkeeping takes longer than such layers.
+
+    a = P W1' + b1,  u = (a - mean a) / sqrt(var a + eps),  h = relu(gamma u + beta),  Q = h W2' + b2
+    """
+
+    def __init__(self, f: nn.Module) -> None:
+        """f: what `transformer` made, its parameters with gradients."""
+        assert isinstance(f, nn.Sequential) and isinstance(f[1], nn.BatchNorm1d)
+        self._norm: nn.BatchNorm1d = f[1]
+        self._values = [t.detach() for t in f.parameters()]  # W1, b1, gamma, beta, W2, b2
+        self._gradients = [t.grad for t in f.parameters() if t.grad is not None]
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Q [b, H] of p [b, d]; BatchNorm's running statistics move."""
+        w1, b1, gamma, beta, w2, b2 = self._values
+        a = torch.addmm(b1, p, w1.T)
+        mean = a.mean(dim=0)
+        var = a.sub_(mean).square().mean(dim=0)  # five times as fast as torch.var_mean
+        self._scale = (var + self._norm.eps).rsqrt_()
+        self._p, self._u = p, a.mul_(self._scale)
+        self._h = torch.addcmul(beta, self._u, gamma).relu_()
+        self._move_statistics(mean, var * (len(p) / (len(p) - 1)))
+        return torch.addmm(b2, self._h, w2.T)
+
+    def backward(self, g: Tensor) -> None:
+        """Write the gradients of a loss whose gradient with respect to Q is g [b, H].
+
+        b1's is 0, since BatchNorm takes b1 away with the mean; autograd would write the rounding of a sum, of which
+        Adam makes steps of full length.
+        """
+        _, _, gamma, _, w2, _ = self._values
+        d_w1, d_b1, d_gamma, d_beta, d_w2, d_b2 = self._gradients
+        torch.mm(g.T, self._h, out=d_w2)
+        torch.sum(g, dim=0, out=d_b2)
+        n = torch.mm(g, w2).mul_(self._h.sign())  # with respect to gamma u + beta
+        torch.sum(n, dim=0, out=d_beta)
+        torch.sum(n * self._u, dim=0, out=d_gamma)
+        n.sub_(d_beta / len(g)).addcmul_(self._u, d_gamma, value=-1 / len(g)).mul_(gamma * self._scale)
+        torch.mm(n.T, self._p, out=d_w1)
+        d_b1.zero_()
+
+    def _move_statistics(self, mean: Tensor, var: Tensor) -> None:
+        norm = self._norm
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var, norm.momentum)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
 
 
 def align(
@@ -268,29 +338,25 @@ def align(
     BatchNorm needs two); for each, L = MMD(F(P), w) + lambda MSE(F(P), E_c) with latents w that `draw` gives; gradients
     of F and of E clipped each to the norm `clip`; a step of Adam, which begins anew in each call. draw: b -> w [b, H].
 
-    The gradient of L with respect to F(P) and E is in closed form, so that only F is differentiated by autograd.
+    All gradients are in closed form.
     """
     kept = nn.Parameter(e.clone())
-    kept.grad = torch.zeros_like(kept)
-    size = e.shape[1]
+    gradient = kept.grad = torch.zeros_like(kept)
     adam = torch.optim.Adam([*f.weights, kept], lr=how.lr, fused=True)
-    f.train()
-    for drawn in _batches(len(p), how, rng):
-        rows = drawn.to(p.device)
-        b, c = len(rows), classes.index_select(0, rows)
-        w = draw(b)
-        q = f.module(p.index_select(0, rows))
-        with torch.no_grad():
-            x = q.detach()
-            gap = x - kept.index_select(0, c)
-            slope = mmd_gradient(x, w, how.bandwidths).add_(gap, alpha=2 * how.lambda_ / (b * size))
-            f.gradient.zero_()
-            kept.grad.zero_().index_add_(0, c, gap, alpha=-2 * how.lambda_ / (b * size))
-        q.backward(slope)
-        for weights in (f.weights, [kept]):
-            nn.utils.clip_grad_norm_(weights, how.clip, foreach=False)
-        adam.step()
-    return kept.detach(), {"mmd": float(mmd(x, w, how.bandwidths)), "mse": float(gap.square().mean())}
+    passes = Passes(f.module)
+    with torch.no_grad():
+        for drawn in _batches(len(p), how, rng):
+            rows = drawn.to(p.device)
+            c = classes.index_select(0, rows)
+            q, w = passes.forward(p.index_select(0, rows)), draw(len(rows))
+            gap = q - kept.index_select(0, c)
+            rate = 2 * how.lambda_ / gap.numel()
+            passes.backward(mmd_gradient(q, w, how.bandwidths).add_(gap, alpha=rate))
+            gradient.zero_().index_add_(0, c, gap, alpha=-rate)
+            for g in (f.gradient, gradient):
+                g.mul_((how.clip / (torch.linalg.vector_norm(g) + 1e-6)).clamp_(max=1.0))
+            adam.step()
+    return kept.detach(), {"mmd": float(mmd(q, w, how.bandwidths)), "mse": float(gap.square().mean())}
 
 
 def _batches(n: int, how: Alignment, rng: torch.Generator) -> Iterator[Tensor]:
@@ -342,8 +408,8 @@ class FedKtl(Algorithm):
         etf(task.num_classes, self.outputs(task.num_classes), 0)
         if self.mu and len(task.shape) != 3:
             raise ValueError(f"algorithm: fedktl makes images, and the samples' shape is {tuple(task.shape)}; set mu=0")
-        widths = {made.name: feature_dim(made.template) for made in task.client_architectures}
-        if self.mu and len(set(widths.values())) > 1:
+        widths = {made.name: feature_dim(made.template) for made in task.client_architectures if self.mu}
+        if len(set(widths.values())) > 1:
             shown = ", ".join(f"{name}: {width}" for name, width in widths.items())
             raise ValueError(f"task.feature_dim: the models' features differ ({shown}); set it, for instance to 512")
         if task.evaluation.own:
@@ -355,8 +421,9 @@ class FedKtl(Algorithm):
         """F and E; the latent and the image of every class that there is one of."""
         if not self.mu:
             return State()
-        made = self.made(task)
-        classes = task.num_classes
+        made, classes = self.made(task), task.num_classes
+        to_samples(torch.zeros(1, *made.image_shape), task.shape)  # ValueError where they can be no samples
+        self._fits("latents", made.sample_latents(2, generator(task.seed, "fedktl-try")), (made.latent_dim,))
         e = torch.randn(classes, made.latent_dim, generator=generator(task.seed, "fedktl-centroids"))
         return State(
             f=self.transformer(task).initial.clone(),
@@ -419,7 +486,7 @@ class FedKtl(Algorithm):
             return
         dim = self.outputs(task.num_classes)
         images, vectors = self.pairs(server)
-        fold = folds(dim, task.num_classes)
+        fold = folds(dim, task.num_classes, limit=1.001)  # unit vectors, but for rounding
         replies = clients.selected().call(self.train, **common, images=images, vectors=vectors, fold=fold)
         u, before = stacked(replies, dim), server.e
         server.log(prototypes=len(u.classes))
@@ -442,7 +509,9 @@ class FedKtl(Algorithm):
             images = (pictures * 255).round().to(torch.uint8)
         else:
             images = server.task.normal(pictures.to(server.task.device)).cpu()
-        return images, vectors.half() if self.vectors_as == "float16" else vectors
+        if self.vectors_as == "float16":  # an infinite value would spoil every client
+            vectors = vectors.clamp(-_HALF, _HALF).half()
+        return images, vectors
 
     def align(self, server: Server, u: Stacked) -> None:
         """Train F and E on the round's prototypes; E's rows then are what will be decoded."""
@@ -480,8 +549,7 @@ class FedKtl(Algorithm):
         if not isinstance(self.bandwidths, str):
             return self.bandwidths
         n = min(len(p), 256)
-        with torch.no_grad():
-            return median_bandwidths(f.eval()(p[:n]), draw(n))
+        return median_bandwidths(mapped(f, p[:n], "batch"), draw(n))  # as the alignment maps them
 
     def generate(self, server: Server, before: Tensor) -> None:
         """Decode the classes whose latents have moved: whose rows of E are not as they were before."""
@@ -494,10 +562,20 @@ class FedKtl(Algorithm):
         made, pictures = self.made(task), server.decoded.clone()
         for rows in moved.nonzero().flatten().split(self.generation_batch):
             images = made.decode(server.e[rows].to(task.device))
+            self._fits("images", images, made.image_shape)
             pictures[rows] = to_samples(images, task.shape, self.antialias).cpu()
         server.decoded = pictures
         if self.show_every and (server.round == 1 or server.round % self.show_every == 0):
             server.images(pairs=pictures[wanted][:_SHOWN])
+
+    @staticmethod
+    def _fits(what: str, got: Tensor, shape: tuple[int, ...]) -> None:
+        """ValueError for latents or images of other sizes than the generator says."""
+        if tuple(got.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"algorithm.generator: it says that its {what} have the shape {list(shape)}, and gives "
+                f"{list(got.shape[1:])}; correct it, or choose another one"
+            )
 
     def _same_generator(self, server: Server, made: PretrainedGenerator) -> None:
         """A run that goes on with another generator would be neither's."""
@@ -561,11 +639,11 @@ class FedKtl(Algorithm):
         return etf(classes, self.outputs(classes), seed).to(data.device)
 
     def loss(self, v: Tensor, pairs: Pairs | None = None) -> Loss:
-        """L_A of a batch; with pairs, L_A + mu L_M of a batch of these, which goes through the model after it."""
+        """L_A of a batch; with pairs, L_A + mu L_M of a batch of these."""
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            value = arcface(unit(module(batch.x)) @ v, batch.y, self.margin, self.scale)
-            share = None if pairs is None else pairs.loss(module)
+            z, share = (module(batch.x), None) if pairs is None else pairs.beside(module, batch.x)
+            value = arcface(unit(z) @ v, batch.y, self.margin, self.scale)
             return value if share is None else value + self.mu * share
 
         return loss
@@ -615,20 +693,29 @@ class Pairs:
         self._images = data.task.normal(images.float() / 255) if unit_range else images
         self._vectors = vectors.float()
         self._g = g
-        size, norm = data.task.local.batch_size, data.architecture.batch_norm
+        size, self._norm = data.task.local.batch_size, data.architecture.batch_norm
         self._order: Iterator[Tensor] | None = None
-        if len(images) > 1 or not norm:  # BatchNorm cannot train on one image
-            # a last batch of one joins the one before
-            tail: Literal["merge", "keep"] = "merge" if len(images) % size == 1 else "keep"
+        if len(images) > 1 or not self._norm:  # BatchNorm cannot train on one image
+            # and there a last batch of one joins the one before
+            tail: Literal["merge", "keep"] = "merge" if self._norm and len(images) % size == 1 else "keep"
             self._order = Order(len(images), size, data.streams.generator("second"), tail).forever()
 
-    def loss(self, module: nn.Module) -> Tensor | None:
-        """L_M of the next batch: its gradient goes to f and g, not to the head."""
+    def beside(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h(f(x)) of a client's batch, and L_M of the next batch of pairs, whose gradient goes to f and g, not to h.
+
+        BatchNorm sees the one after the other; without it, one pass for both takes two thirds of the time of two.
+        """
         if self._order is None:
-            return None
+            return module(x), None
         rows = next(self._order).to(self._images.device)
-        features, _ = features_and_logits(module, self._images.index_select(0, rows))
-        return transfer(self._g(features), self._vectors.index_select(0, rows))
+        images, vectors = self._images.index_select(0, rows), self._vectors.index_select(0, rows)
+        if self._norm:
+            z = module(x)
+            features, _ = features_and_logits(module, images)
+        else:
+            features, z = features_and_logits(module, torch.cat([x, images]))
+            features, z = features[len(x) :], z[: len(x)]
+        return z, transfer(self._g(features), vectors)
 
 
 @functools.lru_cache(maxsize=2)

@@ -448,11 +448,12 @@ class _Outputs:
     def take(self, labels: Tensor) -> None:
         """Take a step's batch. ValueError when its loss did not run the module."""
         outputs, self._outputs = self._outputs, None
-        if outputs is None or len(outputs) != len(labels):
+        if outputs is None or len(outputs) < len(labels):
             raise ValueError(
                 "eval.own and selectors that want reports need the model's outputs for each batch, which this "
                 "training's loss does not compute; let it call module(batch.x), or do without them"
             )
+        outputs = outputs[: len(labels)]  # behind them may be those of samples that are not the client's
         if self.sums:
             self.squares += float(cross_entropy(outputs, labels, reduction="none").double().square().sum())
         if self.keeps:

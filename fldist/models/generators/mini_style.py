@@ -43,7 +43,8 @@ class MiniStyle(GeneratorConfig):
                 f"{KEY}.path: the JSON file of {file} says image_shape {list(car.image_shape)}, and mini_style makes "
                 f"at most {SIDE} x {SIDE} pixels; correct it"
             )
-        network = MiniStyleNetwork(car.noise_dim, car.latent_dim, car.image_shape)
+        with torch.device("meta"):
+            network = MiniStyleNetwork(car.noise_dim, car.latent_dim, car.image_shape)
         load_into(network, state, file)
         return ModuleGenerator(
             network.synthesis,
@@ -77,6 +78,8 @@ class Mapping(nn.Module):
         super().__init__()
         self.first = nn.Linear(z_dim, latent_dim)
         self.second = nn.Linear(latent_dim, latent_dim)
+        for linear in (self.first, self.second):  # with PyTorch's defaults w would hardly differ from image to image
+            nn.init.kaiming_normal_(linear.weight, SLOPE)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: float32 [n, z_dim], of any length that is not 0."""

@@ -180,7 +180,7 @@ def fingerprint_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 # ---- files
 def find_file(path: str, key: str = f"{KEY}.path") -> Path:
-    """A file where it is given, else below FLDIST_DATA, else in the folder `pretrained` of that.
+    """A file where it is given, else below FLDIST_DATA, else in the folder `pretrained` of that, else in `WEIGHTS`.
 
     ValueError, beginning with `key`, names all places that were looked at.
     """
@@ -189,7 +189,7 @@ def find_file(path: str, key: str = f"{KEY}.path") -> Path:
     root = os.environ.get("FLDIST_DATA")
     if root and not given.is_absolute():
         places += [Path(root).absolute() / given, Path(root).absolute() / "pretrained" / given]
-    for place in places:
+    for place in [*places, WEIGHTS / given]:
         if place.is_file():
             return place
     remedy = "put it there" if root else "set FLDIST_DATA to the folder that has it"
@@ -228,7 +228,10 @@ def read_state(file: Path, key: str = f"{KEY}.path") -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, key: str = f"{KEY}.path") -> None:
-    """Copy tensors into a module of the same names and shapes; ValueError names the file and what differs."""
+    """Give tensors to a module of the same names and shapes; ValueError names the file and what differs.
+
+    The module may be on the device `meta`, so that no initial values are drawn from torch's global generator.
+    """
     wanted = module.state_dict()
     for name, tensor in wanted.items():
         if name not in state:
@@ -241,7 +244,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], file: Path, key: s
     more = sorted(set(state) - set(wanted))
     if more:
         raise ValueError(f"{key}: {file} has tensors that nothing is known of: {_some(more)}; choose the right file")
-    module.load_state_dict({name: state[name] for name in wanted})
+    module.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=True)
 
 
 def _some(names: Any) -> str:

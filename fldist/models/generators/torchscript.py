@@ -40,6 +40,7 @@ class TorchScript(GeneratorConfig):
                 f"{KEY}.path: {file} cannot be read as TorchScript ({said}); write it with torch.jit.save"
             ) from None
         program.eval()
+        set_device(program, device)
         mapping = None
         if car.latent == "w":
             if not hasattr(program, "mapping"):
@@ -47,10 +48,11 @@ class TorchScript(GeneratorConfig):
                     f"{KEY}.path: {file} exports no mapping(z), which latent w needs; mark it with torch.jit.export, "
                     "or say latent z in the JSON file"
                 )
-            mapping = _Exported(program)
-        _try(program, mapping, car, file, device)
+            mapping = _Method(program, "mapping")
+        synthesis = _Method(program, "forward")
+        _try(synthesis, mapping, car, file, device)
         return ModuleGenerator(
-            program,
+            synthesis,
             mapping,
             arch=f"torchscript {hashlib.sha256(file.read_bytes()).hexdigest()}",  # tensors do not tell what it does
             z_dim=car.noise_dim,
@@ -61,22 +63,39 @@ class TorchScript(GeneratorConfig):
         )
 
 
-class _Exported(nn.Module):
-    """The method `mapping` of a program, as a module without tensors of its own."""
+def set_device(program: Any, device: torch.device) -> None:
+    """Write a device into a program's instructions where it names one.
 
-    def __init__(self, program: Any) -> None:
+    What a traced program makes itself, such as an identity matrix, it makes on the device it was traced on, and
+    map_location moves its tensors alone.
+    """
+    for module in program.modules():
+        for name in module._c._method_names():
+            for node in module._c._get_method(name).graph.findAllNodes("prim::Constant"):
+                if node.output().type().kind() == "DeviceObjType":
+                    node.s_("value", str(device))
+
+
+class _Method(nn.Module):
+    """A method of a program, as a module without tensors of its own.
+
+    The interpreter may not optimise it: after two calls it would run other kernels, which round otherwise.
+    """
+
+    def __init__(self, program: Any, name: str) -> None:
         super().__init__()
-        self._call = program.mapping
+        self._call = getattr(program, name)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z: float32 [n, z_dim] -> [n, latent_dim]."""
-        return self._call(z)  # type: ignore[no-any-return]
+    def forward(self, values: Tensor) -> Tensor:
+        """values: float32 [n, latents or noise]."""
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return self._call(values)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def _try(program: Any, mapping: nn.Module | None, car: SideCar, file: Path, device: torch.device) -> None:
+def _try(synthesis: nn.Module, mapping: nn.Module | None, car: SideCar, file: Path, device: torch.device) -> None:
     """Refuse a program whose sizes are not those of the side-car."""
-    parts: list[tuple[Any, str, int, list[int]]] = [(program, "forward", car.latent_dim, [2, *car.image_shape])]
+    parts: list[tuple[nn.Module, str, int, list[int]]] = [(synthesis, "forward", car.latent_dim, [2, *car.image_shape])]
     if mapping is not None:
         parts.append((mapping, "mapping", car.noise_dim, [2, car.latent_dim]))
     for call, name, width, wanted in parts:

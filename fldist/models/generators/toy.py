@@ -25,9 +25,10 @@ class Toy(GeneratorConfig):
     def load(self, device: torch.device) -> ModuleGenerator:
         """The generator; reads nothing."""
         channels, height, width = self.image_shape
-        linear = nn.Linear(self.latent_dim, channels * height * width, bias=False)
-        with torch.no_grad():
-            linear.weight.normal_(0.0, self.latent_dim**-0.5, generator=generator(self.seed, "toy-generator"))
+        with torch.device("meta"):  # without initial values, which would be drawn from torch's global generator
+            linear = nn.Linear(self.latent_dim, channels * height * width, bias=False)
+        values = torch.randn(linear.weight.shape, generator=generator(self.seed, "toy-generator"))
+        linear.load_state_dict({"weight": values * self.latent_dim**-0.5}, assign=True)
         return ModuleGenerator(
             nn.Sequential(linear, nn.Tanh(), nn.Unflatten(1, self.image_shape)),
             None,
