@@ -537,7 +537,7 @@ class FedKtl(Algorithm):
                 e = self.class_means(f.module, p, classes, e)
         if not bool(e.isfinite().all()):
             raise ValueError(
-                f"algorithm.server_lr: the alignment of round {server.round} has diverged (its centroids are not finite); "
+                f"algorithm.server_lr: the alignment of round {server.round} has diverged (centroids are not finite); "
                 f"lower it from {self.server_lr:g}, or lambda_ from {self.lambda_:g}"
             )
         server.f, server.e = f.params, e
