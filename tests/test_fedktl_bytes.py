@@ -182,6 +182,15 @@ def test_upload_does_not_depend_on_the_models(tmp_path: Path) -> None:
     assert len(set(sizes)) == 3
 
 
+@pytest.mark.parametrize("tail", ["keep", "drop"])
+def test_fedproto_uploads_k_values_where_fedktl_uploads_c(tmp_path: Path, tail: str) -> None:
+    local = {"epochs": 1, "batch_size": 8, "lr": 0.01, "order": "fixed", "tail": tail}
+    ktl = run(tmp_path / "ktl", local=local).by_kind
+    proto = run(tmp_path / "proto", local=local, algorithm={"name": "fedproto"}).by_kind
+    assert proto["prototypes up"] * CLASSES == ktl["prototypes up"] * FEATURES
+    assert proto["labels up"] == ktl["labels up"]
+
+
 def test_download_does_not_depend_on_how_many_classes_a_client_has(tmp_path: Path) -> None:
     told = run(tmp_path / "run")
     down = [{kind: n for kind, n in told.of("train", 2)[k].items() if kind.endswith("down")} for k in range(CLIENTS)]

@@ -680,6 +680,7 @@ def test_an_alignment_is_that_of_two_optimizers_and_automatic_differentiation(
         moved, losses = align(f, e, p, classes, draw, how, rngs[0])
         assert torch.equal(e, start)
         assert torch.equal(moved[5:], start[5:])  # nobody has these classes
+        assert torch.equal(moved[:5], start[:5]) == (lam == 0)
         kept, mmds, mses = aligned_by_definition(by, kept, p, classes, how, rngs[1])
         close(moved.double(), kept, atol=2e-5)
         ends = f.module.state_dict()

@@ -535,6 +535,11 @@ class FedKtl(Algorithm):
             e, losses = align(f, e, p, classes, draw, how, server.rng)
             if self.centroids != "learned":
                 e = self.class_means(f.module, p, classes, e)
+        if not bool(e.isfinite().all()):
+            raise ValueError(
+                f"algorithm.server_lr: the alignment of round {server.round} has diverged (centroids are not finite); "
+                f"lower it from {self.server_lr:g}, or lambda_ from {self.lambda_:g}"
+            )
         server.f, server.e = f.params, e
         server.log(**losses, centroid_std=float(e[torch.unique(classes)].std()))
 
