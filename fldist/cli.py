@@ -340,6 +340,18 @@ def bench_fedzge(
     typer.echo(measure.told(lambda: fedzge.measure(repeats, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("fedktl")
+def bench_fedktl(
+    repeats: Annotated[int | None, typer.Option(help="Turns of all that is compared (default: 7).")] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """FedKTL's alignment against the same one batch by batch with a data loader; prototypes; the transfer term."""
+    from fldist.bench import fedktl, measure
+
+    typer.echo(measure.told(lambda: fedktl.measure(repeats, quick=quick, say=_aside), json_file))
+
+
 @bench_app.command("suite")
 def bench_suite(
     suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],

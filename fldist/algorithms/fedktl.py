@@ -535,6 +535,11 @@ class FedKtl(Algorithm):
             e, losses = align(f, e, p, classes, draw, how, server.rng)
             if self.centroids != "learned":
                 e = self.class_means(f.module, p, classes, e)
+        if not bool(e.isfinite().all()):
+            raise ValueError(
+                f"algorithm.server_lr: the alignment of round {server.round} has diverged (centroids are not finite); "
+                f"lower it from {self.server_lr:g}, or lambda_ from {self.lambda_:g}"
+            )
         server.f, server.e = f.params, e
         server.log(**losses, centroid_std=float(e[torch.unique(classes)].std()))
 
@@ -696,8 +701,8 @@ class Pairs:
         size, self._norm = data.task.local.batch_size, data.architecture.batch_norm
         self._order: Iterator[Tensor] | None = None
         if len(images) > 1 or not self._norm:  # BatchNorm cannot train on one image
-            # and there a last batch of one joins the one before
-            tail: Literal["merge", "keep"] = "merge" if self._norm and len(images) % size == 1 else "keep"
+            # for whose sake a last batch of one joins the one before, whatever the network
+            tail: Literal["merge", "keep"] = "merge" if len(images) % size == 1 else "keep"
             self._order = Order(len(images), size, data.streams.generator("second"), tail).forever()
 
     def beside(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
