@@ -392,6 +392,30 @@ def test_what_the_server_makes_of_the_vectors(tmp_path: Path, calls: list[Aligne
     assert 0.8 < float(latents.std()) < 1.2
 
 
+def test_the_median_is_of_vectors_as_the_alignment_maps_them_and_of_latents(
+    tmp_path: Path, calls: list[Aligned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a round: BatchNorm goes by the vectors' own statistics, as in training."""
+    asked: list[tuple[Tensor, Tensor, tuple[float, ...]]] = []
+
+    def spy(x: Tensor, y: Tensor) -> tuple[float, ...]:
+        asked.append((x, y, median(x, y)))
+        return asked[-1][2]
+
+    median = fedktl.median_bandwidths
+    monkeypatch.setattr(fedktl, "median_bandwidths", spy)
+    run(tmp_path / "run", {"bandwidths": "median"})
+    assert len(asked) == len(calls) == 3
+    for (x, y, widths), call in zip(asked, calls, strict=True):
+        module = fedktl.transformer(C, H).train()
+        call.f.clone().bind(module)
+        with torch.no_grad():
+            close(x, module(call.p), 1e-5)
+        assert y.shape == x.shape
+        assert 0.7 < float(y.std()) < 1.3
+        assert call.how.bandwidths == widths
+
+
 def test_the_rows_that_nobody_has_uploaded_are_random_ones(tmp_path: Path) -> None:
     run(tmp_path / "run", {"never_seen": "random"})
     turns = by_client_and_round(SEEN["turn"])
