@@ -165,7 +165,7 @@ class Server(Protocol):
 class Me(Protocol):
     """A client's own state. Writes are staged and become real when the round commits and the reply was accepted.
 
-    `scratch` lives within a round and is never checkpointed.
+    `scratch` lives within a round, its scoring included, and is never checkpointed.
     """
 
     client: int

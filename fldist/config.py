@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -371,10 +372,11 @@ def _explain(error: ValidationError, prefix: str = "") -> list[str]:
     for problem in error.errors():
         # of a union, pydantic tells what is wrong with every member, under names that are no keys
         parts = [str(part) for part in problem["loc"]]
-        member = next((i for i, part in enumerate(parts) if part == "MeanStd" or "[" in part), None)
+        member = next((i for i, part in enumerate(parts) if i and _MEMBER.search(part)), None)
         if member is not None:
             key = prefix + ".".join(parts[:member])
-            line = f"{key}: it must be {UNIONS[parts[member - 1]]}; got {_at(error, problem, member)!r}"
+            forms = UNIONS.get(parts[member - 1], "another value")
+            line = f"{key}: it must be {forms}; got {_at(error, problem, member)!r}"
             lines += [line] if line not in lines else []
             continue
         key = prefix + ".".join(parts)
@@ -388,7 +390,12 @@ def _explain(error: ValidationError, prefix: str = "") -> list[str]:
     return lines
 
 
-UNIONS = {"normalize": "unit, symmetric, standard, or {mean: [...], std: [...]} with a number a channel"}
+_MEMBER = re.compile(r"\[|^MeanStd$|^constrained-")  # pydantic's names of a union's members
+UNIONS = {
+    "normalize": "unit, symmetric, standard, or {mean: [...], std: [...]} with a number a channel",
+    "etf_dim": "classes, least, or a whole number from 1 on",
+    "bandwidths": "a list of positive numbers, or median",
+}
 """What is said of keys that take things of several forms."""
 
 

@@ -9,14 +9,14 @@ is made of them, at the server and at the clients, is the business of `algorithm
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fldist.data.task import Task
 from fldist.fold import Accumulator, Collect, Fold, FoldContext, Refused
-from fldist.kinds import Labels, Prototypes
+from fldist.kinds import Labels, MaxBytes, Prototypes
 
 LARGEST = 1e6
 """A prototype with an entry beyond it is refused, where a method does not know better."""
@@ -25,8 +25,8 @@ LARGEST = 1e6
 class Uploaded(NamedTuple):
     """A client's prototypes."""
 
-    prototypes: Prototypes  # float32 [m, d]
-    classes: Labels  # int32 [m], strictly ascending
+    prototypes: Annotated[Prototypes, MaxBytes(2**26)]  # float32 [m, d]
+    classes: Annotated[Labels, MaxBytes(2**20)]  # int32 [m], strictly ascending
 
 
 class Stacked(NamedTuple):

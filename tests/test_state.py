@@ -131,6 +131,8 @@ def test_scratch_lives_within_a_round_and_is_not_committed():
     assert clients.view(2).scratch.values == {}
     clients.verdict((1, 0), True, {})
     assert clients.committed(1) == {"v": 10, "log": []}
+    assert clients.view(1).scratch.batch == 5, "the round's scoring may want it"
+    clients.begin((2, 0))
     assert clients.view(1).scratch.values == {}
 
 

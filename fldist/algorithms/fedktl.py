@@ -383,15 +383,15 @@ class FedKtl(Algorithm):
 
     lambda_: NonNegative = 1.0  # lambda, weight of the centroids in the alignment
     server_lr: Positive = 0.01  # of the alignment's Adam
-    server_epochs: Count = 100
-    server_batch_size: Annotated[int, Field(ge=2)] = 100
+    server_epochs: Count = 100  # passes over the prototypes of a round
+    server_batch_size: Annotated[int, Field(ge=2)] = 100  # prototypes, and as many latents, of a step
     bandwidths: Bandwidths | Literal["median"] = BANDWIDTHS  # sigma^2 of the kernels; median: by the distances
     centroids: Literal["batch", "eval", "learned"] = "batch"  # what is decoded: see `centroids`; learned: E
     never_seen: Literal["leave_out", "random"] = "leave_out"  # classes nobody has uploaded; random: a random latent
 
     setup_by: Literal["seed", "tensor"] = "seed"  # how V and the initial g reach the clients
     images_as: Literal["float32", "uint8"] = "float32"  # uint8: before normalisation
-    vectors_as: Literal["float32", "float16"] = "float32"
+    vectors_as: Literal["float32", "float16"] = "float32"  # of the latents that are sent
     antialias: bool = True  # when images are made smaller; published: no
     generation_batch: Count = 64  # images decoded at a time
     show_every: Annotated[int, Field(ge=0)] = 10  # rounds between pictures of the pairs (round 1 as well); 0: none

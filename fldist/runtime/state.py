@@ -8,7 +8,7 @@ which version it starts from, and a host that does not have it in memory reads i
 
 States lie on the CPU, at the server as at clients: there may be more of them than a GPU has memory, and files and
 hashes are made from there. What a client reads of its `me` is brought to the device it calculates on, and what it
-writes comes back when it is staged; `me.scratch` lives within a round and stays where it is.
+writes comes back when it is staged; `me.scratch` lives within a round, its scoring included, and stays where it is.
 """
 
 from __future__ import annotations
@@ -231,7 +231,10 @@ class ClientStates:
         return kept
 
     def verdict(self, key: RoundKey, commit: bool, accepted: dict[int, int]) -> None:
-        """End a round: commit the first `accepted[client]` calls of each client (all where it is not named)."""
+        """End a round: commit the first `accepted[client]` calls of each client (all where it is not named).
+
+        What is in the scratches stays for the round's scoring, until the next round begins here.
+        """
         if key != self._key:
             return
         if commit:
@@ -240,8 +243,9 @@ class ClientStates:
                     self.committed(client).update(writes)
                     if writes and self.files is not None:
                         self._versions[client] = version
+        else:
+            self._scratch.clear()
         self._staged.clear()
-        self._scratch.clear()
 
     def digest(self, client: int) -> str:
         """SHA-256 of a client's committed state."""
