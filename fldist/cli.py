@@ -119,6 +119,7 @@ def compare(
     ] = None,
     to: Annotated[list[float] | None, typer.Option(help="An accuracy to reach, such as 0.8; repeatable.")] = None,
     last: Annotated[int, typer.Option(help="Final accuracy is each run's mean over so many last scored rounds.")] = 1,
+    best: Annotated[bool, typer.Option("--best", help="Final accuracy is each run's best scored round.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the figures in full into this file, too.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.png, .pdf, .svg).")] = None,
     against: Annotated[
@@ -133,7 +134,9 @@ def compare(
 
     budgets = [parse_budget(text) for text in at or []]
     targets = sorted({check_target(target) for target in to or []})
-    final = Final(check_last(last))
+    if best and last != 1:
+        raise ValueError(f"--best: not together with --last {last}; leave one out")
+    final = Final(check_last(last), best)
     axes = list(dict.fromkeys(axis_of(name, "--against") for name in against or ["total_bytes"]))
     for option, path in (("--csv", csv), ("--plot", plot)):
         if path is not None:

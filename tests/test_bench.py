@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist import cli
-from fldist.bench import autoflip, exchange, fedzge, measure, workload
+from fldist.bench import autoflip, exchange, fedktl, fedzge, measure, workload
 from fldist.bench import round as of_round
 from fldist.bench.measure import Figure, Pair, Report, Target
 from fldist.bench.party import PartyFailed, stage
@@ -126,6 +126,7 @@ def test_a_report_says_machine_targets_and_what_is_absent() -> None:
         (["round", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["autoflip", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["fedzge", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["fedktl", "--repeats", "-1"], "--repeats: must be at least 1, got -1"),
         (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
         (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
         (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
@@ -398,3 +399,36 @@ def test_fedzge(
     assert all(figures[f"cnn_chunk_{size}_per_s"] > 0.0 for size in (n // 4, n // 2, n, (q + 1) * n))
     assert all(figures[f"directions_{law}_s"] > 0.0 for law in ("rademacher", "sphere", "randn"))
     assert "100 Mbit/s is priced, not measured" in out
+
+
+# ---- alignment
+def test_prototypes_by_lists_are_those_by_sums() -> None:
+    z = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 5.0], [4.0, 0.0]])
+    p, classes = fedktl.listed(z, torch.tensor([7, 2, 7, 7]))
+    assert classes.tolist() == [2, 7]
+    want = torch.tensor([[0.0, 1.0], [2.0 / 5**0.5, 1.0 / 5**0.5]])
+    assert torch.allclose(p, want, atol=1e-6)
+
+
+def test_the_plain_mmd_by_hand() -> None:
+    x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]])
+    want = 2 * (1 - torch.exp(torch.tensor(-25 / 20)) + 1 - torch.exp(torch.tensor(-25 / 100)))
+    assert float(fedktl.plain_mmd(x, y, (10.0, 50.0))) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.timeout(300)
+def test_fedktl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    warm_up()
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "fedktl")
+    for case in fedktl.QUICK:
+        key = case.key
+        assert figures[f"{key}_ratio"] == pytest.approx(figures[f"{key}_plain_s"] / figures[f"{key}_s"], rel=0.5)
+        assert figures[f"{key}_s"] == pytest.approx(case.steps * figures[f"{key}_step_s"])
+        assert all(figures[f"{key}_{which}difference"] <= 1e-5 for which in ("", "exact_", "plain_exact_"))
+        assert figures[f"{key}_gflop_per_s"] == pytest.approx(case.flops / figures[f"{key}_s"] / 1e9, rel=0.5)
+        assert all(figures[f"{key}_{part}_share"] > 0.0 for part in fedktl.WHAT)
+    assert figures["prototypes_difference"] <= 1e-5
+    assert all(figures[f"{name}_ratio"] > 0.0 for name in ("prototypes", "train", "train_two_passes"))
+    assert out.count("limit: ") == len(fedktl.QUICK) + 1

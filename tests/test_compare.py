@@ -1190,6 +1190,11 @@ def test_the_command_prints_writes_and_draws(
     assert compare(monkeypatch, suite, "--last", "2", "--csv", table) == 0
     assert "final: each run's mean over its last 2 scored rounds" in capsys.readouterr().out
     assert rows(table)["fedavg", "final_accuracy", ""]["rounds_averaged"] == "2;2;2"
+    assert compare(monkeypatch, suite, "--best", "--csv", table) == 0
+    assert "best: each run's best scored round, as many papers report it" in capsys.readouterr().out
+    best = rows(table)["fedavg", "best_accuracy", ""]
+    of = [run.accuracy for run in gather([suite])[0] if run.config["algorithm"]["name"] == "fedavg"]
+    assert [float(value) for value in best["values"].split(";")] == [max(accuracy) for accuracy in of]
 
 
 @pytest.mark.parametrize(
@@ -1207,6 +1212,7 @@ def test_the_command_prints_writes_and_draws(
         (["--to", "nan"], "--to: nan is no accuracy"),
         (["--last", "0"], "--last: 0 is no number of scored rounds; give 1 or more"),
         (["--last", "-3"], "--last: -3 is no number of scored rounds"),
+        (["--best", "--last", "2"], "--best: not together with --last 2; leave one out"),
         (["--against", "bytes"], "--against: 'bytes' is no axis"),
         (["--plot", "curves.gif"], "--plot: curves.gif must end in .png, .pdf, .svg; got '.gif'"),
         (["--plot", "curves"], "--plot: curves must end in .png, .pdf, .svg; got 'no ending'"),
@@ -1229,5 +1235,5 @@ def test_the_page_explains_every_measure_and_option() -> None:
     for name in (*tables.COLUMNS, "final_accuracy", "accuracy_at_", "_to_accuracy", "_to_accuracy_ratio"):
         assert f"`{name}`" in page or f"{name}AXIS" in page or f"AXIS{name}" in page, name
     assert "`figure_NAME`" in page
-    for option in ("--baseline", "--at", "--to", "--last", "--csv", "--plot", "--against"):
+    for option in ("--baseline", "--at", "--to", "--last", "--best", "--csv", "--plot", "--against"):
         assert f"`{option}" in page, option

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fldist.algorithms.fedktl import (
     Alignment,
+    Passes,
     align,
     arcface,
     centroids,
@@ -616,6 +617,31 @@ def network(seed: int = 0, d: int = 6, h: int = 4) -> Network:
     torch.manual_seed(seed)
     f = transformer(d, h)
     return Network(f, Params.of(f).clone())
+
+
+@pytest.mark.parametrize("b", [2, 7])
+def test_the_passes_written_out_are_those_of_autograd(b: int) -> None:
+    p, slope, by = rand(b, 6, seed=60), rand(b, 4, seed=61), moved_transformer(6, 4, seed=6).train()
+    f = copy.deepcopy(by)
+    for value in f.parameters():
+        value.grad = torch.full_like(value, 7.0)  # what an earlier step has left
+    passes = Passes(f)
+    for _ in range(2):
+        by.zero_grad()
+        want = by(p)
+        want.backward(slope)
+        got = passes.forward(p)
+        close(got, want.detach())
+        passes.backward(slope)
+        for (name, one), other in zip(f.named_parameters(), by.parameters(), strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert name == "0.bias" or float(other.grad.abs().max()) > 1e-3
+            close(one.grad, other.grad)
+            assert torch.equal(one, other)
+        for one, other in zip(f.buffers(), by.buffers(), strict=True):
+            close(one, other)
+        p, slope = p.flip(0) + 0.1, slope * 2
 
 
 class Latents:

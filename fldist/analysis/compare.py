@@ -418,9 +418,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Final:
-    """The end of every run: the mean over its last `last` scored rounds."""
+    """The end of every run: the mean over its last `last` scored rounds; or, instead, its best scored round."""
 
     last: int = 1
+    best: bool = False
+
+    def of(self, accuracy: Floats) -> float:
+        """Of a run's accuracies by round, NaN where one was not scored; NaN when none was."""
+        if self.best and not np.isnan(accuracy).all():
+            return float(np.nanmax(accuracy))
+        return mean_of_last(accuracy, self.last)
 
 
 @dataclass(frozen=True)
@@ -532,7 +539,7 @@ def _smallest(axis: Axis, ends: Sequence[tuple[float, str]]) -> Budget:
 def reached(method: Method, budget: Budget | Final) -> Reached:
     """A method's accuracy at a budget, or in the end. A run that exchanges nothing is within every budget of bytes."""
     if isinstance(budget, Final):
-        return Reached({run.seed: mean_of_last(run.accuracy, budget.last) for run in method.runs})
+        return Reached({run.seed: budget.of(run.accuracy) for run in method.runs})
     values, ended, unscored = {}, [], []
     for run in method.runs:
         cost = run.spent(budget.axis)

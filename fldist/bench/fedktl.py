@@ -154,6 +154,10 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        side = 64 if quick else 1024
+        square = torch.randn(side, side, generator=generator(SEED, "bench-square"))
+        speed = [2e-9 * side**3 / _seconds(lambda: square @ square, 5) for _ in range(repeats)]
+        report.add(Figure("product_gflop_per_s", f"a product of {side} x {side} matrices", speed, "GFLOP/s"))
         for case in QUICK if quick else CASES:
             _measure_alignment(report, case, repeats, say)
         _measure_prototypes(report, repeats, say, clients=2 if quick else 20, samples=40 if quick else 2250)
@@ -269,7 +273,7 @@ def _streams() -> tuple[torch.Generator, torch.Generator]:
 def apart(one: Aligned, other: Aligned) -> float:
     """The largest difference of an entry of E or of F's tensors, `UNDETERMINED` ones excepted."""
     pairs = [(one.e, other.e)] + [(one.f[name], other.f[name]) for name in one.f if name not in UNDETERMINED]
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return float(torch.stack([(a - b).abs().max().double() for a, b in pairs]).max())
 
 
 def check_same(found: float, what: str) -> float:
@@ -299,14 +303,17 @@ def _measure_alignment(report: Report, case: Case, repeats: int, say: Say) -> No
     report.add(Figure(f"{key}_exact_difference", f"{what}: ours", [apart(fast(start), exact)]))
     report.add(Figure(f"{key}_plain_exact_difference", f"{what}: batch by batch", [apart(plain(start), exact)]))
     speed = [case.flops / s / 1e9 for s in ours]
-    report.add(Figure(f"{key}_gflop_per_s", "  ours: matrix products, over the whole time", speed, "GFLOP/s"))
+    done = report.add(Figure(f"{key}_gflop_per_s", "  ours: matrix products, over the whole time", speed, "GFLOP/s"))
     parts = {name: [s / each for s in values] for name, values in turns(_parts(start), repeats).items()}
     shares = {
         name: report.add(Figure(f"{key}_{name}_share", f"  {WHAT[name]} alone / a step", values))
         for name, values in parts.items()
     }
     told = ", ".join(f"{WHAT[name]} {100 * share:.0f} %" for name, share in shares.items())
-    report.limits.append(f"{name}: of a step, each measured alone: {told}; the rest is elementwise work and Python")
+    report.limits.append(
+        f"{case.what}: of a step, each measured alone: {told}; the rest is elementwise work, caches and Python; "
+        f"alone the products run at {done / shares['products']:.0f} GFLOP/s"
+    )
 
 
 WHAT = {"products": "matrix products", "latents": "latents", "adam": "Adam"}
