@@ -39,9 +39,20 @@ class Stacked(NamedTuple):
 def class_means(values: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Means [C, d] of values [n, d] by class int64 [n], 0 for a class without any; and how many of each, int64 [C]."""
     sums = torch.zeros(num_classes, values.shape[1], dtype=values.dtype, device=values.device)
-    sums.index_add_(0, classes, values)
+    add_rows(sums, classes, values)
     counts = torch.bincount(classes, minlength=num_classes)
     return sums / counts.clamp(min=1)[:, None].to(values.dtype), counts
+
+
+def add_rows(into: Tensor, rows: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+    """into[rows[j]] += alpha values[j] for all j, in place: into [C, d], rows int64 [n], values [n, d].
+
+    In one order, so that the bits are the same every time, on a GPU too.
+    """
+    if into.is_cuda:  # index_add_ has no order there; this sorts the rows
+        into.index_put_((rows,), values * alpha, accumulate=True)
+    else:
+        into.index_add_(0, rows, values, alpha=alpha)
 
 
 def kept_rows(task: Task, client: int) -> int:

@@ -31,12 +31,12 @@ from fldist.kinds import Images, Kind, Latents, Seeds
 from fldist.models.generators.pretrained import GeneratorConfig, ModuleGenerator
 from fldist.models.generators.toy import Toy
 from fldist.models.layers import features_and_logits
-from fldist.prototypes import Stacked, Uploaded
+from fldist.prototypes import Stacked, Uploaded, add_rows
 from fldist.runner import run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
 from fldist.seeding import Streams
 from tests.conftest import Hosts, Recorder, small
-from tests.needs import needs_data
+from tests.needs import needs_data, needs_gpus
 
 ROOT = Path(__file__).parents[1]
 K, C, H = 4, 10, 6
@@ -887,3 +887,19 @@ def test_describe_tells_every_field_and_its_default() -> None:
     fields = text.split("Fields (section `algorithm`):\n")[1].split("\n\n")[0].splitlines()
     assert len(fields) == len(dataclasses.fields(FedKtl))
     assert all("; " in line for line in fields), [line for line in fields if "; " not in line]
+
+
+def test_sums_by_class_have_the_same_bits_every_time_on_a_gpu() -> None:
+    needs_gpus()
+    rng = torch.Generator().manual_seed(1)
+    rows_, values = torch.randint(0, 3, (20000,), generator=rng), torch.randn(20000, 16, generator=rng)
+    made = []
+    for _ in range(3):
+        into = torch.ones(3, 16, device="cuda")
+        add_rows(into, rows_.cuda(), values.cuda(), alpha=-0.5)
+        made.append(into.cpu())
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    want = torch.ones(3, 16)
+    add_rows(want, rows_, values, alpha=-0.5)
+    torch.testing.assert_close(made[0], want, rtol=1e-4, atol=1e-3)

@@ -40,6 +40,7 @@ ALGORITHMS = (
     "autoflip",
     "fedzge",
     "lg_fedavg",
+    "fedktl",
 )
 
 OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation", "fedproto")
@@ -49,6 +50,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "prunefl": {"initial_passes": 4, "reconfigure_every": 2},
     "lottery_fl": {"threshold": 0.1},
     "fedzge": {"synthetic": 20, "q": 3, "generator": {"nz": 8, "ngf": 2}, "server_steps": 3, "client_steps": 2},
+    "fedktl": {"generator": {"name": "toy", "latent_dim": 8}, "server_epochs": 5},
 }
 
 
@@ -216,7 +218,7 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge"])
+@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl"])
 def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]

@@ -62,7 +62,7 @@ from fldist.models.generators.pretrained import GeneratorConfig, PretrainedGener
 from fldist.models.layers import feature_dim, features_and_logits
 from fldist.models.train import Network, Order
 from fldist.params import Params
-from fldist.prototypes import Stacked, Uploaded, class_means, folds, kept_rows, made_up, stacked
+from fldist.prototypes import Stacked, Uploaded, add_rows, class_means, folds, kept_rows, made_up, stacked
 from fldist.seeding import derive, forked, generator
 
 Matrix = Annotated[Tensor, Kind.WEIGHTS]
@@ -352,7 +352,7 @@ def align(
             gap = q - kept.index_select(0, c)
             rate = 2 * how.lambda_ / gap.numel()
             passes.backward(mmd_gradient(q, w, how.bandwidths).add_(gap, alpha=rate))
-            gradient.zero_().index_add_(0, c, gap, alpha=-rate)
+            add_rows(gradient.zero_(), c, gap, alpha=-rate)
             for g in (f.gradient, gradient):
                 g.mul_((how.clip / (torch.linalg.vector_norm(g) + 1e-6)).clamp_(max=1.0))
             adam.step()

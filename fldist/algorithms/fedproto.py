@@ -47,7 +47,7 @@ from fldist.kinds import Each, Labels, Prototypes, Weights
 from fldist.models.evaluate import Scores
 from fldist.models.layers import feature_dim, features_and_logits
 from fldist.params import Params
-from fldist.prototypes import Uploaded, class_means, folds, made_up, stacked
+from fldist.prototypes import Uploaded, add_rows, class_means, folds, made_up, stacked
 
 
 class Nearest(nn.Module):
@@ -82,7 +82,7 @@ class Seen:
 
     def add(self, r: Tensor, y: Tensor) -> None:
         """Features r [b, K] of samples with labels y [b]; no gradient is kept."""
-        self._sums.index_add_(0, y, r.detach().double())
+        add_rows(self._sums, y, r.detach().double())
         self._counts.add_(torch.bincount(y, minlength=len(self._counts)))
 
     def means(self) -> tuple[Tensor, Tensor]:
