@@ -151,6 +151,12 @@ def test_bytes_are_those_of_the_formulas(tmp_path: Path, setup_by: str, setup: B
     assert phases["setup"] == {"up": 0, "down": CLIENTS * sum(setup.values())}
 
 
+@pytest.mark.parametrize("dim", ["classes", "least", 9])
+def test_how_it_is_set_up_changes_no_bit_of_the_outcome(tmp_path: Path, dim: Any) -> None:
+    one, other = (run(tmp_path / by, algorithm__setup_by=by, algorithm__etf_dim=dim) for by in ("seed", "tensor"))
+    assert one.result["state_hash"] == other.result["state_hash"]
+
+
 @pytest.mark.parametrize("setup_by", ["seed", "tensor"])
 @pytest.mark.parametrize("dim", ["least", 9])
 def test_bytes_follow_the_dimension_of_the_classifier(tmp_path: Path, dim: Any, setup_by: str) -> None:

@@ -7,6 +7,7 @@ import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class Watched(FedKtl):
     def align(self, server: Server, u: Stacked) -> None:
         before = server.f.clone(), server.e.clone()
         super().align(server, u)
-        SEEN["align"].append((u, before, (server.f.clone(), server.e.clone()), server.task))
+        SEEN["align"].append((u, before, (server.f.clone(), server.e.clone())))
 
     @on_client
     def score(self, me: Me, data: ClientData, etf_seed: Seeds | None, etf: Matrix | None) -> ClientScores:
@@ -115,7 +116,12 @@ def run(directory: Path, fields: dict[str, Any] | None = None, **changes: Any) -
         "name": "rounds",
         "rounds": 3,
         "clients": {"num_clients": len(HOLDS), "init": "common"},
-        "task": {"data": "tests.test_fedktl_rounds:Held", "partition": "natural", "model": MLP},
+        "task": {
+            "data": "tests.test_fedktl_rounds:Held",
+            "partition": "natural",
+            "model": MLP,
+            "normalize": "symmetric",
+        },
         "local": {"epochs": 2, "batch_size": 8, "lr": 0.02, "order": "fixed", "tail": "drop"},
         "algorithm": {
             "name": "tests.test_fedktl_rounds:Watched",
@@ -183,6 +189,8 @@ def train_by_hand(turn: Turn, mu: float, margin: float, scale: float, clip: floa
                 assert turn.vectors is not None
                 if not queue:
                     queue = list(torch.randperm(len(turn.images), generator=rng).split(size))
+                    if len(queue) > 1 and len(queue[-1]) == 1:  # which BatchNorm could not train on
+                        queue[-2:] = [torch.cat(queue[-2:])]
                 rows = queue.pop(0)
                 predicted = model.features(turn.images[rows]) @ model.g[0].T + model.g[1]
                 loss = loss + mu * (predicted - turn.vectors[rows].double()).square().sum() / (len(rows) * H)
@@ -216,7 +224,7 @@ def by_client_and_round(turns: list[Turn]) -> dict[tuple[int, int], Turn]:
 def test_a_clients_training_is_that_of_a_plain_loop(
     tmp_path: Path, fields: dict[str, Any], persist_g: bool, batch_size: int
 ) -> None:
-    """Of 5 or 6 pairs, batches of 4 leave one or two."""
+    """Of 5 or 6 pairs, batches of 4 leave one, which joins the others, or two."""
     run(tmp_path / "run", fields | {"persist_g": persist_g}, local={"batch_size": batch_size})
     turns = by_client_and_round(SEEN["turn"])
     assert len(turns) == 12
@@ -354,7 +362,7 @@ def test_what_the_server_makes_of_the_vectors(tmp_path: Path, calls: list[Aligne
     assert len(calls) == len(SEEN["align"]) == 3
     made = named(TOY).load(torch.device("cpu"))
     last: tuple[Params, Tensor] | None = None
-    for r, (call, (u, before, after, task)) in enumerate(zip(calls, SEEN["align"], strict=True), start=1):
+    for r, (call, (u, before, after)) in enumerate(zip(calls, SEEN["align"], strict=True), start=1):
         replies = [turns[r, client].uploaded for client in range(4)]
         assert torch.equal(u.prototypes, torch.cat([one.prototypes for one in replies]))
         assert u.classes.tolist() == [c for held in HOLDS for c in held]
@@ -384,10 +392,83 @@ def test_what_the_server_makes_of_the_vectors(tmp_path: Path, calls: list[Aligne
                 assert turn.images is not None
                 assert turn.vectors is not None
                 assert torch.equal(turn.vectors, after[1][:5])
-                close(turn.images, task.normal(made.decode(after[1][:5])), 1e-6)
+                close(turn.images, 2 * made.decode(after[1][:5]) - 1, 1e-6)
     latents = torch.cat([call.latents for call in calls])
     assert len(torch.unique(latents[:, 0])) == len(latents) == 3 * 4 * 10  # two of the ten are in a last batch
     assert 0.8 < float(latents.std()) < 1.2
+
+
+def test_pairs_in_smaller_numbers_are_the_same_but_for_rounding(tmp_path: Path) -> None:
+    """Bytes are of 0 to 255, before normalisation, to the nearest."""
+    run(tmp_path / "run", {"images_as": "uint8", "vectors_as": "float16"}, rounds=2)
+    _, _, (_, e) = SEEN["align"][0]
+    pictures = named(TOY).load(torch.device("cpu")).decode(e[:5])
+    for turn in SEEN["turn"][4:]:
+        assert turn.images is not None
+        assert turn.vectors is not None
+        assert (turn.images.dtype, turn.vectors.dtype) == (torch.uint8, torch.float16)
+        assert int((turn.images.double() - (pictures.double() * 255)).abs().max() > 0.5001) == 0
+        assert torch.equal(turn.vectors, e[:5].half())
+        want = copy.copy(turn)
+        want.images, want.vectors = 2 * turn.images.double() / 255 - 1, turn.vectors.double()
+        model = train_by_hand(want, 50.0, 0.5, 64.0, 100.0, None)
+        for got, value in zip(turn.data.frozen_copy(turn.trained).parameters(), model.f + model.h, strict=True):
+            close(got.double(), value.detach(), 1e-4)
+
+
+@pytest.mark.parametrize("never_seen", ["leave_out", "random"])
+def test_what_has_moved_is_decoded_and_nothing_else(monkeypatch: pytest.MonkeyPatch, never_seen: Any) -> None:
+    """A class that has moved in one value, one that has not, one that is new, and one that nobody has."""
+    how = FedKtl(generator=named(TOY), never_seen=never_seen, show_every=0, generation_batch=2)
+    made = named(TOY).load(torch.device("cpu"))
+    decoded: list[Tensor] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        decoded.append(latents)
+        return made.decode(latents)
+
+    monkeypatch.setattr(FedKtl, "made", lambda self, task: SimpleNamespace(decode=decode, image_shape=(1, 8, 8)))
+    before = torch.randn(4, H)
+    server: Any = SimpleNamespace(
+        task=SimpleNamespace(device=torch.device("cpu"), shape=(1, 8, 8)),
+        known=torch.tensor([True, True, True, False]),
+        sent=torch.tensor([True, True, never_seen == "random", never_seen == "random"]),
+        e=before.clone(),
+        decoded=torch.full((4, 1, 8, 8), -1.0),
+        predicting=False,
+        round=2,
+    )
+    server.e[0, 1] += 0.5
+    server.e[2] += 1.0
+    how.generate(server, before)
+    assert torch.equal(torch.cat(decoded), server.e[[0, 2]])
+    close(server.decoded[[0, 2]], made.decode(server.e[[0, 2]]), 1e-6)
+    assert bool((server.decoded[[1, 3]] == -1).all())
+    assert server.sent.tolist() == [True, True, True, never_seen == "random"]
+
+
+def test_the_median_is_of_vectors_as_the_alignment_maps_them_and_of_latents(
+    tmp_path: Path, calls: list[Aligned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a round: BatchNorm goes by the vectors' own statistics, as in training."""
+    asked: list[tuple[Tensor, Tensor, tuple[float, ...]]] = []
+
+    def spy(x: Tensor, y: Tensor) -> tuple[float, ...]:
+        asked.append((x, y, median(x, y)))
+        return asked[-1][2]
+
+    median = fedktl.median_bandwidths
+    monkeypatch.setattr(fedktl, "median_bandwidths", spy)
+    run(tmp_path / "run", {"bandwidths": "median"})
+    assert len(asked) == len(calls) == 3
+    for (x, y, widths), call in zip(asked, calls, strict=True):
+        module = fedktl.transformer(C, H).train()
+        call.f.clone().bind(module)
+        with torch.no_grad():
+            close(x, module(call.p), 1e-5)
+        assert y.shape == x.shape
+        assert 0.7 < float(y.std()) < 1.3
+        assert call.how.bandwidths == widths
 
 
 def test_the_rows_that_nobody_has_uploaded_are_random_ones(tmp_path: Path) -> None:

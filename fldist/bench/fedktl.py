@@ -446,7 +446,5 @@ def _measure_training(report: Report, repeats: int, say: Say, samples: int) -> N
     report.add(Figure("train_two_passes_ratio", what, over(found["two_passes"], found["alone"])))
     report.add(Figure("train_alone_s", "  a step alone", found["alone"], "s"))
     report.add(Figure("train_pairs_s", "  a step with pairs", found["pairs"], "s"))
-    report.limits.append(
-        f"a client's step: pairs double the images, and take {quartiles(over(found['pairs'], found['alone']))[1]:.2f} "
-        "times as long: the optimizer's share does not grow"
-    )
+    times = quartiles(over(found["pairs"], found["alone"]))[1]
+    report.limits.append(f"a client's step: pairs double its images, and it takes {times:.2f} times as long")
