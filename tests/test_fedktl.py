@@ -433,9 +433,10 @@ def test_the_transfer_term_does_not_reach_the_head(model: dict[str, Any]) -> Non
     assert bool(counts) == (model is NORM) == bool(before)
 
 
-def test_one_step_by_hand() -> None:
-    """L = L_A + mu L_M of a batch and of the first batch of pairs, for a model with BatchNorm."""
-    algorithm, data = at_a_client(0, clients__models=[NORM], task__model=NORM, algorithm__mu=3.0)
+@pytest.mark.parametrize("model", [NORM, CNN, MLP])
+def test_one_step_by_hand(model: dict[str, Any]) -> None:
+    """L = L_A + mu L_M of a batch and of the first batch of pairs: in two passes with BatchNorm, else in one."""
+    algorithm, data = at_a_client(0, clients__models=[model], task__model=model, algorithm__mu=3.0)
     module, by_hand = data.architecture.copy().train(), data.architecture.copy().train()
     g, v = nn.Linear(8, H), etf(C, C, 1)
     rng = torch.Generator().manual_seed(5)
