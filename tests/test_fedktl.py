@@ -904,3 +904,10 @@ def test_sums_by_class_have_the_same_bits_every_time_on_a_gpu() -> None:
     want = torch.ones(3, 16)
     add_rows(want, rows_, values, alpha=-0.5)
     torch.testing.assert_close(made[0], want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_selector_that_goes_by_the_loss_of_outputs_needs_one_output_for_each_class() -> None:
+    changes = {"selection": {"name": "tests.own:ByReports"}}
+    build(load(ktl(algorithm__etf_dim="classes", **changes)))
+    with pytest.raises(ValueError, match=r"selection.name: .*gives 9 for 10 classes; use another selector"):
+        build(load(ktl(algorithm__etf_dim="least", **changes)))

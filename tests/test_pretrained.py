@@ -24,6 +24,7 @@ from fldist.config import _explain
 from fldist.data.datasets import Dataset
 from fldist.models.generators import NAMES, named
 from fldist.models.generators.mini_style import MiniStyleNetwork
+from fldist.models.generators.mlp import MlpVae
 from fldist.models.generators.pretrained import (
     WEIGHTS,
     GeneratorConfig,
@@ -709,3 +710,18 @@ def test_an_installed_package_has_the_weights():
     assert globs is not None
     found = {path.name for glob in json.loads(globs[1]) for path in WEIGHTS.parent.glob(glob)}
     assert found >= {f"{name}.{ending}" for name in ("mlp_vae", "mini_style") for ending in ("safetensors", "json")}
+
+
+@pytest.mark.parametrize("name", ["mlp_vae_mnist.safetensors", None])
+def test_weights_that_come_along_are_found_by_their_name_from_anywhere(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLDIST_DATA", raising=False)
+    made = MlpVae(name).load(torch.device("cpu"))
+    assert (made.latent_dim, made.image_shape) == (32, (1, 28, 28))
+    assert (made.fingerprint == MlpVae().load(torch.device("cpu")).fingerprint) == (name is None)
+    (tmp_path / "mlp_vae_mnist.safetensors").write_bytes(b"mine")  # what is nearer comes first
+    if name is not None:
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            MlpVae(name).load(torch.device("cpu"))

@@ -88,6 +88,11 @@ class Job:
                 f"clients.models: {who} needs the model of task.model at all clients; "
                 "remove clients.models, or use an algorithm for clients with different models"
             )
+        if self.selector.wants_reports and self.task.num_outputs != self.task.num_classes:
+            raise ValueError(
+                f"selection.name: this selector goes by the cross-entropy of a model's outputs, and {who} gives "
+                f"{self.task.num_outputs} for {self.task.num_classes} classes; use another selector, such as random"
+            )
         self.methods = {}
         for number, (name, method) in enumerate(self.algorithm.client_methods().items(), start=1):
             reply = reply_schema(method)
