@@ -255,6 +255,12 @@ class Algorithm:
         """
         return classes
 
+    def check_server(self, task: Task) -> None:
+        """Refuse what the server alone can see, such as a file that only it reads: ValueError with key and remedy.
+
+        Called at the server before anything of the run is written.
+        """
+
     def init_server(self, task: Task) -> State:
         """The server's state before round 1."""
         raise TypeError(f"{type(self).__name__} does not define init_server(self, task)")

@@ -466,7 +466,8 @@ def _component(kind: type, given: Component, key: str) -> Any:
             hint = f"did you mean {key}.{near[0]}?" if near else (
                 f"its fields: {', '.join(known)}" if known else "it has no fields"
             )  # fmt: skip
-            raise ConfigError(f"{key}.{name}: {given.name} has no such field; {hint}")
+            whole = "" if near or key != "algorithm" else f"; algorithm={given.name} replaces the whole section"
+            raise ConfigError(f"{key}.{name}: {given.name} has no such field; {hint}{whole}")
     try:
         return TypeAdapter(kind).validate_python(given.fields)
     except ValidationError as error:

@@ -284,6 +284,7 @@ def predict(job: Job) -> Prediction:
     The setup comes first: what its replies would have decided (which parameters a mask keeps) is only alike in size.
     """
     tracer = _Tracer(job, "setup")
+    job.algorithm.check_server(job.task)
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))

@@ -114,6 +114,8 @@ def _check_out(out: Path) -> None:
     """ValueError for an --out that cannot be written, before anything is trained."""
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: {out} must end in .safetensors; a .json and a .png are written beside it")
+    if out.exists():
+        raise ValueError(f"--out: {out} exists, and runs may have begun with it; remove it, or choose another name")
     if not out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.parent}; make it, or choose another place")
 

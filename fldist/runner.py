@@ -232,6 +232,7 @@ def _server_loop(
     launcher: str,
     supervisor: Supervisor,
 ) -> ServerLoop:
+    job.algorithm.check_server(job.task)
     resolved = settings.resolved()
     keeper = None
     going_on = (directory / "checkpoints").is_dir()

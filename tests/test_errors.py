@@ -320,3 +320,8 @@ def test_describe_and_doctor(cli: Cli) -> None:
     assert "gloo: available" in out
     assert "mpirun -n 3" in out, "the test extra brings MPI"
     assert "digits" in out
+
+
+def test_a_field_of_another_algorithm_names_the_way_to_replace_the_section() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.mu: local has no such field; .*algorithm=local replaces"):
+        load({"algorithm": {"name": "local", "mu": 1.0}})

@@ -911,3 +911,15 @@ def test_a_selector_that_goes_by_the_loss_of_outputs_needs_one_output_for_each_c
     build(load(ktl(algorithm__etf_dim="classes", **changes)))
     with pytest.raises(ValueError, match=r"selection.name: .*gives 9 for 10 classes; use another selector"):
         build(load(ktl(algorithm__etf_dim="least", **changes)))
+
+
+def test_a_generator_that_cannot_be_read_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm.generator.path: no file found"):
+        run(tmp_path / "run", algorithm__generator={"name": "torchscript", "path": "nowhere.pt"})
+    run(tmp_path / "run", rounds=1)  # the same directory serves
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_an_alignment_that_diverges_says_what_to_lower(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"algorithm.server_lr: the alignment of round 1 has diverged"):
+        run(tmp_path / "run", algorithm__server_lr=1e30)

@@ -417,13 +417,18 @@ class FedKtl(Algorithm):
         if isinstance(self.bandwidths, tuple) and not self.bandwidths:
             raise ValueError("algorithm.bandwidths: at least one is needed; give numbers, or median")
 
+    def check_server(self, task: Task) -> None:
+        """Refuse a generator that cannot be read, or whose latents and images do not fit."""
+        if self.mu:
+            made = self.made(task)
+            to_samples(torch.zeros(1, *made.image_shape), task.shape)  # ValueError where they can be no samples
+            self._fits("latents", made.sample_latents(2, generator(task.seed, "fedktl-try")), (made.latent_dim,))
+
     def init_server(self, task: Task) -> State:
         """F and E; the latent and the image of every class that there is one of."""
         if not self.mu:
             return State()
         made, classes = self.made(task), task.num_classes
-        to_samples(torch.zeros(1, *made.image_shape), task.shape)  # ValueError where they can be no samples
-        self._fits("latents", made.sample_latents(2, generator(task.seed, "fedktl-try")), (made.latent_dim,))
         e = torch.randn(classes, made.latent_dim, generator=generator(task.seed, "fedktl-centroids"))
         return State(
             f=self.transformer(task).initial.clone(),

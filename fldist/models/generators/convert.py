@@ -42,6 +42,8 @@ def convert(config: StyleGan, out: Path) -> str:
         raise ValueError(f"--out: the file's name must end in .pt; got {out}")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.absolute().parent}; make it")
+    if not Path(config.network_pkl).is_file():
+        raise ValueError(f"NETWORK.pkl: there is no file {config.network_pkl}; correct the name")
     if not config.trust_pickle:
         raise ValueError(
             f"--trust-pickle: {config.network_pkl} is a pickle: a program that makes objects, and to read it is to run "
