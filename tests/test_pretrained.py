@@ -641,6 +641,9 @@ def test_what_is_trained_can_be_loaded_and_comes_out_the_same_again(tmp_path, ar
     assert json.loads(out.with_suffix(".json").read_text())["images"] == 130
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     first = [out.with_suffix(ending).read_bytes() for ending in (".safetensors", ".json", ".png")]
+    with pytest.raises(ValueError, match=r"--out: .*g.safetensors exists, and runs may have begun with it"):
+        trained(clothes(shape=shape), arch, out, **changes)
+    out.unlink()
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     torch.manual_seed(9)
@@ -652,6 +655,7 @@ def test_what_is_trained_can_be_loaded_and_comes_out_the_same_again(tmp_path, ar
         torch.set_num_threads(threads)
     assert [out.with_suffix(ending).read_bytes() for ending in (".safetensors", ".json", ".png")] == first
     assert torch.equal(torch.get_rng_state(), state)
+    out.unlink()
     trained(clothes(shape=shape), arch, out, **changes, seed=1)
     assert out.read_bytes() != first[0]
 
@@ -700,7 +704,7 @@ def test_the_command(tmp_path):
         "fldist pretrain-generator digits --arch mlp_vae --out d.safetensors --images 300 --epochs 1 --seed 0"
     )
     assert (said["data"], said["images"], said["image_shape"]) == ("digits", 300, [1, 8, 8])
-    failed = run("digitz", "--out", "d.safetensors")
+    failed = run("digitz", "--out", "e.safetensors")
     assert failed.returncode == 2 and "task.data.name: unknown name 'digitz'; did you mean 'digits'?" in failed.stderr
 
 
