@@ -923,3 +923,10 @@ def test_a_generator_that_cannot_be_read_is_found_before_anything_is_written(tmp
 def test_an_alignment_that_diverges_says_what_to_lower(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"algorithm.server_lr: the alignment of round 1 has diverged"):
         run(tmp_path / "run", algorithm__server_lr=1e30)
+
+
+def test_pictures_of_many_classes_are_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedktl, "_SHOWN", 4)
+    run(tmp_path / "run", rounds=2, algorithm__show_every=2, algorithm__never_seen="random")
+    names = sorted(path.name for path in (tmp_path / "run" / "images").iterdir())
+    assert names == [f"round-{r:06}-pairs{part}.png" for r in (1, 2) for part in ("-5", "-9", "")]

@@ -576,7 +576,8 @@ class FedKtl(Algorithm):
             pictures[rows] = to_samples(images, task.shape, self.antialias).cpu()
         server.decoded = pictures
         if self.show_every and (server.round == 1 or server.round % self.show_every == 0):
-            server.images(pairs=pictures[wanted][:_SHOWN])
+            sheets = pictures[wanted].split(_SHOWN)  # a grid has no more
+            server.images(**{f"pairs-{i * _SHOWN + 1}" if i else "pairs": sheet for i, sheet in enumerate(sheets)})
 
     @staticmethod
     def _fits(what: str, got: Tensor, shape: tuple[int, ...]) -> None:
