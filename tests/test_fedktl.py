@@ -806,7 +806,7 @@ def test_two_rounds_of_the_small_configurations(tmp_path: Path, monkeypatch: pyt
         ),
         (
             {"clients__models": [MLP, {"name": "mlp", "hidden": [12]}]},
-            r"task\.feature_dim: .* differ \(.*: 8, .*: 12\); set it",
+            r"task\.feature_dim: .* of several sizes, 8 \(.*\), 12 \(.*\); set it",
         ),
         (
             {**rows([[0, 1], [1, 2]], shape=[64]), "clients__models": [MLP]},

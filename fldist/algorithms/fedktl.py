@@ -59,7 +59,7 @@ from fldist.kinds import Images, Kind, Latents, Once, Seeds
 from fldist.models.evaluate import evaluate
 from fldist.models.generators import named
 from fldist.models.generators.pretrained import GeneratorConfig, PretrainedGenerator, to_samples
-from fldist.models.layers import feature_dim, features_and_logits
+from fldist.models.layers import features_and_logits
 from fldist.models.train import Network, Order
 from fldist.params import Params
 from fldist.prototypes import Stacked, Uploaded, add_rows, class_means, folds, kept_rows, made_up, stacked
@@ -408,10 +408,8 @@ class FedKtl(Algorithm):
         etf(task.num_classes, self.outputs(task.num_classes), 0)
         if self.mu and len(task.shape) != 3:
             raise ValueError(f"algorithm: fedktl makes images, and the samples' shape is {tuple(task.shape)}; set mu=0")
-        widths = {made.name: feature_dim(made.template) for made in task.client_architectures if self.mu}
-        if len(set(widths.values())) > 1:
-            shown = ", ".join(f"{name}: {width}" for name, width in widths.items())
-            raise ValueError(f"task.feature_dim: the models' features differ ({shown}); set it, for instance to 512")
+        if self.mu:
+            _ = task.feature_dim  # ValueError where the models differ in it: one g serves all
         if task.evaluation.own:
             raise ValueError("eval.own: what a model of fedktl gives are no scores of classes; use false")
         if isinstance(self.bandwidths, tuple) and not self.bandwidths:
@@ -464,7 +462,7 @@ class FedKtl(Algorithm):
             v = etf(task.num_classes, self.outputs(task.num_classes), etf_seed)
             given = {"etf_seed": None, "etf": v, "g_seed": None, "g": None}
             if self.mu:
-                made = _projection(self.feature_dim(task), self.made(task).latent_dim, g_seed, task.device)
+                made = _projection(task.feature_dim, self.made(task).latent_dim, g_seed, task.device)
                 given["g"] = made.initial.floats
         if not self.mu:
             given["g_seed"] = None
@@ -473,10 +471,6 @@ class FedKtl(Algorithm):
     def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
         """Uploads have m_i prototypes."""
         return made_up(task, client, field, self.outputs(task.num_classes)) if method == "train" else None
-
-    def feature_dim(self, task: Task) -> int:
-        """K."""
-        return feature_dim(task.architecture(0).template)
 
     def setup(self, server: Server, clients: Clients) -> None:
         """V and the initial g travel, once."""
@@ -626,7 +620,7 @@ class FedKtl(Algorithm):
         if images is None or vectors is None:
             me.y = data.train(me.y, loss=self.loss(v), clip=self.clip).whole
         else:
-            made = _projection(self.feature_dim(data.task), vectors.shape[1], g_seed or 0, data.device)
+            made = _projection(data.task.feature_dim, vectors.shape[1], g_seed or 0, data.device)
             initial = made.initial if g is None else Params(made.layout, g)
             with data.task.network(me.g or initial, made) as projection:
                 pairs = Pairs(data, images, vectors, projection.module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -413,11 +414,10 @@ class Task:
         """C."""
         return self.dataset.classes
 
-    @property
+    @functools.cached_property
     def feature_dim(self) -> int:
         """K, how many features the classifiers of all clients' models take; ValueError where they differ in it."""
-        made = [self.architectures[i] for i in dict.fromkeys(self._cycle)]
-        widths = {a.name: feature_dim(a.template) for a in made}
+        widths = {made.name: feature_dim(made.template) for made in self.client_architectures}
         if len(set(widths.values())) > 1:
             told = ", ".join(f"{width} ({name})" for name, width in widths.items())
             raise ValueError(f"task.feature_dim: the clients' models have features of several sizes, {told}; set it")
