@@ -323,3 +323,23 @@ def test_what_is_predicted_without_the_setup_is_said_to_be() -> None:
     changes = {"algorithm": {"name": "autoflip", "deviation_dtype": "fp16"}}
     (told,) = predict(job_of(**changes)).unknown
     assert told.startswith("setup: explore_half.m (weights): its size is known only when it runs; the round is predic")
+
+
+def test_a_second_round_that_made_up_replies_cannot_lead_to_leaves_the_first_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = job_of()
+    first = predict(job).training
+    kind = type(job.algorithm)
+    whole = kind.round
+
+    def only_once(self: object, server: object, clients: object) -> None:
+        if server.round > 1:  # type: ignore[attr-defined]
+            raise ArithmeticError("of such replies nothing can be made")
+        whole(self, server, clients)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kind, "round", only_once)
+    prediction = predict(job)
+    assert prediction.training == first
+    assert prediction.later is None
+    assert prediction.of_run(3) == {way: 3 * n for way, n in first.items()}
