@@ -5,6 +5,7 @@ Their latent is noise, z ~ N(0, I). Training the VAE is in `fldist/pretrain.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import OrderedDict
@@ -52,9 +53,7 @@ class Mlp(GeneratorConfig):
         state = read_state(file)
         names = self.layers or _in_a_row(state, file)
         linears = [_linear(name, state, file) for name in names]
-        for (name, one), (after, other) in zip(
-            zip(names, linears, strict=True), list(zip(names, linears, strict=True))[1:], strict=False
-        ):
+        for (name, one), (after, other) in itertools.pairwise(zip(names, linears, strict=True)):
             if one.out_features != other.in_features:
                 raise ValueError(
                     f"{KEY}.layers: {name} of {file} gives {one.out_features} values and {after} takes "
