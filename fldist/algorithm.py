@@ -165,10 +165,12 @@ class Server(Protocol):
 class Me(Protocol):
     """A client's own state. Writes are staged and become real when the round commits and the reply was accepted.
 
-    `scratch` lives within a round, its scoring included, and is never checkpointed.
+    `scratch` lives within a round, its scoring included, and is never checkpointed; `stage` is the index in
+    `Algorithm.stages` of the stage whose round it is (0 in the setup), which no message says besides its head.
     """
 
     client: int
+    stage: int
     scratch: State
 
     def __getattr__(self, name: str) -> Any: ...
