@@ -1104,6 +1104,31 @@ def task_of(seed, partition_seed):
     )
 
 
+def test_the_global_test_set_is_one_noisy_copy_for_every_client():
+    labels = labels_of([40, 30, 50])
+    images = torch.arange(120.0).view(120, 1, 1, 1).expand(120, 1, 20, 20) / 120
+    task = Task(
+        dataset=Dataset(images.contiguous(), labels, images[:50].contiguous(), labels[:50], classes=3),
+        partition=FeatureNoise(0.6),
+        num_clients=3,
+        build=Mlp((3,)).build,
+        local=LocalTraining(),
+        seed=1,
+        partition_seed=1,
+    )
+    batches = list(task.test_batches(20))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert len(y) == task.num_scored(0, "global") == 150
+    assert y.tolist() == labels[:50].tolist() * 3
+    noise = x - images[:50].repeat(3, 1, 1, 1)
+    deviations = [part.std().item() for part in noise.split(50)]
+    assert deviations[0] == 0
+    assert deviations[1:] == pytest.approx([0.3, 0.6], rel=0.03)  # of 20,000 draws
+    assert abs(noise.mean().item()) < 0.01
+    again = torch.cat([part for part, _ in task.test_batches(20)])
+    assert torch.equal(again, x)  # so that rounds compare
+
+
 def test_the_partition_has_a_seed_of_its_own():
     one, other, third = task_of(1, 7), task_of(2, 7), task_of(1, 8)
     assert [p.tolist() for p in one.parts] == [p.tolist() for p in other.parts]
