@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fldist.config import load
+from fldist.algorithms.scaffold import Scaffold
+from fldist.config import components, load, make_algorithm
+from fldist.data.augment import Augment
+from fldist.data.partition import DirichletMin
+from fldist.inversion import Inversion
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "fedf2dg"
 OFFICIAL = ["cifar10", "cifar100", "svhn"]
@@ -42,25 +46,21 @@ BN_WEIGHT = {"official": 1, "recommended": 10}
 )
 def test_presets_are_the_published_scripts_but_for_the_recommended_choices(kind: str, data: str) -> None:
     settings = load(CONFIGS / f"{kind}-{data}.yaml")
-    resolved = settings.resolved()
-    algorithm = resolved["algorithm"]
-    inversion = algorithm["inversion"]
-    assert {key: algorithm[key] for key in SCRIPTS} == SCRIPTS
-    assert {key: algorithm[key] for key in CHOICES[kind]} == CHOICES[kind]
-    assert {key: inversion[key] for key in INVERSION} == INVERSION
-    assert inversion["alpha_bn"] == BN_WEIGHT[kind]
+    algorithm: Any = make_algorithm(settings.algorithm)
+    wanted = SCRIPTS | CHOICES[kind]
+    assert {key: getattr(algorithm, key) for key in wanted} == wanted
+    assert algorithm.base == Scaffold()
+    assert algorithm.inversion == Inversion(**INVERSION, alpha_bn=BN_WEIGHT[kind])
     assert settings.rounds == 80 + 10 + 1 + 10
     assert (settings.clients.num_clients, settings.clients.count()) == (10, 10)
     local = settings.local
     assert (local.epochs, local.batch_size, local.optimizer, local.lr) == (5, 64, "sgd", 0.01)
     assert (local.momentum, local.weight_decay, local.schedule, local.tail) == (0.9, 1e-5, "constant", "keep")
-    assert resolved["task"]["partition"] == {
-        "name": "dirichlet_min", "alpha": 0.05, "min_size": 10, "attempts": 1000, "balanced": True,
-    }  # fmt: skip
-    augment = {"cifar10": (4, 0.5, 0), "cifar100": (4, 0.5, 15)}.get(data, (0, 0, 0))
-    assert tuple(resolved["task"]["augment"][key] for key in ("crop", "flip", "rotate")) == augment
-    assert resolved["task"]["model"]["name"] == ("resnet18_d2l" if data == "fashion-mnist" else "resnet18_32")
-    assert (resolved["task"]["normalize"] == "unit") == (data == "svhn")
+    assert components(settings).partition == DirichletMin(alpha=0.05, min_size=10)
+    augment = {"cifar10": Augment(crop=4, flip=0.5), "cifar100": Augment(crop=4, flip=0.5, rotate=15)}
+    assert settings.task.augment == augment.get(data, Augment())
+    assert settings.task.model.name == ("resnet18_d2l" if data == "fashion-mnist" else "resnet18_32")
+    assert (settings.task.normalize == "unit") == (data == "svhn")
 
 
 def test_only_presets_that_say_so_choose_by_the_test_set() -> None:
