@@ -158,6 +158,19 @@ class Server(Protocol):
         0..1, uint8 is taken as it is. Those of `setup` are of round 0.
         """
 
+    def table(self, **tables: Sequence[Mapping[str, float | str]]) -> None:
+        """Save small tables of this round as tables/round-000010-NAME.csv, if it is committed.
+
+        Each a list of rows, at least one; a row is {column: number or string}, and all have the same columns. Those of
+        `setup` are of round 0.
+        """
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that is no error, at once, whatever becomes of the round; the same text once a round.
+
+        It is shown as `round 10: TEXT`.
+        """
+
     def __getattr__(self, name: str) -> Any: ...
     def __setattr__(self, name: str, value: Any) -> None: ...
 
@@ -165,10 +178,12 @@ class Server(Protocol):
 class Me(Protocol):
     """A client's own state. Writes are staged and become real when the round commits and the reply was accepted.
 
-    `scratch` lives within a round, its scoring included, and is never checkpointed.
+    `scratch` lives within a round, its scoring included, and is never checkpointed; `stage` is the index in
+    `Algorithm.stages` of the stage whose round it is (0 in the setup), which no message says besides its head.
     """
 
     client: int
+    stage: int
     scratch: State
 
     def __getattr__(self, name: str) -> Any: ...
@@ -284,6 +299,14 @@ class Algorithm:
         """The global model, which is evaluated and saved; the default is the state's `x`."""
         model: Params = server.x
         return model
+
+    def local_model(self, task: Task, x: Params, reply: Any) -> Params:
+        """A client's model after its training from x, of its reply; by default what it has sent, the reply's `y`.
+
+        For algorithms that go on with other algorithms' models. reply: has the reply's fields as attributes.
+        """
+        y: Params = reply.y
+        return y
 
     def personal_model(self, me: Me, data: ClientData) -> Params:
         """A client's own model, at the client; an algorithm that defines it has personal models."""

@@ -157,7 +157,7 @@ def test_an_unknown_name_is_answered_with_what_there_is():
         _ = me.w
 
 
-@pytest.mark.parametrize("name", ["client", "scratch", "writes", "watched"])
+@pytest.mark.parametrize("name", ["client", "stage", "scratch", "writes", "watched"])
 def test_reserved_names_cannot_be_written(name):
     with pytest.raises(AttributeError, match="is taken"):
         setattr(states().view(1), name, 1)

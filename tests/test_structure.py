@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["algorithms"] |= {"directions", "distillation", "inversion", "prototypes"}
+ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "prototypes", "resolve"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}

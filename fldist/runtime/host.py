@@ -218,7 +218,7 @@ class Host:
                 self.states.take(client, version)
             except Damaged as error:
                 raise ValueError(f"{UNKEPT}read: {error}") from None
-            me = self.states.view(client)
+            me = self.states.view(client, frame.head.stage)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
             data = ClientData(

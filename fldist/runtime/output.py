@@ -216,6 +216,15 @@ class Output:
             Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary, format="png")
             temporary.replace(folder / f"round-{number:06d}-{name}.png")
 
+    def tables(self, number: int, tables: Mapping[str, str]) -> None:
+        """tables/round-000010-NAME.csv: what an algorithm has given to look at, the text of a file each."""
+        folder = self.directory / "tables"
+        folder.mkdir(exist_ok=True)
+        for name, text in tables.items():
+            temporary = folder / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8", newline="")
+            temporary.replace(folder / f"round-{number:06d}-{name}.csv")
+
     @property
     def _lines(self) -> list[Lines]:
         return [lines for lines in (self._rounds, self._timeline, self._clients) if lines is not None]

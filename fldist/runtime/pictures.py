@@ -14,14 +14,20 @@ MOST = 64
 _GAP = 2
 
 
+def file_part(what: str, name: str) -> str:
+    """The name of something that an algorithm gives, where it can be part of a file's name; ValueError where not."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is None:
+        raise ValueError(f"{what}: {name!r} cannot be part of a file's name; use letters, digits, _ and -")
+    return name
+
+
 def grid(name: str, pixels: Tensor) -> Any:
     """Pictures side by side, as an array [H, W, channels] of uint8.
 
     pixels: [channels, height, width] or [number, channels, height, width], floats in 0..1 (clipped; NaN is black) or
     uint8; ValueError for anything else.
     """
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is None:
-        raise ValueError(f"images: {name!r} cannot be part of a file's name; use letters, digits, _ and -")
+    file_part("images", name)
     if not isinstance(pixels, Tensor):
         raise ValueError(f"images: {name} must be a tensor, got {type(pixels).__name__}")
     many = pixels.detach().cpu()

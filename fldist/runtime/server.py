@@ -181,6 +181,13 @@ class ServerLoop:
         except OSError as error:
             self.observer.warning(str(error))
 
+    def _save_shown(self, number: int, view: ServerView) -> None:
+        """Write the pictures and the tables of a round that counts."""
+        if view.pictures:
+            self._save(lambda: self.output.images(number, view.pictures))
+        if view.tables:
+            self._save(lambda: self.output.tables(number, view.tables))
+
     # ---- start
     def _join(self) -> None:
         """Admit the hosts and wait until all are here."""
@@ -249,7 +256,7 @@ class ServerLoop:
         else:
             with forked(job.seed, "init_server"):
                 state = moved(job.algorithm.init_server(job.task), CPU)
-        view = ServerView(job, state)
+        view = ServerView(job, state, self.observer.warning)
         del state  # it would keep the first model for the whole run
         stages = job.algorithm.stages(job.rounds)
         if keeper is not None and keeper.resumed is not None:
@@ -312,8 +319,7 @@ class ServerLoop:
             more = f" (and {len(caller.facts.missing) - 1} more)" if len(caller.facts.missing) > 1 else ""
             self.observer.warning(f"setup: client {client}'s reply is missing: {reason}{more}")
         self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
-        if view.pictures:
-            self._save(lambda: self.output.images(0, view.pictures))
+        self._save_shown(0, view)
         self._keep(0, view)
 
     def _attempt(
@@ -421,8 +427,8 @@ class ServerLoop:
         )
         if view.logged:
             line["log"] = dict(view.logged)
-        if view.pictures and committed:
-            self._save(lambda: self.output.images(number, view.pictures))
+        if committed:
+            self._save_shown(number, view)
         refused = {c: r for c, r in facts.missing.items() if r.startswith(("refused", "error"))}
         if refused and committed:
             client, reason = next(iter(sorted(refused.items())))
@@ -618,7 +624,7 @@ class ServerLoop:
         """The algorithm's own figures of the run; none where no round was committed, or where it fails over them."""
         if self._committed is None or not any(line["committed"] for line in self._lines):
             return {}
-        view = ServerView(self.job, self._committed.copy())
+        view = ServerView(self.job, self._committed.copy(), self.observer.warning)
         view.enter(self._lines[-1]["round"], self.job.seed)
         replied = [line["replied"] for line in self._lines]
         books = Books(len(self._lines), replied, self._ledger.totals.nested())

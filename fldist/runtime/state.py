@@ -53,11 +53,13 @@ class ClientView:
         scratch: State,
         may_write: bool,
         device: torch.device = CPU,
+        stage: int = 0,
     ) -> None:
         set_ = object.__setattr__
         set_(self, "_device", device)
         set_(self, "_read", {})
         set_(self, "client", client)
+        set_(self, "stage", stage)
         set_(self, "scratch", scratch)
         set_(self, "_layers", layers)  # newest first
         set_(self, "_may_write", may_write)
@@ -86,7 +88,7 @@ class ClientView:
                 f"me.{name} cannot be set: the algorithm declares no client state; define init_client(self, task, "
                 "client), or use me.scratch for what lives within a round"
             )
-        if name in ("client", "scratch", "writes", "watched"):
+        if name in ("client", "stage", "scratch", "writes", "watched"):
             raise AttributeError(f"me.{name} is taken; choose another name")
         check_value(f"me.{name}", value)
         self.writes[name] = value
@@ -207,11 +209,11 @@ class ClientStates:
         self._versions[client] = version
         self._staged.pop(client, None)
 
-    def view(self, client: int) -> ClientView:
-        """`me` for one call."""
+    def view(self, client: int, stage: int = 0) -> ClientView:
+        """`me` for one call, of a round of the stage with this number."""
         layers = [*(w for _, w in reversed(self._staged.get(client, []))), self.committed(client)]
         scratch = self._scratch.setdefault(client, State())
-        return ClientView(client, layers, scratch, self._stateful, self._device)
+        return ClientView(client, layers, scratch, self._stateful, self._device, stage)
 
     def stage(self, client: int, writes: dict[str, Any], version: str = "") -> bool:
         """Keep a call's writes until the verdict, also in the client's files; True if the version is there now.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from fldist.runtime.device import CPU
 from fldist.runtime.job import Job
 from fldist.runtime.pictures import grid
 from fldist.runtime.state import check_value, moved
+from fldist.runtime.tables import csv_text
 from fldist.seeding import Streams, generator
 from fldist.selection import Candidates
 
@@ -22,27 +23,36 @@ from fldist.selection import Candidates
 class ServerView:
     """The server half's view of a run; see `fldist.algorithm.Server`. Its state is on the CPU, whatever is set."""
 
-    _RESERVED = frozenset({"task", "data", "clock", "round", "rng", "log", "images", "state", "predicting"})
+    _RESERVED = frozenset(
+        {"task", "data", "clock", "round", "rng", "log", "images", "table", "warn", "state", "predicting"}
+    )
 
-    def __init__(self, job: Job, state: State) -> None:
+    def __init__(self, job: Job, state: State, tell: Callable[[str], None] = lambda text: None) -> None:
         set_ = object.__setattr__
+        set_(self, "_tell", tell)
+        set_(self, "_told", set())  # in this round
+        set_(self, "round", 0)
         set_(self, "task", job.task)
         set_(self, "clock", job.clock)
         set_(self, "state", state)
         set_(self, "logged", {})
         set_(self, "pictures", {})
+        set_(self, "tables", {})
         set_(self, "predicting", False)
         set_(self, "data", PooledData(job.task, Streams(job.seed, 0, -1), clock=job.clock))
         self.enter(0, job.seed)
 
     def enter(self, number: int, seed: int) -> None:
-        """Begin a round: its random stream, an empty log."""
+        """Begin a round, or do it again: its random stream, an empty log."""
         set_ = object.__setattr__
+        if number != self.round:
+            self._told.clear()
         set_(self, "round", number)
         set_(self, "rng", generator(seed, "server", number))
         self.data.enter(Streams(seed, number, -1))
         self.logged.clear()
         self.pictures.clear()
+        self.tables.clear()
 
     def replace(self, state: State) -> None:
         """Put another state in place."""
@@ -55,6 +65,16 @@ class ServerView:
     def images(self, **pictures: Tensor) -> None:
         """Keep pictures of this round; see `fldist.algorithm.Server`."""
         self.pictures.update({name: grid(name, pixels) for name, pixels in pictures.items()})
+
+    def table(self, **tables: Sequence[Mapping[str, Any]]) -> None:
+        """Keep small tables of this round; see `fldist.algorithm.Server`."""
+        self.tables.update({name: csv_text(name, rows) for name, rows in tables.items()})
+
+    def warn(self, text: str) -> None:
+        """Tell the user; see `fldist.algorithm.Server`."""
+        if text not in self._told:  # a round that is done again says the same again
+            self._told.add(text)
+            self._tell(f"round {self.round}: {text}" if self.round else f"setup: {text}")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "state"), name)
