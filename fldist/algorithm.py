@@ -305,6 +305,14 @@ class Algorithm:
         model: Params = server.x
         return model
 
+    def local_model(self, task: Task, x: Params, reply: Any) -> Params:
+        """A client's model after its training from x, of its reply; by default what it has sent, the reply's `y`.
+
+        For algorithms that go on with other algorithms' models. reply: has the reply's fields as attributes.
+        """
+        y: Params = reply.y
+        return y
+
     def personal_model(self, me: Me, data: ClientData) -> Params:
         """A client's own model, at the client; an algorithm that defines it has personal models."""
         raise TypeError(f"{type(self).__name__} does not define personal_model(self, me, data)")

@@ -68,10 +68,12 @@ class Targets:
         self._p = logs.exp().to(device, dtype)  # [N, C]
         self._log_p = logs.to(device, dtype)
 
-    def loss(self, student: Tensor) -> Tensor:
-        """L_f of the student's logits [N, C]."""
-        gap = self._log_p - log_softmax(student / self.tau, dim=1)
-        return (self._p * gap).sum() * (self.tau**2 / len(self._p))
+    def loss(self, student: Tensor, rows: Tensor | None = None) -> Tensor:
+        """L_f of the student's logits [N, C], or of those [b, C] on the samples `rows` [b]."""
+        p, log_p = self._p, self._log_p
+        if rows is not None:
+            p, log_p = p.index_select(0, rows), log_p.index_select(0, rows)
+        return (p * (log_p - log_softmax(student / self.tau, dim=1))).sum() * (self.tau**2 / len(p))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -160,6 +160,27 @@ class Mean(Fold):
         if reference is not None and self.part != "all":
             context = replace(context, reference=reference.restricted(self.part))
         return FixedPoint(context, divide=True)
+
+
+@dataclass(frozen=True)
+class MeanAndEach(Mean):
+    """A mean of Params whose contributions are put into `into` as well, by client: those that the mean has in it.
+
+    Memory grows with the clients.
+    """
+
+    into: dict[int, Params] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mean: Mean, into: dict[int, Params]) -> MeanAndEach:
+        """The same mean, noting what it is of."""
+        return cls(**{f.name: getattr(mean, f.name) for f in fields(mean)}, into=into)
+
+    def begin(self, context: FoldContext) -> Accumulator:
+        """Start a mean."""
+        if self.shape is not None or self.part != "all":
+            raise ValueError("MeanAndEach is of whole Params; shape and part do not go with it")
+        return _Noting(context, self.into)
 
 
 @dataclass(frozen=True)
@@ -449,6 +470,24 @@ class FixedPoint(Accumulator):
         if not self.divide:
             return self.ints.clone()
         return torch.div(self.ints, int(total), rounding_mode="trunc")
+
+
+class _Noting(FixedPoint):
+    """A mean that notes its contributions."""
+
+    def __init__(self, context: FoldContext, into: dict[int, Params]) -> None:
+        super().__init__(context, divide=True)
+        self._into = into
+
+    def add(self, client: int, value: Params, weight: float) -> None:
+        """Add one contribution and note it."""
+        super().add(client, value, weight)
+        self._into[client] = value
+
+    def remove(self, client: int, value: Params, weight: float) -> None:
+        """Subtract what `add` added, and note it no longer."""
+        super().remove(client, value, weight)
+        del self._into[client]
 
 
 class FixedPointTensor(FixedPoint):

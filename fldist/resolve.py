@@ -6,6 +6,7 @@ A short name is a module of the package it belongs to, or an entry of that packa
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -88,6 +89,29 @@ def from_package(package: str, name: str, base: type, field: str) -> type:
     ]
     assert len(found) == 1, f"{module.__name__} must define exactly one {base.__name__}"
     return found[0]
+
+
+def component(kind: type, fields: Mapping[str, Any], name: str) -> Any:
+    """A dataclass made of fields that a user wrote, for pydantic's BeforeValidators of keys that hold such a thing.
+
+    What is wrong is a ValidationError (a ValueError) whose location is the field, so that the configuration's errors
+    name `KEY.FIELD`. name: what the user calls it.
+    """
+    from pydantic import TypeAdapter
+
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in fields:
+        if key not in known:
+            raise wrong(key, f"{name} has no such field; it has {', '.join(known) or 'none'}", fields[key])
+    return TypeAdapter(kind).validate_python(dict(fields))
+
+
+def wrong(field: str, said: str, given: object) -> ValueError:
+    """An error whose location is a field."""
+    from pydantic_core import PydanticCustomError, ValidationError
+
+    error = PydanticCustomError("component", "{said}", {"said": said})
+    return ValidationError.from_exception_data("component", [{"type": error, "loc": (field,), "input": given}])
 
 
 def from_table(table: Mapping[str, str], name: str, field: str) -> Any:

@@ -34,6 +34,7 @@ from fldist.models.resnet import (
     ResNet8,
     ResNet10,
     ResNet18,
+    ResNet18D2l,
     ResNet18Small,
     ResNet34,
     ResNet50,
@@ -122,6 +123,8 @@ SIZES = [  # configuration, shape, classes, parameters, float buffers, counters
     (NextCharLstm(), TEXT, 80, 819_920, 0, 0),
     (NextCharLstm(symbols=90), TEXT, 80, 820_000, 0, 0),
     (ResNet18Small(), CIFAR, 10, 11_173_962, 9_600, 20),
+    (ResNet18Small(), CIFAR, 100, 11_220_132, 9_600, 20),
+    (ResNet18D2l(), MNIST, 10, 11_178_378, 7_808, 17),
     (ResNet18(), CIFAR, 10, 11_181_642, 9_600, 20),
     (ResNet18(), CIFAR, 100, 11_227_812, 9_600, 20),
     (ResNet34(), CIFAR, 10, 21_289_802, 17_024, 36),
@@ -143,19 +146,22 @@ def test_number_of_values(config, shape, classes, params, buffers, counters):
 
 
 @pytest.mark.parametrize(
-    ("config", "shape", "size"),
+    ("config", "shape", "classes", "size"),
     [
-        (Mlp((64,)), MNIST, 203_560),
-        (LeNet5(), MNIST, 246_824),
-        (CnnBn(), MNIST, 97_152),
-        (ResNet18(), CIFAR, 44_765_128),
-        (ResNet34(), CIFAR, 85_227_592),
-        (ResNet50(), CIFAR, 94_326_992),
+        (Mlp((64,)), MNIST, 10, 203_560),
+        (LeNet5(), MNIST, 10, 246_824),
+        (CnnBn(), MNIST, 10, 97_152),
+        (ResNet18(), CIFAR, 10, 44_765_128),
+        (ResNet18Small(), CIFAR, 10, 44_734_408),
+        (ResNet18Small(), CIFAR, 100, 44_919_088),
+        (ResNet18D2l(), MNIST, 10, 44_744_880),
+        (ResNet34(), CIFAR, 10, 85_227_592),
+        (ResNet50(), CIFAR, 10, 94_326_992),
     ],
 )
-def test_bytes_of_the_state(config, shape, size):
+def test_bytes_of_the_state(config, shape, classes, size):
     with torch.device("meta"):
-        assert Layout.of(config.build(shape, 10)).nbytes == size
+        assert Layout.of(config.build(shape, classes)).nbytes == size
 
 
 WITHOUT_HEAD = [  # what is left when the head is cut off, and how many features it gives
@@ -564,7 +570,7 @@ def test_xavier_gain_and_layers_without_bias():
     assert torch.equal(module[0].weight, 2 * once)
 
 
-@pytest.mark.parametrize("config", [Mlp, Cnn, CnnBn, NiidCnn, LeNet5, TwoCnn, ResNet18, ResNet18Small])
+@pytest.mark.parametrize("config", [Mlp, Cnn, CnnBn, NiidCnn, LeNet5, TwoCnn, ResNet18, ResNet18Small, ResNet18D2l])
 def test_init_of_every_model(config):
     plain, drawn = seeded(config(), MNIST), seeded(config(init="xavier"), MNIST)
     xavier_after = seeded(config(), MNIST)
@@ -659,7 +665,57 @@ def test_resnet18_32_starts_with_pytorchs_values():
     assert 0.99 * bound < weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("config", [ResNet18(norm="none"), ResNet50(norm="none"), ResNet18Small(norm="group")])
+def test_resnet18_d2l_layers():
+    """Those of resnet18 with a bias in each convolution and none but these in the shortcuts."""
+    module, usual = ResNet18D2l().build(MNIST, 10), ResNet18().build(MNIST, 10)
+
+    def told(network):
+        return [
+            (n, c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding) for n, c in convolutions(network)
+        ]
+
+    def convolutions(network):
+        named = [(n, layer) for n, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
+        return [(n.removesuffix(".0") if "downsample" in n else n, layer) for n, layer in named]
+
+    assert told(module) == told(usual)
+    assert all(layer.bias is not None for _, layer in convolutions(module))
+    assert [n for n, _ in convolutions(module) if "downsample" in n] == [f"layer{i}.0.downsample" for i in (2, 3, 4)]
+    norms = [n for n, layer in module.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms == ["bn1", *(f"layer{i}.{j}.bn{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2))]
+    assert repr(module.maxpool) == repr(usual.maxpool)
+    assert abs(module.conv1.weight).max() <= 1 / 7  # uniform, Kaiming with a = sqrt(5): PyTorch's own
+    assert abs(module.conv1.bias).max() <= 1 / 7
+
+
+def test_resnet18_d2l_computes_by_hand():
+    module = seeded(ResNet18D2l(), MNIST).eval()
+    x = torch.rand(3, *MNIST)
+    relu = nn.functional.relu
+    with torch.no_grad():
+        for layer in layers_of(module, nn.BatchNorm2d):
+            layer.weight.uniform_(0.5, 1.5)
+            layer.bias.uniform_(-0.5, 0.5)
+        y = nn.functional.max_pool2d(relu(module.bn1(module.conv1(x))), 3, stride=2, padding=1)
+        for group, size in zip(("layer1", "layer2", "layer3", "layer4"), (7, 4, 2, 1), strict=True):
+            for block in getattr(module, group):
+                inner = relu(block.bn1(block.conv1(y)))
+                if y.shape[1] == block.conv2.out_channels:
+                    shortcut = y
+                else:  # one convolution with its bias, nothing behind it
+                    weight, bias = block.downsample.parameters()
+                    shortcut = nn.functional.conv2d(y, weight, bias, stride=2)
+                y = relu(block.bn2(block.conv2(inner)) + shortcut)
+            assert y.shape[2:] == (size, size)
+        features, logits = features_and_logits(module, x)
+        torch.testing.assert_close(features, y.mean((2, 3)))
+        torch.testing.assert_close(logits, y.mean((2, 3)) @ module.fc.weight.T + module.fc.bias)
+    assert [c.shape for c in module.eval()(torch.rand(2, 1, 65, 33)).split(1)] == [(1, 10)] * 2  # any size
+
+
+@pytest.mark.parametrize(
+    "config", [ResNet18(norm="none"), ResNet50(norm="none"), ResNet18Small(norm="group"), ResNet18D2l(norm="group")]
+)
 def test_resnets_of_other_norms_train(config):
     module = config.build((1, 20, 20), 3)
     module(torch.rand(2, 1, 20, 20)).sum().backward()

@@ -22,6 +22,7 @@ from fldist.data.partition import (
     Equal,
     FeatureNoise,
     Iid,
+    Mixed,
     Natural,
     Noise,
     Pathological,
@@ -637,6 +638,109 @@ def test_more_classes_a_client_than_there_are(kind):
         kind(4).split(labels, 2, NoDraws())
 
 
+# ---- mixed
+def mixed_by_hand(labels, num_clients, alpha, min_size, rng):
+    """The split, who holds what, and how often the holders and the whole were drawn."""
+    names = sorted(set(labels.tolist()))
+    most = math.ceil(2 * num_clients / len(names))
+    draws = dead_ends = 0
+    while True:
+        draws += 1
+        contain = [[names[client % len(names)]] for client in range(num_clients)]
+        for held in contain:
+            count = {c: sum(c in other for other in contain) for c in names}
+            others = [c for c in names if count[c] < most and c not in held]
+            if not others:
+                dead_ends += 1
+                break
+            held.append(int(rng.choice(others)))
+        else:
+            parts = [[] for _ in range(num_clients)]
+            for c in names:
+                holders = [client for client in range(num_clients) if c in contain[client]]
+                if holders:
+                    shuffled = rng.permutation(rows_of(labels, c))
+                    for client, piece in zip(
+                        holders, cut(shuffled, rng.dirichlet([alpha] * len(holders))), strict=True
+                    ):
+                        parts[client] += piece
+            if min(map(len, parts)) >= min_size:
+                return [sorted(part) for part in parts], contain, draws, dead_ends
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_clients", "alpha", "min_size"),
+    [
+        ([40, 31, 29, 50], 4, 0.5, 10),
+        ([40, 31, 29, 50], 7, 1.0, 5),
+        ([20] * 10, 10, 0.3, 2),
+        ([20] * 10, 3, 0.5, 10),
+        ([23, 17], 1, 0.5, 10),
+        ([30, 30, 30], 12, 5.0, 0),
+    ],
+)
+def test_mixed_equals_the_law_for_the_same_draws(counts, num_clients, alpha, min_size):
+    labels = labels_of(counts) * 2 + 5
+    for seed in range(8):
+        parts = Mixed(alpha, min_size).split(labels, num_clients, np.random.default_rng(seed))
+        expected, contain, _, _ = mixed_by_hand(labels, num_clients, alpha, min_size, np.random.default_rng(seed))
+        assert as_lists(parts) == expected
+        assert_no_row_twice(parts, len(labels))
+        assert min(map(len, parts)) >= min_size
+        held = set().union(*contain)
+        assert sum(len(part) for part in parts) == sum(int(c in held) for c in labels.tolist())
+
+
+def test_mixed_has_two_classes_a_client_and_two_clients_a_class():
+    labels = np.repeat(np.arange(10), 500)
+    for seed in range(20):
+        got = table(Mixed(5.0).split(labels, 10, np.random.default_rng(seed)), labels) > 0
+        assert got.sum(axis=0).tolist() == got.sum(axis=1).tolist() == [2] * 10
+        assert got.diagonal().all()
+
+
+def test_mixed_draws_again_where_a_client_finds_no_second_class():
+    """Of three clients and three classes, the last client may be left with its own class alone."""
+    labels, dead_ends = labels_of([30, 30, 30]), 0
+    for seed in range(30):
+        expected, contain, draws, missed = mixed_by_hand(labels, 3, 50.0, 1, np.random.default_rng(seed))
+        assert as_lists(Mixed(50.0, 1).split(labels, 3, np.random.default_rng(seed))) == expected
+        assert [len(set(held)) for held in contain] == [2] * 3
+        assert draws - missed == 1
+        dead_ends += missed
+    assert dead_ends > 0
+
+
+def test_mixed_gives_up_after_its_attempts():
+    labels = labels_of([10, 10])
+    with pytest.raises(
+        ValueError,
+        match=r"^task\.partition: mixed \(alpha 0\.001, min_size 9\) found no split of 20 rows among 2 clients in 3 "
+        r"attempts; the best one left its smallest client 0 rows\. Raise alpha, lower min_size or "
+        r"clients\.num_clients, or use classes$",
+    ):
+        Mixed(0.001, 9, 3).split(labels, 2, BothToOne())
+
+
+class BothToOne:
+    """A generator that gives everything to the first holder."""
+
+    def permutation(self, rows):
+        return np.array(rows)
+
+    def dirichlet(self, alpha):
+        return np.eye(len(alpha))[0]
+
+    def choice(self, values):
+        return values[0]
+
+
+def test_mixed_needs_two_classes():
+    message = r"^task\.partition: mixed gives every client two classes, and the training rows have 1; use quantity$"
+    with pytest.raises(ValueError, match=message):
+        Mixed().split(labels_of([90]), 3, NoDraws())
+
+
 # ---- shards
 def shards_by_hand(labels, num_clients, per_client, rng):
     names = sorted(set(labels.tolist()))
@@ -828,6 +932,7 @@ EXAMPLES = {
     "dirichlet_min": {"min_size": 2},
     "dirichlet_client": {"alpha": 0.3},
     "classes": {"per_client": 2},
+    "mixed": {"alpha": 2.0, "min_size": 2},
     "shards": {"per_client": 2},
     "pathological": {"per_client": 2, "balanced": False},
     "natural": {"choice": "random"},
@@ -897,6 +1002,7 @@ def test_defaults():
         FeatureNoise(0.1, "all"),
     )
     assert (DirichletMin(), DirichletClient()) == (DirichletMin(0.5, 10, 1000, True), DirichletClient(0.5, 1000))
+    assert Mixed() == Mixed(0.5, 10, 1000)
     assert (Classes(), Shards(), Pathological()) == (Classes(2), Shards(2), Pathological(2, True))
     assert Natural() == Natural("first")
     with pytest.raises(ValidationError, match="size"):
@@ -944,7 +1050,7 @@ def test_a_client_whose_classes_have_too_few_rows(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_clients_take_no_time(name):
     labels = np.random.default_rng(0).integers(0, 100 if name in LAWS else 1200, 60_000)
-    feasible = {"quantity": {"alpha": 5.0, "min_size": 1}}
+    feasible = {"quantity": {"alpha": 5.0, "min_size": 1}, "mixed": {"alpha": 5.0}}
     start = time.perf_counter()
     made(name, **feasible.get(name, EXAMPLES[name])).split(labels, 1000, np.random.default_rng(1))
     assert time.perf_counter() - start < 5  # 0.2 s alone on a core
@@ -996,6 +1102,31 @@ def task_of(seed, partition_seed):
         seed=seed,
         partition_seed=partition_seed,
     )
+
+
+def test_the_global_test_set_is_one_noisy_copy_for_every_client():
+    labels = labels_of([40, 30, 50])
+    images = torch.arange(120.0).view(120, 1, 1, 1).expand(120, 1, 20, 20) / 120
+    task = Task(
+        dataset=Dataset(images.contiguous(), labels, images[:50].contiguous(), labels[:50], classes=3),
+        partition=FeatureNoise(0.6),
+        num_clients=3,
+        build=Mlp((3,)).build,
+        local=LocalTraining(),
+        seed=1,
+        partition_seed=1,
+    )
+    batches = list(task.test_batches(20))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert len(y) == task.num_scored(0, "global") == 150
+    assert y.tolist() == labels[:50].tolist() * 3
+    noise = x - images[:50].repeat(3, 1, 1, 1)
+    deviations = [part.std().item() for part in noise.split(50)]
+    assert deviations[0] == 0
+    assert deviations[1:] == pytest.approx([0.3, 0.6], rel=0.03)  # of 20,000 draws
+    assert abs(noise.mean().item()) < 0.01
+    again = torch.cat([part for part, _ in task.test_batches(20)])
+    assert torch.equal(again, x)  # so that rounds compare
 
 
 def test_the_partition_has_a_seed_of_its_own():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fldist.models.cnn import Cnn, CnnBn, LeNet5, NiidCnn, TwoCnn
 from fldist.models.lstm import NextCharLstm
 from fldist.models.mlp import Mlp
-from fldist.models.resnet import BasicBlock, Bottleneck, ResidualNet, ResNet18, ResNet18Small, ResNet50
+from fldist.models.resnet import BasicBlock, Bottleneck, ResidualNet, ResNet18, ResNet18D2l, ResNet18Small, ResNet50
 from fldist.params import Layout, Params
 from fldist.pruning.structure import Structure, close_dead_units, prune_units, unit_scores
 
@@ -149,7 +149,9 @@ def test_group_norm_mixes_channels_and_leaves_no_units():
     assert len(structure.unanalysed) == 3
 
 
-@pytest.mark.parametrize(("model", "inside"), [(ResNet18(), 8), (ResNet18Small(), 8), (ResNet50(), 32)])
+@pytest.mark.parametrize(
+    ("model", "inside"), [(ResNet18(), 8), (ResNet18Small(), 8), (ResNet18D2l(), 8), (ResNet50(), 32)]
+)
 def test_of_residual_networks_only_what_no_addition_reads(model, inside):
     structure = Structure.of(model.build((3, 32, 32), 10), (3, 32, 32))
     assert len(structure.hidden) == inside

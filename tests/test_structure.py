@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["algorithms"] |= {"directions", "distillation", "prototypes"}
+ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "prototypes", "resolve"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}

@@ -9,12 +9,12 @@ A client sends x - s d_i in place of its model, so that the mean by samples give
 and the ordinary average for the buffers, and a_i is all that travels beside FedAvg's. s is a number that both ends
 know, the normaliser of the mean client's steps (`common_scale`): without it d_i, which is a_i times smaller than a
 model's change, would lose digits in float32. With equal a_i it is FedAvg. The published code takes the number of
-mini-batches for n_i and normalises BatchNorm's buffers too; neither is done.
+mini-batches for n_i (`weights: batches`) and normalises BatchNorm's buffers too, which is not done.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fldist.algorithm import Algorithm, Clients, Me, Server, State, on_client
 from fldist.data.client_data import ClientData
@@ -29,7 +29,7 @@ class Update(NamedTuple):
 
     y: Weights  # parameters x - s d_i, buffers of the local model
     a: Scalar  # a_i
-    n: Scalar  # training examples held by the client
+    n: Scalar  # training examples held by the client, or mini-batches of an epoch
 
 
 def normaliser(tau: int, rho: float) -> float:
@@ -53,6 +53,10 @@ def common_scale(task: Task) -> float:
 class FedNova(Algorithm):
     """FedAvg whose clients' changes are normalised by the steps they took."""
 
+    weights: Literal["samples", "batches"] = (
+        "samples"  # n_i; batches: an epoch's mini-batches, as in the published code
+    )
+
     def check(self, task: Task) -> None:
         """Refuse optimizers that a_i does not describe."""
         if task.local.optimizer != "sgd" or task.local.schedule != "constant":
@@ -75,6 +79,12 @@ class FedNova(Algorithm):
         x.write(before - (a_eff / common_scale(server.task)) * (before - got.y.trainable))
         server.x = x
 
+    def local_model(self, task: Task, x: Params, reply: Any) -> Params:
+        """y_i = x - d_i a_i of the x - s d_i that was sent; the buffers are the local model's already."""
+        y: Params = reply.y.clone()
+        y.write(x.trainable - (x.trainable - y.trainable) * (reply.a / common_scale(task)))
+        return y
+
     @on_client
     def update(self, me: Me, data: ClientData, x: Weights) -> Update:
         """E epochs of local SGD; the model is sent as x - s d_i."""
@@ -82,4 +92,5 @@ class FedNova(Algorithm):
         a = normaliser(local.steps, data.task.local.momentum)
         y = local.params
         y.write(x.trainable - direction(x.trainable, y.trainable, a, common_scale(data.task)))
-        return Update(y, a, data.n)
+        n = data.n if self.weights == "samples" else math.ceil(data.n / data.task.local.batch_size)
+        return Update(y, a, n)

@@ -48,7 +48,6 @@ scores on batch statistics that leak into the model (`published_scores`). docs/f
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +60,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss, one_hot
 
 from fldist.algorithm import Books, Clients, Me, Replies, Server, State, TooFewReplies, on_client
+from fldist.blocks import version_of
 from fldist.data.client_data import ClientData
 from fldist.data.task import Architecture, Task
 from fldist.directions import Directions, Law, held
@@ -755,11 +755,6 @@ class Revelation:
 
 def _run(task: Task, model: Params, client: int, x: Tensor) -> Tensor:
     return task.frozen_copy(model, client)(x)  # type: ignore[no-any-return]
-
-
-def version_of(images: Tensor) -> int:
-    """63 bits of a hash of the images: others, also of an attempt that is void, have another."""
-    return int.from_bytes(hashlib.sha256(images.cpu().contiguous().numpy().data).digest()[:8], "little") >> 1
 
 
 @functools.lru_cache(maxsize=2)

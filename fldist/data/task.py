@@ -323,6 +323,13 @@ class Task:
         mean, std = self._scale
         return (x - mean) / std
 
+    def unit(self, x: Tensor) -> Tensor:
+        """Values of 0..1 of those that `normal` gave, on the CPU."""
+        if self._scale is None:
+            return x.cpu()
+        mean, std = (t.cpu() for t in self._scale)
+        return x.cpu() * std + mean
+
     def unit_rows(self, client: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """A client's samples x [n, ...] in 0..1 (or tokens) and labels y [n], before augmentation and normalisation."""
         return self._given_out(self._splits[client][split])

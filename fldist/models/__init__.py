@@ -21,6 +21,7 @@ NAMES = {
     "resnet10": "fldist.models.resnet:ResNet10",
     "resnet18": "fldist.models.resnet:ResNet18",
     "resnet18_32": "fldist.models.resnet:ResNet18Small",
+    "resnet18_d2l": "fldist.models.resnet:ResNet18D2l",
     "resnet34": "fldist.models.resnet:ResNet34",
     "resnet50": "fldist.models.resnet:ResNet50",
     "resnet101": "fldist.models.resnet:ResNet101",

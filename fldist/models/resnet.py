@@ -1,4 +1,5 @@
-"""Residual networks: the ImageNet form, layer for layer and name for name torchvision's, and one for 32x32 images.
+"""Residual networks: the ImageNet form, layer for layer and name for name torchvision's, one for 32x32 images, and one
+with a bias in every convolution.
 
 He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016. Written out here so that
 building one needs no torchvision, takes any number of channels, and can do with another normalisation.
@@ -16,30 +17,33 @@ from torch import Tensor, nn
 from fldist.models.layers import Init, Norm, head, images, initialised, norm_layer
 
 
-def _conv(before: int, after: int, kernel: int, stride: int, norm: Norm) -> nn.Conv2d:
-    """A convolution that keeps the size but for its stride; it has a bias where no normalisation follows."""
-    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=norm == "none")
+def _conv(before: int, after: int, kernel: int, stride: int, norm: Norm, biased: bool = False) -> nn.Conv2d:
+    """A convolution that keeps the size but for its stride; it has a bias if asked for, or no normalisation follows."""
+    return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=biased or norm == "none")
 
 
-def _shortcut(before: int, after: int, stride: int, norm: Norm) -> nn.Module:
+def _shortcut(before: int, after: int, stride: int, norm: Norm, biased: bool = False) -> nn.Module:
+    """The identity, or where that does not fit a 1x1 convolution; normalised, unless the convolutions are biased."""
     if stride == 1 and before == after:
         return nn.Identity()
-    return nn.Sequential(_conv(before, after, 1, stride, norm), norm_layer(norm, after))
+    convolution = _conv(before, after, 1, stride, norm, biased)
+    return convolution if biased else nn.Sequential(convolution, norm_layer(norm, after))
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, added to the shortcut: [B, before, h, w] -> [B, width, h / stride, w / stride]."""
 
     expansion = 1
+    biased = False
 
     def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
         # drawn first but named last, as torchvision does: initial values and the order of tensors follow
-        shortcut = _shortcut(before, width, stride, norm)
-        self.conv1 = _conv(before, width, 3, stride, norm)
+        shortcut = _shortcut(before, width, stride, norm, self.biased)
+        self.conv1 = _conv(before, width, 3, stride, norm, self.biased)
         self.bn1 = norm_layer(norm, width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(width, width, 3, 1, norm)
+        self.conv2 = _conv(width, width, 3, 1, norm, self.biased)
         self.bn2 = norm_layer(norm, width)
         self.downsample = shortcut
 
@@ -51,6 +55,12 @@ class BasicBlock(nn.Module):
         return self.relu(y)  # type: ignore[no-any-return]
 
 
+class BiasedBlock(BasicBlock):
+    """As `BasicBlock`, with a bias in every convolution, and no normalisation in the shortcut."""
+
+    biased = True
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, added to the shortcut: [B, before, h, w] -> [B, 4 width, h / stride, ...].
 
@@ -58,6 +68,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    biased = False
 
     def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -102,7 +113,8 @@ class ResidualNet(nn.Module):
         projection: int = 0,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, 64, 3, 1, norm) if small_images else _conv(channels, 64, 7, 2, norm)
+        kernel, stride = (3, 1) if small_images else (7, 2)
+        self.conv1 = _conv(channels, 64, kernel, stride, norm, block.biased)
         self.bn1 = norm_layer(norm, 64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
@@ -251,4 +263,23 @@ class ResNet18Small(ResNet18):
             small_images=True,
             norm=self.norm,
             projection=self.projection,
+        )
+
+
+@dataclass(frozen=True)
+class ResNet18D2l(ResNet18):
+    """A ResNet-18 of a textbook: a bias in every convolution, shortcuts without BatchNorm; fields as `ResNet18`.
+
+    Stem and groups are those of the ImageNet form. Initial values are PyTorch's defaults. One channel, ten
+    classes: 11,178,378 parameters, 7,808 float buffer entries, 17 BatchNorm layers. Source: Zhang, Lipton, Li and
+    Smola, "Dive into Deep Learning", the network for Fashion-MNIST; FedF2DG's code has it for the same data set
+    (Zhao et al., Neural Networks 179, 2024).
+    """
+
+    short_name: ClassVar[str] = "resnet18_d2l"
+    block: ClassVar[Block] = BiasedBlock
+
+    def _net(self, channels: int, classes: int) -> ResidualNet:
+        return ResidualNet(
+            channels, classes, block=self.block, depths=self.depths, norm=self.norm, projection=self.projection
         )

@@ -31,10 +31,6 @@ def named(given: str | Mapping[str, Any] | GeneratorConfig) -> GeneratorConfig:
     Made for pydantic's BeforeValidator: what is wrong is a ValidationError (a ValueError) whose location is the field,
     so that the configuration's errors name `algorithm.generator.FIELD`. Nothing is read or loaded yet.
     """
-    import dataclasses
-
-    from pydantic import TypeAdapter
-
     from fldist import resolve
     from fldist.models.generators.pretrained import GeneratorConfig
 
@@ -50,20 +46,8 @@ def named(given: str | Mapping[str, Any] | GeneratorConfig) -> GeneratorConfig:
     try:
         kind = resolve.from_table(NAMES, name, "name")
     except ValueError as error:
-        raise _wrong("name", str(error).removeprefix("name: "), name) from None
+        raise resolve.wrong("name", str(error).removeprefix("name: "), name) from None
     if not (isinstance(kind, type) and issubclass(kind, GeneratorConfig)):
-        raise _wrong("name", f"it is no subclass of {GeneratorConfig.__module__}.GeneratorConfig", name)
-    fields = {key: value for key, value in given.items() if key != "name"}
-    for key in fields.keys() - {field.name for field in dataclasses.fields(kind)}:
-        known = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise _wrong(key, f"{name} has no such field; it has {known}", fields[key])
-    made: GeneratorConfig = TypeAdapter(kind).validate_python(fields)
+        raise resolve.wrong("name", f"it is no subclass of {GeneratorConfig.__module__}.GeneratorConfig", name)
+    made: GeneratorConfig = resolve.component(kind, {k: v for k, v in given.items() if k != "name"}, name)
     return made
-
-
-def _wrong(field: str, said: str, given: object) -> ValueError:
-    """An error whose location is a field."""
-    from pydantic_core import PydanticCustomError, ValidationError
-
-    error = PydanticCustomError("generator", "{said}", {"said": said})
-    return ValidationError.from_exception_data("generator", [{"type": error, "loc": (field,), "input": given}])
