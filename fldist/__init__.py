@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["RunStopped", "__version__", "run"]
+__all__ = ["RunStopped", "__version__", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,3 +40,25 @@ def run(
     from fldist.runner import run_here
 
     return run_here(load(config, overrides), nproc=nproc, output=output, progress=progress)
+
+
+def resume(
+    directory: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    from_stage: str | None = None,
+    output: str | Path | None = None,
+    nproc: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Go on with the run in `directory` and return what `result.json` holds.
+
+    from_stage, output: begin another run instead, in the new directory `output`, from where that one was before this
+    stage; that one is left as it is. The rest is as in `run`, and of the overrides those that a run that goes on takes.
+    """
+    from pathlib import Path
+
+    from fldist.runner import resume_here
+
+    where = Path(output) if output is not None else None
+    return resume_here(Path(directory), overrides, stage=from_stage, output=where, nproc=nproc, progress=progress)

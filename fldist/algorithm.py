@@ -253,10 +253,15 @@ class Algorithm:
 
     heterogeneous: whether clients may have models of different architectures; has_global_model: whether the
     server has one. Both are said by the class, not configured.
+
+    stage_fields: fields that may be changed when a run goes on, each with the first stage that reads it: until that one
+    has begun. None in place of a stage: the field only decides what `stages` gives, and must leave the rounds that are
+    done in the stages that they were in.
     """
 
     heterogeneous: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
+    stage_fields: ClassVar[Mapping[str, str | None]] = {}
 
     def check(self, task: Task) -> None:
         """Refuse a task that cannot be done: ValueError with the key and the remedy. Called before anything starts."""

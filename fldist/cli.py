@@ -67,17 +67,23 @@ def resume(
     directory: Annotated[Path, typer.Argument(help="A run's directory.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="rounds=N, eval..., deadlines..., network...")] = None,
     nproc: Annotated[int, typer.Option(help="Ranks to run: this process as server and N-1 hosts.")] = 1,
+    stage: Annotated[
+        str | None, typer.Option("--from", help="Begin again with this stage, in a new directory (--output).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --from: the directory of the run that is begun.")] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say of each client why its reply is missing.")
     ] = False,
 ) -> None:
-    """Go on with a run from its last round, on any number of ranks, with the same result; or extend one."""
-    from fldist.config import load_resumed
-    from fldist.console import Progress
-    from fldist.runner import run_here
+    """Go on with a run from its last round, on any number of ranks, with the same result; or extend one.
 
-    settings = load_resumed(directory, overrides or [])
-    run_here(settings, nproc=nproc, output=directory, observer=Progress(verbose), resume=True)
+    With --from: begin another run from the end of a stage of this one, which is left as it is.
+    """
+    from fldist.console import Progress
+    from fldist.runner import resume_here
+
+    observer = Progress(verbose)
+    resume_here(directory, overrides or [], stage=stage, nproc=nproc, output=output, observer=observer)
 
 
 @app.command()

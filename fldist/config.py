@@ -33,10 +33,12 @@ from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
 from fldist.params import Travel
+from fldist.runtime.branch import Branch
 from fldist.runtime.device import CPU, Wanted
 from fldist.runtime.job import Job, Topology
 from fldist.runtime.membership import Faults
 from fldist.runtime.output import differing, finished_result
+from fldist.runtime.stages import begins_after, check_fields, check_plan, plan_of
 from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.link import Limits
@@ -234,15 +236,11 @@ RESUMABLE = (
 
 
 def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
-    """The configuration of a run that is to go on, with overrides that do not change its meaning."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"resume: {directory} holds no run (no config.yaml)")
-    before, now = load(path), load(path, overrides)
-    for key in meaning_changed(before, now):
-        raise ConfigError(
-            f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can. Begin a new run"
-        )
+    """The configuration of a run that is to go on, with overrides that do not change its meaning.
+
+    Whether a stage that reads a changed field has begun is seen by `check_resumed`, where the state is.
+    """
+    _, now = _changed(directory, overrides)
     result = finished_result(directory)
     limit = result and still_ended(result, now)
     if result and limit:
@@ -252,6 +250,65 @@ def load_resumed(directory: Path, overrides: Sequence[str] = ()) -> Settings:
             "extend it"
         )
     return now
+
+
+def load_branch(directory: Path, stage: str, overrides: Sequence[str] = ()) -> tuple[Settings, Branch]:
+    """The configuration of a run that is begun from another one's end of a stage, and where that is.
+
+    directory: the other run's; stage: what the new one begins with. ConfigError for what cannot be.
+    """
+    before, now = _changed(directory, overrides)
+    if before.checkpoint.every and not now.checkpoint.every:
+        raise ConfigError("checkpoint.every: 0, but a run is to go on from a checkpoint; set it to 1 or more")
+    was, algorithm = make_algorithm(before.algorithm), make_algorithm(now.algorithm)
+    old, new = plan_of(was, before.rounds), plan_of(algorithm, now.rounds)
+    try:
+        done, begins = begins_after(old, stage), begins_after(new, stage)
+    except ValueError as error:
+        raise ConfigError(f"--from: {error}") from None
+    if done == 0:
+        raise ConfigError(f"--from: no round comes before stage {stage}; begin a new run: fldist run")
+    if begins != done:
+        rounds = now.rounds + done - begins
+        fits = rounds > 0 and begins_after(plan_of(algorithm, rounds), stage) == done
+        raise ConfigError(
+            f"rounds: {now.rounds} would have stage {stage} begin after round {begins}, and in {directory} it begins "
+            f"after round {done}; {f'set rounds={rounds}' if fits else 'change rounds, or what its stages depend on'}"
+        )
+    check_plan(old, new, done)
+    check_fields(was, algorithm, old, done)
+    if sum(rounds for _, rounds in new) <= done:
+        raise ConfigError(f"--from: from stage {stage} on nothing is to be done with rounds={now.rounds}; give more")
+    return now, Branch(directory, stage, done)
+
+
+def check_resumed(before: Settings, now: Settings, number: int, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on after a round where its checkpoint has read what is changed: ValueError.
+
+    facts: the checkpoint's.
+    """
+    was, algorithm = make_algorithm(before.algorithm), make_algorithm(now.algorithm)
+    plan = [(str(name), int(rounds)) for name, rounds in facts["stages"]]
+    check_plan(plan, plan_of(algorithm, now.rounds), number)
+    check_fields(was, algorithm, plan, number)
+
+
+def _changed(directory: Path, overrides: Sequence[str]) -> tuple[Settings, Settings]:
+    """A run's configuration, and the same with overrides that may be made when it goes on."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: {directory} holds no run (no config.yaml)")
+    before, now = load(path), load(path, overrides)
+    later = [f"algorithm.{field}" for field in make_algorithm(now.algorithm).stage_fields]
+    for key in meaning_changed(before, now):
+        if any(key == field or key.startswith(f"{field}.") for field in later):
+            continue
+        known = f"; of the algorithm {', '.join(later)}, until a stage reads it" if later else ""
+        raise ConfigError(
+            f"{key}: it cannot be changed in a run that goes on; only {', '.join(RESUMABLE)} can{known}. Begin a new "
+            "run"
+        )
+    return before, now
 
 
 def meaning_changed(before: Settings, now: Settings) -> list[str]:

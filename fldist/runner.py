@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fldist import blocks
-from fldist.config import ConfigError, Settings, build, make_trackers
+from fldist.config import ConfigError, Settings, build, check_resumed, load, load_branch, load_resumed, make_trackers
 from fldist.params import Travel
+from fldist.runtime.branch import Branch
 from fldist.runtime.checkpoint import ClientFiles
 from fldist.runtime.device import CPU, Place, describe, nccl_problem, resolve, set_up
 from fldist.runtime.host import Host, refuse_link, serve_link
@@ -144,10 +145,12 @@ def run_here(
     observer: Observer | None = None,
     spawn: Spawn = spawn_host,
     resume: bool = False,
+    branch: Branch | None = None,
 ) -> dict[str, Any]:
     """Be this rank of the run. The server returns the result, a host an empty one when it is done.
 
-    spawn: how `nproc` starts a host (tests use warm processes). resume: `output` holds a run that is to go on.
+    spawn: how `nproc` starts a host (tests use warm processes). resume: `output` holds a run that is to go on. branch:
+    `output` is made from another run, and goes on.
     """
     if nproc < 1:
         raise ConfigError(f"--nproc must be at least 1, got {nproc}")
@@ -161,6 +164,8 @@ def run_here(
     device = _device(settings, _place(world, nproc))
     if output is None:
         output = _torchrun_directory(settings, world) if world.launcher == "torchrun" else _directory(settings)
+    if branch is not None:
+        branch.make(Path(output), settings.resolved())
     directory = prepare(Path(output), settings.resolved(), resume=resume)
     if observer is None and progress:
         from fldist.console import Progress
@@ -193,6 +198,32 @@ def run_here(
                 raise
     finally:
         restore()
+
+
+def resume_here(
+    directory: Path,
+    overrides: Sequence[str] = (),
+    *,
+    stage: str | None = None,
+    output: Path | None = None,
+    nproc: int = 1,
+    progress: bool = False,
+    observer: Observer | None = None,
+    spawn: Spawn = spawn_host,
+) -> dict[str, Any]:
+    """Be this rank of a run that goes on, or, with `stage` and `output`, of one begun from an end of a stage of it."""
+    if (stage is None) != (output is None):
+        raise ConfigError(
+            f"--output: a run goes on in its own directory, {directory}; --from STAGE begins another one in a new one"
+            if stage is None
+            else f"--from: {stage} begins a run in a new directory, since {directory} stays as it is; name it with "
+            "--output"
+        )
+    how: dict[str, Any] = {"nproc": nproc, "progress": progress, "observer": observer, "spawn": spawn}
+    if stage is None:
+        return run_here(load_resumed(directory, overrides), output=directory, resume=True, **how)
+    settings, branch = load_branch(directory, stage, overrides)
+    return run_here(settings, output=output, branch=branch, **how)
 
 
 def _tracked(observer: Observer, settings: Settings, directory: Path) -> Observer:
@@ -241,7 +272,9 @@ def _server_loop(
         keeper.begin()
         if going_on:
             parts: tuple[Travel, ...] = ("all", "floats", "params")
-            keeper.resume([a.layout.restricted(part) for a in job.task.architectures for part in parts])
+            layouts = [a.layout.restricted(part) for a in job.task.architectures for part in parts]
+            before = load(directory / "config.yaml") if (directory / "config.yaml").is_file() else settings
+            keeper.resume(layouts, partial(check_resumed, before, settings))
     elif going_on:
         raise ConfigError("checkpoint.every: 0, but a run is to go on, which needs checkpoints; set it to 1 or more")
     output = Output(directory)

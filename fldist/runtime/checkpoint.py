@@ -177,7 +177,7 @@ class Checkpoints:
     """A run's checkpoints, one file a round: `round-000012.safetensors`; LATEST names the newest and moves last.
 
     Every round is written, so that a killed server loses none; those that must outlive a power failure too are
-    synced, and of these the last `keep` stay beside the last two of all.
+    synced, and of these the last `keep` stay beside the last two of all, and for good those that are said to.
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
@@ -185,13 +185,16 @@ class Checkpoints:
         self._keep = keep
         self._durable: list[int] = []
         self._others: list[int] = []
+        self._lasting: list[int] = []  # some of the durable ones
 
     def path(self, number: int) -> Path:
         """The file of a round."""
         return self.directory / f"round-{number:06d}.safetensors"
 
-    def write(self, number: int, values: Mapping[str, Any], facts: Mapping[str, Any], *, durable: bool) -> None:
-        """Write a round's state, then LATEST, then drop what is not needed any more."""
+    def write(
+        self, number: int, values: Mapping[str, Any], facts: Mapping[str, Any], *, durable: bool, lasting: bool = False
+    ) -> None:
+        """Write a round's state, then LATEST, then drop what is not needed any more. lasting: this never is dropped."""
         write_state(self.path(number), values, facts, durable=durable)
         temporary = self.directory / "LATEST.tmp"
         temporary.write_text(f"{self.path(number).name}\n", encoding="utf-8")
@@ -201,6 +204,8 @@ class Checkpoints:
         if durable:
             sync(self.directory)
             self._durable.append(number)
+            if lasting:
+                self._lasting.append(number)
         else:
             self._others.append(number)
         self._prune()
@@ -209,6 +214,11 @@ class Checkpoints:
     def durable(self) -> list[int]:
         """Of the rounds whose files are there, those that outlive a power failure, ascending."""
         return list(self._durable)
+
+    @property
+    def lasting(self) -> list[int]:
+        """Of these, those whose files stay for good, ascending."""
+        return list(self._lasting)
 
     def secure(self) -> None:
         """Sync the newest one: the run ends before its time."""
@@ -219,7 +229,8 @@ class Checkpoints:
     @property
     def kept(self) -> list[int]:
         """The rounds whose files are needed, ascending."""
-        return sorted({*self._durable[-self._keep :], *sorted({*self._durable, *self._others})[-2:]})
+        newest = sorted({*self._durable, *self._others})[-2:]
+        return sorted({*self._lasting, *self._durable[-self._keep :], *newest})
 
     def _prune(self) -> None:
         kept = set(self.kept)
@@ -238,7 +249,7 @@ class Checkpoints:
         """
         problems = []
         layouts = list(layouts)
-        found = sorted(self._numbers(), reverse=True)
+        found = sorted(self.numbers(), reverse=True)
         for number in found:
             try:
                 values, facts = read_state(self.path(number), layouts)
@@ -254,12 +265,14 @@ class Checkpoints:
                 left.unlink(missing_ok=True)
             self._durable = sorted(n for n in found if n <= number and n in set(facts.get("durable", [])))
             self._others = sorted(n for n in found if n <= number and n not in self._durable)
+            self._lasting = [n for n in self._durable if n in set(facts.get("lasting", []))]
             return number, values, facts, problems
         if problems:
             raise Damaged(f"no checkpoint in {self.directory} is whole; the newest: {problems[0].rpartition(';')[0]}")
         return None
 
-    def _numbers(self) -> Iterator[int]:
+    def numbers(self) -> Iterator[int]:
+        """The rounds whose files are there, in any order."""
         for path in self.directory.glob("round-*.safetensors"):
             with contextlib.suppress(ValueError):
                 yield int(path.name.removeprefix("round-").removesuffix(".safetensors"))

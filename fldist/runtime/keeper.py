@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,14 @@ class Keeper:
         shutil.rmtree(self._checkpoints.directory)
         shutil.rmtree(self.clients.directory, ignore_errors=True)
 
-    def resume(self, layouts: Iterable[Layout]) -> None:
+    def resume(
+        self, layouts: Iterable[Layout], check: Callable[[int, dict[str, Any]], None] = lambda number, facts: None
+    ) -> None:
         """Find where to go on, and take the files that grow back to there. Without a checkpoint all begins anew.
 
         A checkpoint counts when what it names is there too; when none does for want of a client's state, the newest
-        is taken, and those clients are missing.
+        is taken, and those clients are missing. check: is given the round and the facts of what is taken, and raises
+        where the run must not go on from there; then the run's files are as they were.
         """
         layouts = list(layouts)
         try:
@@ -85,6 +88,8 @@ class Keeper:
             found = self._checkpoints.newest(layouts, lambda facts: too_short(self.directory, facts["files"]))
             assert found is not None
             found[3].append(str(error))
+        if found is not None:
+            check(found[0], found[2])
         for name in ("result.json", "run.h5"):  # of an end that is none any more
             (self.directory / name).unlink(missing_ok=True)
         if found is None:
@@ -113,9 +118,14 @@ class Keeper:
             old.unlink(missing_ok=True)
         (folder / f"run-{run_id.hex()}").touch()
 
-    def keep(self, number: int, values: Mapping[str, Any], facts: Mapping[str, Any], *, last: bool) -> None:
-        """Write the checkpoint of a round; OSError when it cannot be written, and then the one before stays."""
-        durable = last or (number > 0 and number % self._every == 0)
+    def keep(
+        self, number: int, values: Mapping[str, Any], facts: Mapping[str, Any], *, last: bool, lasting: bool = False
+    ) -> None:
+        """Write the checkpoint of a round; OSError when it cannot be written, and then the one before stays.
+
+        last: the run ends with this round; lasting: its checkpoint stays for good.
+        """
+        durable = last or lasting or (number > 0 and number % self._every == 0)
         before = self._versions.get(max(self._versions, default=-1), {})
         versions: dict[str, str] = dict(facts["versions"])
         whole = {
@@ -123,13 +133,14 @@ class Keeper:
             "epoch": self.epoch,
             "files": sizes(self.directory),
             "durable": [*self._checkpoints.durable, *([number] if durable else [])],
+            "lasting": [*self._checkpoints.lasting, *([number] if lasting else [])],
         }
         if durable:
             self._secure_clients(versions)
             for name in LINES:
                 if (self.directory / name).exists():
                     sync(self.directory / name)
-        self._checkpoints.write(number, values, whole, durable=durable)
+        self._checkpoints.write(number, values, whole, durable=durable, lasting=lasting)
         self._versions[number] = versions
         self._versions = {n: v for n, v in self._versions.items() if n in self._checkpoints.kept}
         changed = [c for c, version in versions.items() if before.get(c) != version]

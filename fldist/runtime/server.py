@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import secrets
@@ -128,6 +129,7 @@ class ServerLoop:
         self._clients = ClientsView(job, self._caller)
         self._waiting: list[str] = []  # what keeps lines from being written
         self._total = 0  # rounds of all stages
+        self._ends: set[int] = set()  # the last rounds of stages, where a run has several
         # after the last finished round
         self._committed = State(**resumed.values) if resumed is not None and resumed.round else None
         self._transport = (0, 0)
@@ -259,9 +261,9 @@ class ServerLoop:
         view = ServerView(job, state, self.observer.warning)
         del state  # it would keep the first model for the whole run
         stages = job.algorithm.stages(job.rounds)
-        if keeper is not None and keeper.resumed is not None:
-            _check_stages(keeper.resumed.facts["stages"], stages, done)
         self._total = sum(stage.rounds for stage in stages)
+        if len(stages) > 1:  # each may be begun again from the end of the one before
+            self._ends = set(itertools.accumulate(stage.rounds for stage in stages))
         survives = self._survives
         if job.algorithm.stateful and self._survives_loss and self.ranks != [0] and not self._placement.shared_files:
             survives = "clients keep states of their own: if a host dies after its first round, the run stops"
@@ -402,7 +404,8 @@ class ServerLoop:
         try:
             if self._waiting:
                 raise OSError("lines of earlier rounds are not written yet")
-            self._keeper.keep(number, view.state.values, facts, last=self._ended is not None)
+            lasting = number in self._ends
+            self._keeper.keep(number, view.state.values, facts, last=self._ended is not None, lasting=lasting)
         except OSError as error:
             self.observer.warning(f"round {number}: no checkpoint could be written ({error}); the run goes on")
 
@@ -679,17 +682,3 @@ def fix_threads(threads: int) -> Callable[[], None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     return lambda: torch.set_num_threads(before)
-
-
-def _check_stages(before: list[list[Any]], stages: Sequence[Stage], done: int) -> None:
-    """Refuse to go on when the rounds that are done would have been other ones: ValueError."""
-
-    def plan(named: Sequence[tuple[str, int]]) -> list[str]:
-        return [name for name, rounds in named for _ in range(rounds)][:done]
-
-    now = plan([(s.name, s.rounds) for s in stages])
-    if plan([(str(name), int(rounds)) for name, rounds in before]) != now or len(now) < done:
-        raise ValueError(
-            f"rounds: {done} rounds are done, and with this number of rounds they would have been other stages; "
-            "give the number that the run was begun with, or begin a new run"
-        )
