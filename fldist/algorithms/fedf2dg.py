@@ -125,15 +125,15 @@ def targets(counts: Tensor) -> Tensor:
 class Kd:
     """How a student is distilled. weight: lambda; bn: of BatchNorm; reset: begin each epoch with no momentum."""
 
-    epochs: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    batch_size: int
-    temperature: float
-    weight: float
-    bn: Literal["train", "eval"]
-    reset: bool
+    epochs: int = 30
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    temperature: float = 3.0
+    weight: float = 1e-3
+    bn: Literal["train", "eval"] = "train"
+    reset: bool = True
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0, weight: float = 1e-3) -> Tensor:
