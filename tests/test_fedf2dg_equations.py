@@ -943,7 +943,7 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def plain_distil(module: nn.Module, x: Tensor, s: Tensor, how: Kd, seed: int = 9) -> None:
+def plain_distil(module: nn.Module, x: Tensor, s: Tensor, how: Kd, shuffle: torch.Generator | None = None) -> None:
     """The published loop with torch's own SGD and divergence."""
 
     def fresh() -> torch.optim.SGD:
@@ -951,7 +951,7 @@ def plain_distil(module: nn.Module, x: Tensor, s: Tensor, how: Kd, seed: int = 9
             module.parameters(), how.lr, how.momentum, weight_decay=how.weight_decay, nesterov=how.momentum > 0
         )
 
-    shuffle, optimizer = generator(seed), fresh()
+    shuffle, optimizer = shuffle or generator(9), fresh()
     module.train()
     if how.bn == "eval":
         for layer in module.modules():
