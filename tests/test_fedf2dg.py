@@ -169,7 +169,6 @@ def test_so_they_do_with_every_choice(tmp_path: Path, one: dict[str, Any], other
 @pytest.mark.parametrize(
     ("topology", "how"),
     [
-        ("star", {"base": "scaffold", "generation": "client", "images_as": "float16"}),
         ("collective", {"spread": True, "images_as": "uint8"}),
         ("star", {"generation": "client", "send_logits": True, "select": "val", "task__split": {"val": 0.25}}),
     ],
