@@ -37,6 +37,7 @@ from fldist.wire.control import Connection, ControlPlane, new_token, proof
 from fldist.wire.errors import DeadlineExceeded, PeerLost, TransportError
 from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Lost, Welcome
+from fldist.wire.pair import _listens
 from fldist.wire.session import Session
 
 RUN_ID = bytes(range(16))
@@ -94,8 +95,8 @@ def serve(nothing_left):
         return made[-1]
 
     yield make
-    for server in made:
-        server.close(1.0)
+    while made:  # what a server has of gloo's goes with it
+        made.pop().close(1.0)
 
 
 @pytest.fixture
@@ -129,16 +130,31 @@ class Peer:
     def send_raw(self, data):
         self.sock.sendall(data)
 
-    def hear(self):
+    def hear(self, *, but=(FrameType.HEARTBEAT, FrameType.STORE)):
         """The next frame but heartbeats and rendezvous; None at the end of the connection."""
         for _ in range(1000):
             data = self._exactly(FIXED_BYTES)
             if data is None:
                 return None
             frame = decode(data + self._exactly(head_length(data) - FIXED_BYTES), None)
-            if frame.head.type not in (FrameType.HEARTBEAT, FrameType.STORE):
+            if frame.head.type not in but:
                 return frame
         raise AssertionError("the peer sends heartbeats without end")
+
+    def tell_address(self, rank, *, world=False):
+        """Tell in a rendezvous, once the server has, where this rank listens; the server's end is to be its only one.
+
+        Of two, gloo has that one connect whose port is the larger, its bytes swapped: the other waits.
+        """
+        while True:
+            note = self.hear(but=(FrameType.HEARTBEAT, FrameType.WORLD)).note
+            if bool(note.get("world")) == world and note["k"].endswith("/0"):
+                break
+        told = bytes.fromhex(note["v"])
+        port, _ = _listens(told)
+        mine = told.replace(port.to_bytes(2, "big"), b"\xff\xff", 1)
+        more = {"world": True} if world else {}
+        self.send(FrameType.STORE, {"k": note["k"][:-1] + str(rank), "v": mine.hex(), **more})
 
     def _exactly(self, size):
         data = b""
@@ -461,6 +477,40 @@ def test_a_peer_that_falls_silent_is_lost(serve, connect):
     assert event == Lost(1, "silent for 0.6 s")
     assert 0.5 < took < 0.6 + 0.3
     assert peer.is_closed()
+
+
+def test_a_peer_that_goes_before_it_connects_leaves_nobody_waiting_for_it(serve, connect):
+    """It has told where it listens, so that gloo waits for its connection, which nothing of gloo's ends in time."""
+    server = serve()
+    peer = connect(server.address)
+    peer.join(1, server.token)
+    peer.tell_address(1)
+    time.sleep(0.1)
+    writers = [t for t in own_threads() if t.name == "fldist-writer"]
+    assert len(writers) == 1
+    peer.sock.close()
+    assert server.next_event(2) == Lost(1, "connection closed by the peer")
+    writers[0].join(5.0)
+    assert not writers[0].is_alive()
+    end_well(server, {1: joined_host(server, 1)})
+
+
+def test_a_peer_that_goes_while_all_ranks_meet_leaves_nobody_waiting_for_it(serve, connect):
+    server = serve()
+    host = joined_host(server, 1)
+    peer = connect(server.address)
+    peer.join(2, server.token)
+    server.open_world()
+    peer.tell_address(2, world=True)
+    time.sleep(0.2)
+    peer.sock.close()
+    lost = [server.next_event(4), server.next_event(4)]
+    assert [event.rank for event in lost] == [2, 1]
+    host.join(4)
+    assert not host.is_alive()
+    assert "the exchange between all ranks failed" in str(host.error) or "the server is gone" in str(host.error)
+    server.close(1.0)
+    assert wait_until(lambda: not own_threads(), 5.0)
 
 
 def test_heartbeats_alone_keep_a_peer(serve, connect):

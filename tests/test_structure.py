@@ -35,11 +35,12 @@ ALLOWED: dict[str, set[str]] = {
     "selection": set(),
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
+    "inversion": set(),
     "prototypes": {"data", "fold", "kinds"},
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "prototypes", "resolve"}
+ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "prototypes", "resolve"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
@@ -51,6 +52,7 @@ ALLOWED["bench"] = {
     "algorithms",
     "directions",
     "distillation",
+    "inversion",
     "runner",
     "inspection",
     "console",

@@ -460,10 +460,9 @@ class GlooHost(HostLink):
             assert self._world_store is not None
             size = int(frame.note["size"])
             members = Members(self._rank, size, self._world_store, session.address, session.limits)
-            world = self._carrier.world(members)
+            world = self._world = self._carrier.world(members)
             world.open()
-            self._world = world
-            if session.ended:  # nobody saw that there was something to release
+            if session.ended:  # before there was something to release
                 world.release_aside()
             return
         self._frames.put(frame)

@@ -8,6 +8,8 @@ there is only this one.
 from __future__ import annotations
 
 import contextlib
+import socket
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +86,50 @@ def gloo_group(store: Any, rank: int, size: int, address: str, limits: Limits) -
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
+class Meeting:
+    """Where one rank meets the others of a group of gloo, once, and leaves when they do not come.
+
+    Gloo begins when all have told each other their addresses through the store. From then on it waits for those who are
+    to connect to this rank, five times as long as its limit, and no error of theirs and no call ends that.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, address: Callable[[], str], limits: Limits) -> None:
+        self._members = store, rank, size
+        self._address = address
+        self._limits = limits
+        self._at = ""
+
+    def group(self) -> Any:
+        """Meet the others; RuntimeError when one does not come, or when the store was shut before all were there."""
+        self._at = self._address()
+        return gloo_group(*self._members, self._at, self._limits)
+
+    def leave(self) -> None:
+        """Have `group` return, its store being shut: connections of our own take the places of all who may be missing.
+
+        What it returns then leads to nobody. Not freed is who connects to a machine that does not answer at all.
+        """
+        told = self._members[0].told
+        if told is None:  # gloo will ask a store that is shut
+            return
+        port, numbers = _listens(told)
+        for at in range(0, len(numbers), 8):
+            with contextlib.suppress(OSError), socket.create_connection((self._at, port), timeout=1.0) as connection:
+                connection.sendall(numbers[at : at + 8])
+
+
+def _listens(told: bytes) -> tuple[int, bytes]:
+    """The port in what gloo tells the others through the store, and the 8 bytes a rank by which each says who it is.
+
+    These are, each behind its size in 8 bytes, a host name and a `sockaddr` with something behind it; then the numbers.
+    """
+    rest = told
+    for _ in range(2):
+        size = int.from_bytes(rest[:8], sys.byteorder)
+        field, rest = rest[8 : 8 + size], rest[8 + size :]
+    return int.from_bytes(field[2:4], "big"), rest
+
+
 class GlooPair(Pair):
     """A two-rank group of gloo; bodies lie in the CPU's memory.
 
@@ -95,11 +141,12 @@ class GlooPair(Pair):
     def __init__(self, ends: Ends) -> None:
         self._ends = ends
         self._transfer = timedelta(seconds=ends.limits.transfer_s)
+        self._meeting = Meeting(ends.store, ends.me, 2, ends.address, ends.limits)
         self._group: Any = None
 
     def open(self) -> None:
-        """Connect to the peer; waits for it as long as `join_s`."""
-        self._group = gloo_group(self._ends.store, self._ends.me, 2, self._ends.address(), self._ends.limits)
+        """Connect to the peer; waits for it until `unblock`."""
+        self._group = self._meeting.group()
 
     def send(self, bodies: Sequence[Tensor], trailer: Tensor) -> Any:
         """Begin to send."""
@@ -125,8 +172,10 @@ class GlooPair(Pair):
             work.wait(self._transfer)
 
     def unblock(self) -> None:
-        """Free threads that are blocked in the group: a wait that times out closes all its pairs."""
-        if self._group is not None:
+        """Free who waits: for the peer to come, or in the group, whose pairs a wait that times out closes."""
+        if self._group is None:
+            self._meeting.leave()
+        else:
             with contextlib.suppress(RuntimeError):
                 dummy = torch.empty(1, dtype=torch.uint8)
                 self._group.recv([dummy], self._ends.peer, _UNBLOCK_TAG).wait(timedelta(milliseconds=1))

@@ -44,6 +44,8 @@ class Store(dist.Store):  # type: ignore[name-defined, misc]
         self._publish = publish
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
+        self.told: bytes | None = None
+        """What this member has set last."""
         self._changed = threading.Condition()
         self._closed = False
 
@@ -65,6 +67,7 @@ class Store(dist.Store):  # type: ignore[name-defined, misc]
         """Keep a value and tell the others."""
         raw = value if isinstance(value, bytes) else value.encode()
         self.receive(key, raw)
+        self.told = raw
         self._publish(key, raw)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:

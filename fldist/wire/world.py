@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fldist import blocks
 from fldist.wire.link import How, Limits
-from fldist.wire.pair import gloo_group
+from fldist.wire.pair import Meeting
 
 _UNBLOCK_TAG = 1
 ALIGNMENT = 64
@@ -173,14 +173,15 @@ class GlooWorld(World):
     def __init__(self, members: Members) -> None:
         super().__init__(members)
         self._transfer = timedelta(seconds=members.limits.transfer_s)
+        self._meeting = Meeting(members.store, members.rank, members.size, members.address, members.limits)
         self._group: Any = None
         self._over = False
 
     def open(self) -> None:
-        """Connect to all other ranks; waits for them as long as `join_s`."""
-        members = self.members
-        self._group = gloo_group(members.store, members.rank, members.size, members.address(), members.limits)
+        """Connect to all other ranks; waits for them until `release`."""
+        self._group = self._meeting.group()
         if self._over:  # whoever released it found no group to close
+            self._group = None
             raise RuntimeError("the session has ended")
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -199,13 +200,16 @@ class GlooWorld(World):
         begin_reduce(self._group, block, how, self._transfer).wait(self._transfer)
 
     def release(self) -> None:
-        """Free who waits: a wait that times out closes the group's pairs."""
+        """Free who waits: for the others to come, or in the group, whose pairs a wait that times out closes."""
         self._over = True
-        if self._group is not None:
+        group = self._group
+        if group is None:
+            self._meeting.leave()
+        else:
             with contextlib.suppress(RuntimeError):
                 dummy = torch.empty(1, dtype=torch.uint8)
                 other = 1 if self.rank == 0 else 0
-                self._group.recv([dummy], other, _UNBLOCK_TAG).wait(timedelta(milliseconds=1))
+                group.recv([dummy], other, _UNBLOCK_TAG).wait(timedelta(milliseconds=1))
 
 
 class WorldThread:

@@ -1,0 +1,859 @@
+"""FedF2DG: S. Zhao, T. Liao, L. Fu, C. Chen, J. Bian, Z. Zheng, "Data-free knowledge distillation via generator-free
+data generation for Non-IID federated learning", Neural Networks 179 (2024) 106627. A global model that skewed labels
+have spoilt is repaired without any data: after ordinary federated rounds every client's network is inverted
+(`fldist.inversion`) into images like those it was trained on, in numbers that follow its share of the data and how bad
+the global model is on its images, and the global model is distilled on all of them. Rounds of hard samples follow, on
+which the clients' networks and the global model disagree.
+
+    federated     I rounds of the base algorithm; the snapshot: x and the w_i of one round
+    generation    J rounds, a batch each: images x_ij of w_i with labels y_ij, and l_ij = CE( f(x, x_ij), y_ij )
+    distillation  1 round: the student g begins as x; teachers are the w_i, data all x_ij
+    hard          R rounds: the clients train from g, their networks are inverted against g, g is distilled
+    N_i   = b K p_i                              in a stage's first batch; p_i = n_i / n          `nominal`
+    N_i   = b K ( m q_i + (1 - m) p_i )          later; q = softmax(a l) of the batch before, m = 1/3
+    M_ic  = floor( N_i h_i[c] / n_i )            labels; one image of its commonest class where all are 0   `quotas`
+    L_KD  = lambda T^2 mean KL( softmax(f(w_i, x') / T) || softmax(f(g, x') / T) )                `kd_loss`, `distil`
+            x': all images of a client shifted cyclically by one draw; the teachers' logits are calculated once
+
+Bytes (P parameters, B float and N_c integer buffer entries, S = 4 (P + B) + 8 N_c; C classes, images of px values; M_i
+images of a client and batch; everything for each client that takes part):
+
+    kind       phase     direction  bytes
+    histogram  setup     up         8 C        once
+    ...        train     both       as the base algorithm, in every federated round, and in every hard round that trains
+    weights    generate  down       S          generation: client: g, once in `generation`; in a hard round none where
+                                               the clients have just trained from g (student: previous)
+    histogram  generate  down       8 C        a batch: the quota
+    images     generate  up         4 px M_i   a batch; images_as: float16, 2 px M_i; uint8, px M_i
+    scalars    generate  up         8          a batch: l_ij; 16 with images_as: uint8
+    logits     generate  up         4 C M_i    a batch, with send_logits
+    weights    generate  down       S          a batch, only with spread: w_i, for a host that inverts for the server
+    weights    select    down       S          select: val: a scored model; scalars 8 up
+    seeds      both      down       8          select: val with generation: client: the best round, with a model to
+                                               score and with each quota
+    generation: server without spread: nothing but the histograms beside the base algorithm's messages.
+    topology: reduce adds up at hosts, and here the server needs every model or image: use star or collective.
+
+Options of the shared laws: any partition (published: `dirichlet_min`, alpha 0.05); all of a model travels, or its
+floats (BatchNorm's statistics must); cohorts as `clients.rounding` says (published: floor); one common initial model;
+`rounds` = I + J + 1 + R counts rounds of all stages, those without training too. Where there are fewer, stages are cut
+short from the end: of `rounds: 2` one is federated and one generates.
+
+How far this is certain: the paper's whole text was not at hand; the steps are those of the published code, with which
+its abstract and figures agree. There rounds and epochs are chosen by accuracy on the test set (`select: best_test`),
+clients train in the first hard round alone (`hard_training: first`), and an empty quota is one image of class 0.
+docs/fedf2dg.md lists what else is different here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fldist import resolve
+from fldist.algorithm import Algorithm, Clients, Cohort, Me, Replies, Server, Stage, State, TooFewReplies, on_client
+from fldist.blocks import version_of
+from fldist.data.client_data import ClientData
+from fldist.data.task import Task
+from fldist.distillation import LARGEST_LOGIT, NonNegative, Positive, Targets, distillation_loss, logits_of
+from fldist.fold import Collect, Fold, Mean, MeanAndEach, collect
+from fldist.inversion import Inversion, cyclic, draw, invert
+from fldist.kinds import Each, Histogram, Images, Kind, Logits, Once, Scalar, Seeds, Weights, call_schema, reply_schema
+from fldist.models.train import Network, Order, train
+from fldist.params import Params
+from fldist.seeding import forked, generator
+
+STAGES = ("federated", "generation", "distillation", "hard")
+ANSWERED = 256
+"""Images of a pass that has no gradient."""
+_GENERATION, _HARD = STAGES.index("generation"), STAGES.index("hard")
+_MODEL = "fedf2dg-model"
+_SHOWN = 20
+_GAP = 4
+"""Pixels between the cells of a picture."""
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[Tensor, Kind.SCALARS]
+
+
+# ---- how many images of which labels
+def nominal(
+    histograms: Tensor, per_client: int, losses: Tensor | None = None, sharpness: float = 1.0, mix: float = 1 / 3
+) -> Tensor:
+    """N_i, float64 [K], of label counts h [K, C]: their sum is b K, b = per_client.
+
+    losses: l_i [K] of the batch before, None where there is none; sharpness: a; mix: m, the weight of q.
+    """
+    sizes = histograms.double().sum(dim=1)
+    shares = sizes / sizes.sum()
+    if losses is not None:
+        shares = mix * torch.softmax(sharpness * losses.double(), dim=0) + (1 - mix) * shares
+    return per_client * len(histograms) * shares
+
+
+def quotas(
+    histograms: Tensor, per_client: int, losses: Tensor | None = None, sharpness: float = 1.0, mix: float = 1 / 3
+) -> Tensor:
+    """M_i[c], int64 [K, C]; arguments as of `nominal`. Every client has samples."""
+    wanted = nominal(histograms, per_client, losses, sharpness, mix)
+    sizes = histograms.double().sum(dim=1)
+    counts = (histograms.double() * (wanted / sizes)[:, None] + 1e-9).floor().long()
+    empty = (counts.sum(dim=1) == 0).nonzero().flatten()
+    counts[empty, histograms[empty].argmax(dim=1)] = 1
+    return counts
+
+
+def targets(counts: Tensor) -> Tensor:
+    """Labels, int64 [M], of counts [C]: the classes in ascending order, each as often as its count says."""
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+# ---- distillation
+@dataclass(frozen=True)
+class Kd:
+    """How a student is distilled. weight: lambda; bn: of BatchNorm; reset: begin each epoch with no momentum."""
+
+    epochs: int = 30
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    temperature: float = 3.0
+    weight: float = 1e-3
+    bn: Literal["train", "eval"] = "train"
+    reset: bool = True
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0, weight: float = 1e-3) -> Tensor:
+    """L_KD of logits [B, C]; its gradient is lambda T (softmax(student / T) - softmax(teacher / T)) / B."""
+    return weight * distillation_loss(student, teacher, temperature)
+
+
+def distil(network: Network, x: Tensor, teacher: Tensor, how: Kd, order: Order) -> Iterator[int]:
+    """Train the network on images x [N, ...] towards logits [N, C]; gives each epoch's number, from 1, at its end.
+
+    SGD with Nesterov's momentum on mini-batches. What `how.bn` says has been said to the network when it was made.
+    """
+    aims = Targets(teacher, how.temperature, x.device)
+
+    def loss(rows: Tensor) -> Tensor:
+        rows = rows.to(x.device)
+        return how.weight * aims.loss(network.module(x.index_select(0, rows)), rows)
+
+    optimizer: torch.optim.Optimizer | None = None
+    for epoch in range(1, how.epochs + 1):
+        if optimizer is None or how.reset:
+            nesterov = how.momentum > 0
+            optimizer = torch.optim.SGD(network.weights, how.lr, how.momentum, 0.0, how.weight_decay, nesterov)
+        train([network], loss, [optimizer], epochs=1, order=order)
+        yield epoch
+
+
+# ---- what travels
+class Counted(NamedTuple):
+    """A client's labels."""
+
+    h: Histogram  # int64 [C]
+
+
+class Made(NamedTuple):
+    """A client's images of a batch."""
+
+    x: Images  # [M, ch, h, w], as `images_as` says
+    span: Range | None  # uint8: float32 [2], what 0 and 255 stand for
+    loss: Scalar  # l_ij
+    logits: Logits | None  # float32 [M, C] of the client's network on the images shifted, with send_logits
+
+
+class Scored(NamedTuple):
+    """How a model does on a client's validation samples."""
+
+    accuracy: Scalar
+
+
+def encoded(x: Tensor, how: Literal["float32", "float16", "uint8"]) -> tuple[Tensor, Tensor | None]:
+    """Images as they travel, and for uint8 float32 [2], what 0 and 255 stand for: their least and largest value."""
+    if how != "uint8":
+        return x.to(getattr(torch, how)), None
+    low, high = torch.aminmax(x)
+    scale = ((high - low) / 255).clamp(min=1e-30)
+    return ((x - low) / scale).round().clamp(0, 255).to(torch.uint8), torch.stack([low, high])
+
+
+def decoded(x: Tensor, span: Tensor | None) -> Tensor:
+    """Images, float32, of what `encoded` made."""
+    if span is None:
+        return x.float()
+    return span[0] + x.float() * ((span[1] - span[0]) / 255).clamp(min=1e-30)
+
+
+# ---- the base algorithm, watched
+class _Cohort:
+    """Clients whose answers to the base algorithm's calls are looked at on their way."""
+
+    def __init__(self, cohort: Cohort, watch: Watched) -> None:
+        self._cohort, self._watch = cohort, watch
+
+    @property
+    def ids(self) -> Sequence[int]:
+        return self._cohort.ids
+
+    def call(
+        self,
+        method: Callable[..., Any],
+        *,
+        fold: Mapping[str, Fold] | None = None,
+        phase: str | None = None,
+        **arguments: Any,
+    ) -> Replies:
+        """Call the base's client method in the name of FedF2DG, whose it is by `FedF2dg.client_methods`."""
+        watch, fold = self._watch, dict(fold or {})
+        given, how = arguments.get("x"), fold.get("y")
+        x: Params | None = given if isinstance(given, Params) else None
+        ys: dict[int, Params] = {}
+        if watch.keeps and x is not None:
+            if not isinstance(how, Mean):
+                raise ValueError(
+                    "algorithm.base: its models are not averaged by Mean; use fedavg, fedprox, scaffold ..."
+                )
+            fold["y"] = MeanAndEach.of(how, ys)
+        if watch.version is not None and x is not None:
+            arguments["x"] = Once(x, watch.version, name=_MODEL)
+        mine = watch.algorithm.client_methods()[method.__name__]
+        got = self._cohort.call(mine, fold=fold, phase=phase, **arguments)
+        for k, y in ys.items():
+            numbers = {n: getattr(got, n)[k] for n in watch.algorithm.numbers}
+            reply = types.SimpleNamespace(y=y, **numbers)
+            assert x is not None
+            watch.models[k] = watch.algorithm.base.local_model(watch.task, x, reply)
+        watch.members = sorted({*watch.members, *got.clients})
+        return got
+
+
+class Watched:
+    """All clients, as the base algorithm sees them in a round.
+
+    keeps: gather the clients' models after their training in `models`; version: give the model that is sent under a
+    name, of this version, so that a later call need not send it again. members: who has trained.
+    """
+
+    def __init__(self, algorithm: FedF2dg, task: Task, clients: Clients, *, keeps: bool, version: int | None) -> None:
+        self.algorithm, self.task, self.keeps, self.version = algorithm, task, keeps, version
+        self.models: dict[int, Params] = {}
+        self.members: list[int] = []
+        self.num = clients.num
+        self._clients = clients
+
+    def selected(self) -> Cohort:
+        """The selector's choice for this round."""
+        return _Cohort(self._clients.selected(), self)
+
+    def all(self) -> Cohort:
+        """Every client that holds samples."""
+        return _Cohort(self._clients.all(), self)
+
+    def only(self, ids: Sequence[int]) -> Cohort:
+        """The named clients."""
+        return _Cohort(self._clients.only(ids), self)
+
+    def by(self, architecture: int) -> Cohort:
+        """The clients with a model of this architecture."""
+        return _Cohort(self._clients.by(architecture), self)
+
+
+def base_named(given: Any) -> Algorithm:
+    """The base algorithm that `scaffold` or `{name: fedprox, mu: 0.01}` means; for pydantic's BeforeValidator."""
+    if isinstance(given, Algorithm):
+        return given
+    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError("it must be the name of an algorithm such as scaffold, or {name: fedprox, mu: 0.01}")
+    try:
+        kind = resolve.from_package("fldist.algorithms", name, Algorithm, "name")
+    except ValueError as error:
+        raise resolve.wrong("name", str(error).removeprefix("name: "), name) from None
+    return resolve.component(kind, fields, name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class FedF2dg(Algorithm):
+    """A base algorithm; model inversion; distillation; hard samples."""
+
+    stage_fields: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread"), "generation"),
+        **dict.fromkeys(("kd_epochs", "kd_lr", "kd_momentum", "kd_weight_decay", "kd_batch_size"), "distillation"),
+        **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset", "batches"), "distillation"),
+        **dict.fromkeys(("alpha_c_hard", "hard_batches", "hard_training", "student"), "hard"),
+    }
+
+    base: Annotated[Algorithm, BeforeValidator(base_named)] = field(
+        default_factory=functools.partial(base_named, "fedavg")
+    )
+    generation: Literal["server", "client"] = "server"  # where networks are inverted
+    spread: bool = False  # generation: server gives the work to the clients' hosts, with the networks
+    send_logits: bool = False  # generation: client sends the teachers' logits, and the server keeps no client's model
+    images_as: Literal["float32", "float16", "uint8"] = (
+        "float32"  # of the images, which are used as they have travelled
+    )
+    select: Literal["last", "val", "best_test"] = "last"  # of rounds (federated) and of epochs of a distillation
+    batches: Count = 10  # J
+    per_client: Count = 256  # b, images of a client and batch in the mean
+    inversion: Inversion = field(default_factory=Inversion)
+    sharpness: NonNegative = 1.0  # a
+    mix: Share = 1 / 3  # m, weight of the losses in the quotas
+    hard_rounds: Annotated[int, Field(ge=0)] = 10  # R
+    hard_batches: Count = 1  # batches of a hard round
+    alpha_c_hard: NonNegative = 10.0  # weight of the competition in hard rounds
+    hard_training: Literal["every", "first"] = "every"  # hard rounds in which the clients train
+    student: Literal["previous", "aggregate"] = "previous"  # what a hard round distils: g, or the base's new model
+    kd_epochs: Annotated[int, Field(ge=0)] = 30
+    kd_lr: Positive = 0.01
+    kd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    kd_weight_decay: NonNegative = 1e-4
+    kd_batch_size: Count = 256
+    kd_temperature: Positive = 3.0  # T
+    kd_lambda: NonNegative = 1e-3  # lambda
+    kd_bn: Literal["train", "eval"] = "train"  # eval: the student goes by its running statistics, and keeps them
+    kd_reset: bool = True  # begin each epoch with no momentum
+    show: Annotated[int, Field(ge=0)] = _SHOWN  # clients of which a picture shows four images of each class
+
+    # ---- what there must be
+    def check(self, task: Task) -> None:
+        """Refuse a base without models to invert, networks without BatchNorm, and choices that cannot be made."""
+        base, who = self.base, type(self.base).__name__
+        base.check(task)
+        if task.dataset.kind == "tokens":
+            raise ValueError("algorithm: fedf2dg makes images, and the samples are tokens; choose a data set of images")
+        trains = [
+            name
+            for name, method in base.client_methods().items()
+            if any(f.name == "y" and f.kind is Kind.WEIGHTS for f in reply_schema(method).fields)
+            and any(f.name == "x" and f.kind is Kind.WEIGHTS for f in call_schema(method).fields)
+        ]
+        if not trains or not base.has_global_model or base.heterogeneous or isinstance(base, FedF2dg):
+            raise ValueError(
+                f"algorithm.base: clients of {who} do not send the server models y that they have trained from its x; "
+                "use fedavg, fedprox, scaffold, fednova or moon"
+            )
+        taken = set(base.client_methods()) & {"histogram", "score", "generate"}
+        if taken:
+            raise ValueError(f"algorithm.base: {who} has a client method {min(taken)!r}, as fedf2dg has; rename it")
+        norm = any(isinstance(layer, nn.BatchNorm2d) for layer in task.architecture().template.modules())
+        if not norm and self.inversion.alpha_bn:
+            raise ValueError(
+                f"task.model: {task.architecture().name} has no BatchNorm, whose statistics its images would be made "
+                "to match; use one that has, such as cnn_bn or resnet18_32, or set algorithm.inversion.alpha_bn to 0"
+            )
+        if norm and task.travel == "params":
+            raise ValueError(
+                "task.travel: params leaves out BatchNorm's statistics, which the images are made to match; use all or "
+                "floats"
+            )
+        if self.send_logits and self.generation == "server":
+            raise ValueError(
+                "algorithm.send_logits: the server has the models and needs no logits; use generation: client"
+            )
+        if self.spread and self.generation == "client":
+            raise ValueError("algorithm.spread: clients invert their networks themselves; use generation: server")
+        if self.select == "val" and not task.has_part("val"):
+            raise ValueError("algorithm.select: val needs validation samples at the clients; set task.split.val")
+        if self.select == "best_test":
+            if not task.num_test:
+                raise ValueError("algorithm.select: best_test needs a global test set; use last or val")
+            if self.generation == "client":
+                raise ValueError(
+                    "algorithm.select: with best_test clients never learn which of their models counts; use last, val, "
+                    "or generation: server"
+                )
+            task.notes.append(
+                "algorithm.select: best_test chooses on the test set: say so wherever you give accuracies"
+            )
+
+    @property
+    def stateful(self) -> bool:
+        """Whether clients keep a state: the base's, or models to invert."""
+        return self.base.stateful or self.generation == "client"
+
+    @functools.cached_property
+    def numbers(self) -> list[str]:
+        """What the base's clients send beside their model: numbers."""
+        method = next(m for m in self.base.client_methods().values() if "y" in [f.name for f in reply_schema(m).fields])
+        return [f.name for f in reply_schema(method).fields if f.kind is Kind.SCALARS]
+
+    # ---- states and stages
+    def init_server(self, task: Task) -> State:
+        """The base's state. histograms: of all clients [K, C]; members, models: the snapshot's clients and their w_i;
+        snapshot: its round; best: the best snapshot so far, where rounds are chosen; losses: l_i by client; pool: the
+        batches of images that are to be distilled."""
+        return State(
+            **self.base.init_server(task).values,
+            histograms=torch.zeros(task.num_clients, task.num_classes, dtype=torch.int64),
+            members=[],
+            models={},
+            snapshot=0,
+            best=None,
+            losses={},
+            pool=[],
+            restarted=False,
+        )
+
+    def init_client(self, task: Task, client: int) -> State:
+        """The base's state; with generation: client also the models after training, by round, and the best round."""
+        mine = State(**self.base.init_client(task, client).values, restarted=False)
+        if self.generation == "client":
+            mine.models, mine.best = {}, 0
+        return mine
+
+    def stages(self, rounds: int) -> list[Stage]:
+        """I = rounds - J - 1 - R rounds of training, at least one; then each stage as long as rounds are left."""
+        first = max(1, rounds - self.batches - 1 - self.hard_rounds)
+        left, lengths = rounds, []
+        for wanted in (first, self.batches, 1, self.hard_rounds):
+            lengths.append(min(wanted, left))
+            left -= lengths[-1]
+        federated = functools.partial(self.federated, last=first)
+        steps: list[Callable[[Any, Any], None]] = [federated, self.generate_batch, self.distillation, self.hard]
+        return [Stage(name, n, step) for name, n, step in zip(STAGES, lengths, steps, strict=True)]
+
+    def client_methods(self) -> dict[str, Callable[..., Any]]:
+        """FedF2DG's own client halves, and the base's in its name."""
+        own = super().client_methods()
+        return own | {n: self._of_base(m) for n, m in self.base.client_methods().items() if n not in own}
+
+    def _of_base(self, method: Any) -> Callable[..., Any]:
+        """A client half of the base, after which the client remembers the model that it has sent."""
+        half = method.__func__
+
+        @functools.wraps(half)
+        def run(this: FedF2dg, me: Me, data: ClientData, **arguments: Any) -> Any:
+            if me.stage == _HARD and this.base.stateful and not me.restarted:
+                with forked(data.task.seed, "init_client", data.client):
+                    fresh = this.base.init_client(data.task, data.client)
+                for name, value in fresh.values.items():
+                    setattr(me, name, value)
+                me.restarted = True
+            reply = half(this.base, me, data, **arguments)
+            if this.generation == "client" and hasattr(reply, "y") and "x" in arguments:
+                # the round before this one may be the best without the client's knowing it yet
+                kept = {me.best, max(me.models, default=0)} if this.select == "val" else set()
+                models = {t: model for t, model in me.models.items() if t in kept}
+                me.models = models | {data.round: this.base.local_model(data.task, arguments["x"], reply)}
+            return reply
+
+        return types.MethodType(run, self)
+
+    # ---- the server
+    def setup(self, server: Server, clients: Clients) -> None:
+        """Ask every client for its label counts."""
+        shape = (server.task.num_classes,)
+        fold: dict[str, Fold] = {"h": Collect(shape=shape, dtype="int64", not_negative=True)}
+        got = clients.all().call(self.histogram, fold=fold)
+        histograms = server.histograms.clone()
+        for k in got.clients:
+            histograms[k] = got.h[k]
+        server.histograms = histograms
+        self.base.setup(server, Watched(self, server.task, clients, keeps=False, version=None))
+
+    def train(self, server: Server, clients: Clients, keeps: bool = True, version: int | None = None) -> Watched:
+        """A round of the base algorithm."""
+        watched = Watched(self, server.task, clients, keeps=keeps and not self._clients_answer, version=version)
+        self.base.round(server, watched)
+        return watched
+
+    @property
+    def _clients_answer(self) -> bool:
+        """Whether the server needs no client's model."""
+        return self.generation == "client" and self.send_logits
+
+    def federated(self, server: Server, clients: Clients, last: int) -> None:
+        """A round of the base algorithm; the last of them takes the snapshot, or the best one."""
+        ends = server.round == last
+        watched = self.train(server, clients, keeps=ends or self.select != "last")
+        if self.select == "last":
+            if ends:
+                self.take(server, watched)
+            return
+        score = self.scored(server, clients, server.x, "federated")
+        server.log(selection=score)
+        if server.best is None or score >= server.best["score"]:
+            server.best = {
+                "score": score,
+                "round": server.round,
+                "x": server.x,
+                "members": watched.members,
+                "models": watched.models,
+            }
+        if ends:
+            self.take_best(server)
+
+    def take(self, server: Server, watched: Watched) -> None:
+        """Make a round's models the snapshot."""
+        server.members, server.models, server.snapshot = watched.members, watched.models, server.round
+
+    def take_best(self, server: Server) -> None:
+        """Make the best round the snapshot."""
+        best, server.best = server.best, None
+        server.x, server.members, server.models, server.snapshot = (
+            best["x"],
+            best["members"],
+            best["models"],
+            best["round"],
+        )
+        server.log(snapshot=server.snapshot)
+
+    def generate_batch(self, server: Server, clients: Clients) -> None:
+        """A batch of common samples."""
+        if not server.members:  # the last federated round was void
+            if server.best is not None:
+                self.take_best(server)
+            else:
+                self.take(server, self.train(server, clients))
+        self.generate_images(server, clients, server.x, self.inversion, Counter())
+
+    def distillation(self, server: Server, clients: Clients) -> None:
+        """Distil x on all images."""
+        if not server.pool:
+            server.warn("there are no images to distil: no round of generation was committed; the model stays")
+            return
+        server.x = self.distilled(server, clients, server.x, [])
+        server.pool, server.members, server.models = [], [], {}
+
+    def hard(self, server: Server, clients: Clients) -> None:
+        """Train the clients from g, invert their networks against it, distil it."""
+        student: Params = server.x
+        server.pool = []
+        fresh = not server.restarted
+        if fresh:
+            restart = self.base.init_server(server.task).values
+            for name in restart.keys() - {"x"}:
+                setattr(server, name, restart[name])
+            server.restarted, server.losses = True, {}
+        coincides = self.generation == "client" and self.student == "previous"
+        if fresh or self.hard_training == "every" or not server.members:
+            version = version_of(student.floats) if coincides else None
+            self.take(server, self.train(server, clients, version=version))
+        if self.student == "aggregate":
+            student = server.x
+        how = dataclasses.replace(self.inversion, alpha_c=self.alpha_c_hard)
+        uses: Counter[int] = Counter()
+        for _ in range(self.hard_batches):
+            self.generate_images(server, clients, student, how, uses)
+        server.x = self.distilled(server, clients, student, [student])
+        server.pool = []
+
+    # ---- images
+    def generate_images(self, server: Server, clients: Clients, g: Params, how: Inversion, uses: Counter[int]) -> None:
+        """Add a batch of images of the snapshot's networks to the pool; g is what is to be distilled on them.
+
+        uses: how often each client's network has been inverted in this round; counted on.
+        """
+        histograms = server.histograms
+        ids = [k for k in server.members if int(histograms[k].sum())]
+        if not ids:
+            raise TooFewReplies("generate", dict.fromkeys(server.members, "lost: its label counts never came"))
+        counts = quotas(histograms[ids], self.per_client, self.known_losses(server, ids), self.sharpness, self.mix)
+        wanted = dict(zip(ids, counts, strict=True))
+        if int(counts.sum(dim=1).max()) == 1 and self.per_client > 1:
+            server.warn("algorithm.per_client: every quota is empty, and each client makes one image; raise it")
+        made: dict[int, Made] = {}
+        spoilt: dict[int, str] = {}
+        waiting = ids
+        for attempt in (0, 1):
+            if self.generation == "server" and not self.spread:
+                found, spoilt = self.made_here(server, waiting, wanted, g, how, uses)
+            else:
+                found, spoilt = self.made_by_clients(server, clients, waiting, wanted, g)
+            made |= found
+            waiting = sorted(spoilt)
+            if not waiting:
+                break
+            if not attempt:
+                server.log(restarted=len(waiting))
+        for k in waiting:
+            server.warn(f"client {k}: its images were not finite, twice ({spoilt[k]}); its network is left out")
+        if not made:
+            raise TooFewReplies("generate", spoilt)
+        made = dict(sorted(made.items()))
+        server.losses = {k: reply.loss for k, reply in made.items()}
+        batch = {
+            k: {"x": reply.x, "span": reply.span, "y": targets(wanted[k]), "logits": reply.logits}
+            for k, reply in made.items()
+        }
+        server.pool = [*server.pool, batch]
+        losses = [reply.loss for reply in made.values()]
+        server.log(images=sum(len(reply.x) for reply in made.values()), generation_loss=sum(losses) / len(losses))
+        server.table(
+            quotas=[
+                {
+                    "batch": len(server.pool),
+                    "client": k,
+                    "samples": int(histograms[k].sum()),
+                    "images": int(wanted[k].sum()),
+                    "loss": made[k].loss if k in made else math.nan,
+                    **{f"class_{c}": n for c, n in enumerate(wanted[k].tolist())},
+                }
+                for k in ids
+            ]
+        )
+        self.picture(server, batch)
+
+    def known_losses(self, server: Server, ids: Sequence[int]) -> Tensor | None:
+        """l_i [K] of these clients; who has none, or none that is finite, is given the others' mean."""
+        losses = torch.tensor([server.losses.get(k, math.nan) for k in ids], dtype=torch.float64)
+        finite = losses.isfinite()
+        if not finite.any():
+            return None
+        return torch.where(finite, losses, losses[finite].mean())
+
+    def made_here(
+        self,
+        server: Server,
+        ids: Sequence[int],
+        wanted: Mapping[int, Tensor],
+        g: Params,
+        how: Inversion,
+        uses: Counter[int],
+    ) -> tuple[dict[int, Made], dict[int, str]]:
+        """Invert these clients' networks at the server: what was made, and why what was not."""
+        task: Task = server.task
+        made: dict[int, Made] = {}
+        spoilt: dict[int, str] = {}
+        for k in ids:
+            if server.predicting:
+                x = torch.zeros(int(wanted[k].sum()), *task.shape)
+                made[k] = Made(*encoded(x, self.images_as), 0.0, None)
+                continue
+            # what `data.streams` gives a client that does this itself
+            rng = generator(task.seed, "inversion", server.round, k, uses[k])
+            uses[k] += 1
+            reply = self.made(task, server.models[k], g, wanted[k], how, rng, None)
+            if not all_finite(reply):
+                spoilt[k] = "refused: x: nan: at the server"
+            else:
+                made[k] = reply
+        return made, spoilt
+
+    def made_by_clients(
+        self, server: Server, clients: Clients, ids: Sequence[int], wanted: Mapping[int, Tensor], g: Params
+    ) -> tuple[dict[int, Made], dict[int, str]]:
+        """Have these clients' networks inverted where the clients are: what came, and whose was not finite."""
+        task: Task = server.task
+        fold: dict[str, Fold] = {
+            "x": Collect(shape=(None, *task.shape), dtype=self.images_as),
+            "span": Collect(shape=(2,)) if self.images_as == "uint8" else collect(),
+            "logits": Collect(shape=(None, task.num_classes), limit=LARGEST_LOGIT) if self.send_logits else collect(),
+        }
+        arguments: dict[str, Any] = {
+            "w": Each({k: server.models[k] for k in ids}) if self.spread else None,
+            "g": Once(g, version_of(g.floats), name=_MODEL),
+            "quota": Each({k: wanted[k] for k in ids}),
+            "snapshot": server.snapshot if self.select == "val" and self.generation == "client" else None,
+        }
+        try:
+            got = clients.only(ids).call(self.generate, fold=fold, **arguments)
+        except TooFewReplies as error:
+            spoilt = {k: reason for k, reason in error.missing.items() if "nan" in reason}
+            if len(spoilt) < len(ids):
+                raise
+            return {}, spoilt
+        made: dict[int, Made] = {}
+        for k in got.clients:
+            reply = Made(got.x[k], got.span[k], got.loss[k], got.logits[k])
+            if len(reply.x) == int(wanted[k].sum()) and (reply.logits is None or len(reply.logits) == len(reply.x)):
+                made[k] = reply
+            elif not server.predicting:
+                server.warn(f"client {k}: it made {len(reply.x)} images of {int(wanted[k].sum())}; it is left out")
+        return made, {k: reason for k, reason in got.missing.items() if "nan" in reason}
+
+    def made(
+        self,
+        task: Task,
+        w: Params,
+        g: Params,
+        counts: Tensor,
+        how: Inversion,
+        rng: torch.Generator,
+        shift: tuple[int, int] | None,
+    ) -> Made:
+        """Images of a network w as `images_as` says, l_i of g on them, and w's logits on them shifted, if so."""
+        u, student = task.frozen_copy(w), task.frozen_copy(g)
+        y = targets(counts).to(task.device)
+        x0, shifts = draw(rng, len(y), task.shape, how)
+        images = invert(u, student if how.alpha_c else None, y, x0.to(task.device), shifts, how)
+        x, span = encoded(images, self.images_as)
+        seen = decoded(x, span)
+        loss = float(cross_entropy(logits_of(student, seen, ANSWERED).double(), y))
+        logits = None if shift is None else logits_of(u, cyclic(seen, shift), ANSWERED).cpu()
+        return Made(x.cpu(), None if span is None else span.cpu(), loss, logits)
+
+    def shift(self, task: Task, number: int, client: int) -> tuple[int, int]:
+        """How far a client's images are shifted in a distillation; number: 0 of common samples, else the round."""
+        most = self.inversion.jitter
+        rng = generator(task.seed, "distillation-shift", number, client)
+        down, right = torch.randint(-most, most + 1, (2,), generator=rng).tolist()
+        return down, right
+
+    def picture(self, server: Server, batch: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keep a picture of a batch: a row for each client, a column for each class, four images of each."""
+        task: Task = server.task
+        shown = list(batch)[: self.show]
+        if not shown or task.shape[0] not in (1, 3):
+            return
+        channels, height, width = task.shape
+        high, wide = 2 * height + _GAP, 2 * width + _GAP
+        sheet = torch.ones(channels, len(shown) * high - _GAP, task.num_classes * wide - _GAP)
+        for row, k in enumerate(shown):
+            x, y = task.unit(decoded(batch[k]["x"], batch[k]["span"])), batch[k]["y"]
+            for c in y.unique().tolist():
+                for i, image in enumerate(x[y == c][:4]):
+                    top, left = row * high + i // 2 * height, c * wide + i % 2 * width
+                    sheet[:, top : top + height, left : left + width] = image
+        server.images(**{f"batch-{len(server.pool)}": sheet})
+
+    # ---- distillation
+    def distilled(self, server: Server, clients: Clients, start: Params, candidates: Sequence[Params]) -> Params:
+        """The student that begins as `start` and is distilled on the pool, or the best of its epochs.
+
+        candidates: what competes with the epochs, where these are chosen.
+        """
+        task: Task = server.task
+        if server.predicting and self.select != "val":
+            return start
+        number = server.round if server.restarted else 0
+        x, y, teacher = self.pooled(server, number)
+        best, chosen, at = -math.inf, start, 0
+        if self.select != "last":
+            for model in candidates:
+                best = self.scored(server, clients, model, "distillation")
+        how = Kd(
+            self.kd_epochs,
+            self.kd_lr,
+            self.kd_momentum,
+            self.kd_weight_decay,
+            self.kd_batch_size,
+            self.kd_temperature,
+            self.kd_lambda,
+            self.kd_bn,
+            self.kd_reset,
+        )
+        alone = task.architecture().batch_norm and self.kd_bn == "train"
+        order = Order(len(x), how.batch_size, generator(task.seed, "distillation", server.round), no_single=alone)
+        with task.network(start, batch_norm="batch" if self.kd_bn == "train" else "running") as network:
+            before = network.params.clone()
+            for epoch in distil(network, x, teacher, how, order):
+                if self.select != "last":
+                    model = network.params.restricted(task.travel).clone()
+                    score = self.scored(server, clients, model, "distillation")
+                    if score >= best:
+                        best, chosen, at = score, model, epoch
+        if self.select == "last":
+            chosen = network.params.restricted(task.travel)
+        else:
+            server.log(selection=best, epoch=at)
+        agrees = logits_of(task.frozen_copy(before), x, ANSWERED).argmax(dim=1)
+        server.log(
+            teacher_accuracy=float((teacher.argmax(dim=1) == y).double().mean()),
+            before_accuracy=float((agrees == y).double().mean()),
+        )
+        if task.num_test:
+            server.log(student_accuracy=task.evaluate(chosen).accuracy)
+        return chosen
+
+    def pooled(self, server: Server, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All images shifted [N, ...], their labels [N] and their teachers' logits [N, C], client after client."""
+        task: Task = server.task
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+        logits: list[Tensor] = []
+        for k in sorted({k for batch in server.pool for k in batch}):
+            shift = self.shift(task, number, k)
+            teacher = task.frozen_copy(server.models[k]) if k in server.models else None
+            for batch in server.pool:
+                if k not in batch:
+                    continue
+                span = None if batch[k]["span"] is None else batch[k]["span"].to(task.device)
+                x = cyclic(decoded(batch[k]["x"].to(task.device), span), shift)
+                xs.append(x)
+                ys.append(batch[k]["y"])
+                if teacher is not None:
+                    logits.append(logits_of(teacher, x, ANSWERED))
+                else:
+                    logits.append(batch[k]["logits"].to(task.device))
+        return torch.cat(xs), torch.cat(ys).to(task.device), torch.cat(logits)
+
+    # ---- choosing
+    def scored(self, server: Server, clients: Clients, model: Params, stage: str) -> float:
+        """How good a model is by what `select` says: in 0..1."""
+        task: Task = server.task
+        if self.select == "best_test":
+            return 0.0 if server.predicting else float(task.evaluate(model).accuracy)
+        counts = {k: task.count(k, "val") for k in clients.all().ids}
+        best: int | None = None
+        if stage == "federated" and self.generation == "client":
+            best = server.best["round"] if server.best is not None else 0
+        # who has nothing to score still must know which of its models counts
+        ids = [k for k, n in counts.items() if n or best is not None]
+        got = clients.only(ids).call(self.score, x=model, best=best, phase="select")
+        scored = [k for k in got.clients if counts[k]]
+        if not scored:
+            raise TooFewReplies("score", got.missing)
+        return sum(counts[k] * float(got.accuracy[k]) for k in scored) / sum(counts[k] for k in scored)
+
+    # ---- clients
+    @on_client
+    def histogram(self, me: Me, data: ClientData) -> Counted:
+        """The client's label counts."""
+        return Counted(torch.bincount(data.y, minlength=data.task.num_classes).cpu())
+
+    @on_client
+    def score(self, me: Me, data: ClientData, x: Weights, best: Seeds | None) -> Scored:
+        """The accuracy of a model on the client's validation samples; best: the best round so far."""
+        if best is not None:
+            me.best = best
+        return Scored(data.evaluate(x, "val").accuracy)
+
+    @on_client
+    def generate(
+        self, me: Me, data: ClientData, w: Weights | None, g: Weights, quota: Histogram, snapshot: Seeds | None
+    ) -> Made:
+        """Images of the client's network; w: that which is given in its place; snapshot: the round that it is of."""
+        task = data.task
+        if w is None:
+            w = me.models[max(me.models) if snapshot is None else snapshot]
+        hard = me.stage == _HARD
+        how = dataclasses.replace(self.inversion, alpha_c=self.alpha_c_hard) if hard else self.inversion
+        shift = self.shift(task, data.round if hard else 0, data.client) if self.send_logits else None
+        return self.made(task, w, g, quota, how, data.streams.generator("inversion"), shift)
+
+    def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
+        """Images and logits of a quota without losses."""
+        if method == "histogram":
+            return torch.from_numpy(task.label_counts()[client])
+        if method != "generate":
+            return None
+        held = torch.from_numpy(task.label_counts())
+        ids = held.sum(dim=1).nonzero().flatten().tolist()
+        number = int(quotas(held[ids], self.per_client)[ids.index(client)].sum())
+        if field == "x":
+            return torch.zeros(number, *task.shape, dtype=getattr(torch, self.images_as))
+        if field == "logits" and self.send_logits:
+            return torch.zeros(number, task.num_classes)
+        return torch.zeros(2) if field == "span" and self.images_as == "uint8" else None
+
+
+def all_finite(reply: Made) -> bool:
+    """Whether a batch has no image with NaN or infinity."""
+    return bool((reply.x if reply.span is None else reply.span).isfinite().all())
