@@ -16,8 +16,12 @@ from torch import Tensor
 import fldist
 from fldist.algorithm import Clients, Me, Server, Stage, State, on_client
 from fldist.analysis.check import check
+from fldist.analysis.compare import Final, gather, split
+from fldist.analysis.report import write
+from fldist.analysis.tables import text_of
 from fldist.cli import main
 from fldist.config import ConfigError, build, load, load_branch
+from fldist.console import Progress
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.fold import Mean, collect
@@ -407,3 +411,51 @@ def test_what_a_stage_cannot_be_predicted_for_is_said() -> None:
     assert "not predictable: stage middle: paint.image (images): its size is known only when it runs" in shown
     assert "not predictable: stage end: replies that are made up lead nowhere: the state has no 'images_made'" in shown
     assert "stage first: " not in shown
+
+
+# ---- how runs of several stages are shown
+@dataclass(frozen=True)
+class Alone(Three):
+    """In the second stage the server calls nobody."""
+
+    def stages(self, rounds: int) -> list[Stage]:
+        first, middle, end = Three.stages(self, rounds)
+        return [first, Stage(middle.name, middle.rounds, self.think), end]
+
+    def think(self, server: Server, clients: Clients) -> None:
+        server.x = server.x * 0.5
+
+
+ALONE = {"name": "tests.test_stages:Alone"}
+
+
+def test_the_terminal_names_the_stages_and_expects_each_by_itself(tmp_path: Path, capsys: Any) -> None:
+    run_here(load(config(algorithm=ALONE)), output=tmp_path / "several", observer=Progress())
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split()[1:3] for line in shown] == [
+        ["1/5", "first"], ["2/5", "first"], ["3/5", "middle"], ["4/5", "middle"], ["5/5", "end"],
+    ]  # fmt: skip
+    assert [line.partition("ETA")[2].partition(" to ")[2] for line in shown] == [
+        "the end of first", "", "the end of middle", "", "",
+    ]  # fmt: skip
+    assert "0/0 replies" in shown[2]
+    run_here(load(small()), output=tmp_path / "one", observer=Progress())
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split()[1:3] for line in shown] == [["1/2", "accuracy"], ["2/2", "accuracy"]]
+    assert shown[0].rpartition("  ETA ")[2].endswith(" s")
+
+
+def test_rounds_in_which_nobody_is_called_are_checked_compared_and_reported(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    result = fldist.run(config(algorithm=ALONE), output=run)
+    assert result["status"] == "finished"
+    assert [line["committed"] for line in lines(run)] == [True] * 5
+    assert [line["bytes"]["logical"]["up"] for line in lines(run)[2:4]] == [0, 0]
+    found = check(run)
+    assert (found.failed, found.unknown) == ([], [])
+    usable, left_out = gather([run, whole])
+    assert (len(usable), left_out) == (2, [])
+    assert "Alone" in text_of(split(usable), None, [], [], [], Final(1, False))
+    made = write([run, whole], tmp_path / "report.html")
+    assert (made.num_runs, made.unread) == (2, [])
+    assert "Alone" in (tmp_path / "report.html").read_text()
