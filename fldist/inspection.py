@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import yaml
 
-from fldist.algorithm import Algorithm, ClientScores, TooFewReplies
+from fldist.algorithm import Algorithm, ClientScores, Stage, TooFewReplies
 from fldist.config import Component, Settings, build
 from fldist.data.client_data import PooledData, Trained
 from fldist.data.task import Split, Task
@@ -283,68 +283,96 @@ def predict(job: Job) -> Prediction:
 
     The setup comes first: what its replies would have decided (which parameters a mask keeps) is only alike in size.
     """
+    return predict_stages(job)[0][1]
+
+
+def predict_stages(job: Job) -> list[tuple[Stage, Prediction]]:
+    """The same of the first round of every stage that has rounds, one after the other.
+
+    A stage begins with what made-up replies have made of the state in the first rounds of those before it.
+    """
     tracer = _Tracer(job, "setup")
     job.algorithm.check_server(job.task)
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
     object.__setattr__(view, "predicting", True)
-    clients = ClientsView(job, tracer)
     try:
         with forked(job.seed, "setup"):
-            job.algorithm.setup(view, clients)
+            job.algorithm.setup(view, ClientsView(job, tracer))
     except _UnknownSize:
         tracer.unknown[-1] = f"setup: {tracer.unknown[-1]}; the round is predicted as if the setup had decided nothing"
     except Exception as error:  # replies that were made up may lead nowhere
         tracer.unknown.append(f"setup: {error}; the round is predicted as if the setup had decided nothing")
     before = dict(tracer.phases)
-    tracer.by_kind.clear()
-    tracer.phases = defaultdict(lambda: {"up": 0, "down": 0})
-    tracer.given.clear()
-    tracer.versions.clear()
-    tracer.default_phase = None
-    view.enter(1, job.seed)
-    clients.enter(1)
-    step = job.algorithm.stages(job.rounds)[0].step
+    found: list[tuple[Stage, Prediction]] = []
+    done = 0
+    for stage in job.algorithm.stages(job.rounds):
+        if stage.rounds:
+            of_stage = _Tracer(job)
+            if not found:
+                of_stage.unknown, of_stage.at_most, of_stage.once = tracer.unknown, tracer.at_most, tracer.once
+            found.append((stage, _predict(job, view, stage, done + 1, of_stage, before)))
+        done += stage.rounds
+    return found
+
+
+def _predict(
+    job: Job, view: ServerView, stage: Stage, number: int, tracer: _Tracer, before: dict[str, dict[str, int]]
+) -> Prediction:
+    """Logical bytes of the first round of a stage, which has this number.
+
+    Leaves the view's state as after that round, or, where replies that are made up do not lead through it, as before.
+    """
+    view.enter(number, job.seed)
+    clients = ClientsView(job, tracer)
+    clients.enter(number)
+    after = view.state.copy()
     try:
-        step(view, clients)
+        stage.step(view, clients)
+        after = view.state.copy()
         if job.evaluation.where != "server" and job.evaluation.every:
             job.algorithm.evaluate(view, clients)
-        for name in _new_every_round(job, view, step) if tracer.versions else ():
+        for name in _new_every_round(job, view, stage.step, number) if tracer.versions else ():
             tracer.give_anew(name)
     except _UnknownSize:
         pass
     except TooFewReplies as error:
         tracer.unknown.append(str(error))
-    later = _later(job, view) if not tracer.unknown and job.rounds > 1 else None
+    except Exception as error:
+        if number == 1:
+            raise
+        tracer.unknown.append(f"replies that are made up lead nowhere: {error}")
+    later = _later(job, view, stage, number) if not tracer.unknown and stage.rounds > 1 else None
+    view.replace(after)
     counted = dict(tracer.by_kind), dict(tracer.phases)
     if later == counted[0]:
         later = None
     return Prediction(before, *counted, tracer.once, tracer.unknown, sorted(tracer.at_most), later)
 
 
-def _later(job: Job, view: ServerView) -> dict[str, dict[str, int]] | None:
-    """Bytes by kind of the round that comes next, in the stage of the first; None where made-up replies end it."""
-    stage = job.algorithm.stages(job.rounds)[0]
-    if stage.rounds < 2:
-        return None
+def _later(job: Job, view: ServerView, stage: Stage, number: int) -> dict[str, dict[str, int]] | None:
+    """Bytes by kind of the round that comes after a stage's first; None where made-up replies end it."""
     tracer = _Tracer(job)
     clients = ClientsView(job, tracer)
-    view.enter(2, job.seed)
-    clients.enter(2)
+    view.enter(number + 1, job.seed)
+    clients.enter(number + 1)
     try:
         stage.step(view, clients)
-        for name in _new_every_round(job, view, stage.step) if tracer.versions else ():
+        for name in _new_every_round(job, view, stage.step, number) if tracer.versions else ():
             tracer.give_anew(name)
     except Exception:  # replies that were made up may lead nowhere
         return None
     return dict(tracer.by_kind)
 
 
-def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None]) -> list[str]:
-    """The arguments given as `Once` that have another version in the next round but one than in the next."""
+def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None], first: int) -> list[str]:
+    """The arguments given as `Once` that have another version in the next round but one than in the next.
+
+    first: the number of the round before these.
+    """
     seen = []
-    for number in (2, 3):
+    for number in (first + 1, first + 2):
         tracer = _Tracer(job)
         clients = ClientsView(job, tracer)
         view.enter(number, job.seed)
@@ -374,30 +402,56 @@ def dry_run(settings: Settings, nproc: int) -> str:
         when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
         lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
     lines += _who_has_which(job.task) if settings.clients.models else []
-    prediction = predict(job)
-    guess = "; an estimate, since replies to the setup decide what is sent" if prediction.before else ""
-    lines += ["", f"predicted logical bytes of a round with {min(job.per_round, len(placed))} clients{guess}:"]
-    for kind, ways in sorted(prediction.by_kind.items()):
-        lines.append(_bytes_line(kind, ways))
-    total = prediction.training
-    lines.append(f"  {'training':<12} up {total['up']:>16,}   down {total['down']:>16,}")
+    predicted = predict_stages(job)
+    first = predicted[0][1]
+    guess = "; an estimate, since replies to the setup decide what is sent" if first.before else ""
+    several = len(predicted) > 1
+    what = "the first round of each stage" if several else "a round"
+    lines += ["", f"predicted logical bytes of {what} with {min(job.per_round, len(placed))} clients{guess}:"]
+    for stage, prediction in predicted:
+        if several:
+            lines.append(f"stage {stage.name}:")
+        lines += _round_lines(prediction)
+        lines.append(_total_line(stage.rounds, prediction.of_run(stage.rounds)))
+        if several:
+            lines += _scoring_lines(prediction)
+    if several:
+        by_stage = [prediction.of_run(stage.rounds) for stage, prediction in predicted]
+        lines.append("in all stages:")
+        whole = {way: sum(of[way] for of in by_stage) for way in ("up", "down")}
+        lines.append(_total_line(sum(stage.rounds for stage, _ in predicted), whole))
+    for phase, ways in sorted(first.before.items()):
+        lines.append(f"{_bytes_line(phase, ways)}   (once, before round 1)")
+    once = {name: size for _, prediction in predicted for name, size in prediction.once.items()}
+    for name, size in sorted(once.items()):
+        lines.append(f"  {name} goes to each client once for each version of it: {size:,} down")
+    if not several:
+        lines += _scoring_lines(first)
+    for name in sorted({name for _, prediction in predicted for name in prediction.at_most}):
+        lines.append(f"  {name} is counted whole: what is 0 in it is left out")
+    for stage, prediction in predicted:
+        at = f"stage {stage.name}: " if several else ""
+        lines += [f"  not predictable: {at}{text}" for text in prediction.unknown]
+    return "\n".join(lines)
+
+
+def _round_lines(prediction: Prediction) -> list[str]:
+    """Bytes of a stage's first round, and of its further ones where they have others."""
+    lines = [_bytes_line(kind, ways) for kind, ways in sorted(prediction.by_kind.items())]
+    lines.append(_bytes_line("training", prediction.training))
     if prediction.later is not None:
         lines.append("and of each further round:")
         lines += [_bytes_line(kind, ways) for kind, ways in sorted(prediction.later.items())]
-    whole = prediction.of_run(job.rounds)
-    lines.append(f"  {job.rounds} rounds  up {whole['up']:>16,}   down {whole['down']:>16,}")
-    for phase, ways in sorted(prediction.before.items()):
-        lines.append(f"  {phase:<12} up {ways['up']:>16,}   down {ways['down']:>16,}   (once, before round 1)")
-    for name, size in sorted(prediction.once.items()):
-        lines.append(f"  {name} goes to each client once for each version of it: {size:,} down")
+    return lines
+
+
+def _scoring_lines(prediction: Prediction) -> list[str]:
     scoring = prediction.phases.get("evaluate")
-    if scoring is not None:
-        lines.append(
-            f"  {'evaluation':<12} up {scoring['up']:>16,}   down {scoring['down']:>16,}   (not part of training)"
-        )
-    lines += [f"  {name} is counted whole: what is 0 in it is left out" for name in prediction.at_most]
-    lines += [f"  not predictable: {text}" for text in prediction.unknown]
-    return "\n".join(lines)
+    return [f"{_bytes_line('evaluation', scoring)}   (not part of training)"] if scoring is not None else []
+
+
+def _total_line(rounds: int, ways: dict[str, int]) -> str:
+    return f"  {rounds} round{'s' if rounds > 1 else ''}  up {ways['up']:>16,}   down {ways['down']:>16,}"
 
 
 def _bytes_line(kind: str, ways: dict[str, int]) -> str:

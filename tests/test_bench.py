@@ -18,11 +18,12 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist import cli
-from fldist.bench import autoflip, exchange, fedktl, fedzge, measure, workload
+from fldist.bench import autoflip, exchange, fedf2dg, fedktl, fedzge, measure, workload
 from fldist.bench import round as of_round
 from fldist.bench.measure import Figure, Pair, Report, Target
 from fldist.bench.party import PartyFailed, stage
 from fldist.inspection import find_mpirun
+from fldist.inversion import competition
 from fldist.models.train import warm_up
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="parties are found through /proc")
@@ -127,6 +128,7 @@ def test_a_report_says_machine_targets_and_what_is_absent() -> None:
         (["autoflip", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["fedzge", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["fedktl", "--repeats", "-1"], "--repeats: must be at least 1, got -1"),
+        (["fedf2dg", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
         (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
         (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
@@ -432,3 +434,43 @@ def test_fedktl(
     assert figures["prototypes_difference"] <= 1e-5
     assert all(figures[f"{name}_ratio"] > 0.0 for name in ("prototypes", "train", "train_two_passes"))
     assert out.count("limit: ") == len(fedktl.QUICK) + 1
+
+
+# ---- inversion
+def test_the_plain_competition_is_ours() -> None:
+    u, g = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1)) * 5
+    assert 0.0 < float(competition(u, g)) < 1.0
+    torch.testing.assert_close(fedf2dg.plain_competition(u, g, 3.0), competition(u, g, 3.0))
+
+
+def test_forms_that_come_to_other_images_are_refused() -> None:
+    assert fedf2dg.apart([torch.tensor([3.0]), torch.tensor([4.5])], [torch.tensor([3.0]), torch.tensor([4.0])]) == 0.1
+    for found in (0.1, float("nan")):
+        with pytest.raises(RuntimeError, match=r"a case: the two forms come to results that are .* apart, above 0\.01"):
+            fedf2dg.check_same(found, 0.01, "a case")
+
+
+@pytest.mark.timeout(300)
+@linux_only
+def test_fedf2dg(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    warm_up()
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "fedf2dg")
+    for case in fedf2dg.QUICK:
+        key = case.key
+        assert figures[f"{key}_ratio"] == pytest.approx(
+            figures[f"{key}_plain_step_ms"] / figures[f"{key}_step_ms"], rel=0.5
+        )
+        steps = case.images * 1e3 / figures[f"{key}_step_ms"]
+        assert figures[f"{key}_image_steps_per_s"] == pytest.approx(steps, rel=0.1)
+        assert figures[f"{key}_difference"] <= fedf2dg.SAME
+        assert 0.0 < figures[f"{key}_network_share"] < 1.0
+    rates = [figures[f"hosts_{name}_images_per_s"] for name in ("hosts", "alone", "plain")]
+    assert min(rates) > 0.0
+    assert figures["hosts_ratio"] == pytest.approx(rates[0] / rates[2], rel=0.5)
+    for key in ("kd", "kd_small"):
+        assert figures[f"{key}_ratio"] == pytest.approx(figures[f"{key}_plain_s"] / figures[f"{key}_s"], rel=0.5)
+        assert figures[f"{key}_unscored_ratio"] > figures[f"{key}_ratio"] * 0.8
+        assert figures[f"{key}_difference"] <= fedf2dg.KD_SAME
+    assert out.count("limit: ") == len(fedf2dg.QUICK) + 3

@@ -39,6 +39,7 @@ from fldist.wire.gloo import GlooHost, GlooServer
 from fldist.wire.link import Joined, Limits, Lost, Welcome
 from fldist.wire.pair import _listens
 from fldist.wire.session import Session
+from tests.conftest import TIMED, in_time
 
 RUN_ID = bytes(range(16))
 WELCOME = Welcome(RUN_ID, 3, {"name": "test"})
@@ -234,8 +235,8 @@ def end_well(server, hosts):
     for rank in hosts:
         server.post(rank, Frame(Head(FrameType.VERDICT), note={"verdicts": []}))
     began = time.monotonic()
-    server.close(2.0)
-    assert time.monotonic() - began < 1.5
+    server.close(10.0)
+    assert time.monotonic() - began < 9.0, "the hosts did not leave by themselves"
     for host in hosts.values():
         host.join(2)
         assert not host.is_alive()
@@ -421,6 +422,7 @@ def test_half_open_connections_do_not_keep_hosts_out(greeting, serve, connect):
     assert all(stranger.is_closed() for stranger in strangers)
 
 
+@TIMED
 def test_half_open_connections_are_closed_in_time(serve, connect, monkeypatch):
     monkeypatch.setattr(control, "HANDSHAKE_S", 0.4)
     server = serve()
@@ -429,7 +431,7 @@ def test_half_open_connections_are_closed_in_time(serve, connect, monkeypatch):
     strangers = [connect(server.address) for _ in range(20)]
     assert not strangers[0].is_closed(0.2)
     assert all(stranger.is_closed(1.0) for stranger in strangers)
-    assert time.monotonic() - began < 1.0
+    in_time(time.monotonic() - began, 1.0)
     end_well(server, {1: host})
 
 
@@ -467,6 +469,7 @@ def test_a_frame_of_another_session_ends_this_one(kind, identity, serve, connect
     end_well(server, {2: bystander})
 
 
+@TIMED
 def test_a_peer_that_falls_silent_is_lost(serve, connect):
     server = serve(QUICK)
     peer = connect(server.address)
@@ -475,7 +478,8 @@ def test_a_peer_that_falls_silent_is_lost(serve, connect):
     event = server.next_event(2)
     took = time.monotonic() - began
     assert event == Lost(1, "silent for 0.6 s")
-    assert 0.5 < took < 0.6 + 0.3
+    assert took > 0.5
+    in_time(took, 0.6 + 0.3)
     assert peer.is_closed()
 
 
@@ -513,6 +517,7 @@ def test_a_peer_that_goes_while_all_ranks_meet_leaves_nobody_waiting_for_it(serv
     assert wait_until(lambda: not own_threads(), 5.0)
 
 
+@TIMED
 def test_heartbeats_alone_keep_a_peer(serve, connect):
     server = serve(Limits(join_s=3, silence_s=0.6))
     peer = connect(server.address)
@@ -522,7 +527,8 @@ def test_heartbeats_alone_keep_a_peer(serve, connect):
         assert server.next_event(0.12) is None
     began = time.monotonic()
     assert server.next_event(2) == Lost(1, "silent for 0.6 s")
-    assert 0.3 < time.monotonic() - began < 0.6 + 0.3
+    assert time.monotonic() - began > 0.3
+    in_time(time.monotonic() - began, 0.6 + 0.3)
 
 
 def test_a_connection_that_another_thread_closes_does_not_block_its_number(connect):
@@ -677,29 +683,33 @@ def test_a_host_refuses_a_server_that_does_not_know_the_token(serve):
 
 
 @pytest.mark.parametrize("heard", [0, 1], ids=["accept", "JOIN"])
+@TIMED
 def test_a_server_that_is_silent_is_given_up_in_time(heard, fake):
     server = fake(lambda peer: [peer.hear() for _ in range(heard)])
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="did not answer within 1 s"):
         GlooHost(server.address, 1, new_token(), QUICK)
-    assert 0.9 < time.monotonic() - began < 1.5
+    assert time.monotonic() - began > 0.9
+    in_time(time.monotonic() - began, 1.5)
 
 
+@TIMED
 def test_no_server_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     began = time.monotonic()
     with pytest.raises(PeerLost, match="no server at"):
         GlooHost(address, 1, new_token(), QUICK)
-    assert time.monotonic() - began < 1.5
+    in_time(time.monotonic() - began, 1.5)
 
 
+@TIMED
 def test_a_server_that_hangs_up_is_lost(fake):
     server = fake(lambda peer: [peer.hear(), peer.sock.shutdown(socket.SHUT_RDWR)])
     began = time.monotonic()
     with pytest.raises(PeerLost, match="hung up while this host joined"):
         GlooHost(server.address, 1, new_token(), QUICK)
-    assert time.monotonic() - began < 0.9
+    in_time(time.monotonic() - began, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -717,6 +727,7 @@ def test_a_server_that_hangs_up_is_lost(fake):
     ],
     ids=["wrong proof", "proof not ASCII", "no proof", "no note", "WELCOME", "CALL", "nested", "messages", "random"],
 )
+@TIMED
 def test_a_host_takes_nothing_from_a_server_without_proof(challenge, fake):
     def behave(peer):
         peer.hear()
@@ -726,9 +737,10 @@ def test_a_host_takes_nothing_from_a_server_without_proof(challenge, fake):
     began = time.monotonic()
     with pytest.raises(TransportError):
         GlooHost(server.address, 1, new_token(), QUICK)
-    assert time.monotonic() - began < 0.9
+    in_time(time.monotonic() - began, 0.9)
 
 
+@TIMED
 def test_a_server_that_falls_silent_is_lost(fake):
     token = new_token()
     key = bytes.fromhex(token)
@@ -745,7 +757,8 @@ def test_a_server_that_falls_silent_is_lost(fake):
     # a host is PATIENCE times as patient with the one server as the server is with each host
     with pytest.raises(PeerLost, match=r"the server is gone: silent for 2\.4 s"):
         host.recv()
-    assert 2.3 < time.monotonic() - began < 2.4 + 0.3
+    assert time.monotonic() - began > 2.3
+    in_time(time.monotonic() - began, 2.4 + 0.3)
     with pytest.raises(PeerLost):
         host.recv()
     host.close()
@@ -766,12 +779,13 @@ def test_tokens_and_proofs_are_keyed_and_bound_to_their_parts():
     assert right == proof(b"k" * 32, "host", "a", "b", "1")
 
 
+@TIMED
 def test_a_server_closes_at_once_when_nobody_has_joined(serve, connect):
     server = serve()
     stranger = connect(server.address)
     began = time.monotonic()
     server.close(3.0)
-    assert time.monotonic() - began < 0.5
+    in_time(time.monotonic() - began, 0.5)
     assert stranger.is_closed()
     with pytest.raises(OSError):
         socket.create_connection(server.address, timeout=1)

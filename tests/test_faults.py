@@ -16,7 +16,7 @@ from fldist.config import load
 from fldist.runner import run_here
 from fldist.runtime.caller import ClientCodeFailed
 from fldist.runtime.membership import RunStopped
-from tests.conftest import Hosts, Recorder, small
+from tests.conftest import TIMED, Hosts, Recorder, in_time, small
 
 OWN = str(Path(__file__).with_name("own.py"))
 
@@ -49,6 +49,7 @@ def kill_when_busy(hosts: Hosts, flag: Path, number: signal.Signals, client: int
     return thread
 
 
+@TIMED
 def test_a_killed_host_costs_its_replies_of_the_round_and_its_clients_move(tmp_path: Path, hosts: Hosts) -> None:
     flag = tmp_path / "flag"
     config = own("Slow", fields={"seconds": 0.3, "flag": str(flag)}, rounds=3)
@@ -62,7 +63,7 @@ def test_a_killed_host_costs_its_replies_of_the_round_and_its_clients_move(tmp_p
     assert "0" in first["missing"]
     assert "killed by SIGKILL" in seen.warnings[0] or "connection" in seen.warnings[0]
     assert second["replied"] == third["replied"] == 6
-    assert first["seconds"]["total"] < 3.0, "the death was not noticed at once"
+    in_time(first["seconds"]["total"], 3.0)  # the death was noticed at once
     lost = [r for r in rows(tmp_path / "run", "kind") if r["round"] == 1 and r["direction"] == "up"]
     assert len({r["client"] for r in lost}) == first["replied"], "half a reply was booked"
 
@@ -197,18 +198,19 @@ def test_a_round_that_nobody_answered_leaves_the_state_unchanged(tmp_path: Path)
     assert result["state_hash"] == untouched["state_hash"]
 
 
+@TIMED
 def test_replies_after_the_round_deadline_are_booked_as_late(tmp_path: Path, hosts: Hosts) -> None:
     config = own("Slow", fields={"seconds": 0.35}, rounds=3, clients__num_clients=4, deadlines__round_deadline_s=0.5)
     seen = Recorder()
     result = run_here(load(config), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     assert "deadline" in seen.lines[0]["missing"].values()
     assert result["bytes"]["wasted"]["late"]["up"] > 0
-    for line in seen.lines:
-        assert line["seconds"]["total"] < 0.8
+    in_time(max(line["seconds"]["total"] for line in seen.lines), 0.8)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("delay_s", [0.02, 0.08, 0.2])
+@TIMED
 def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
     tmp_path: Path, hosts: Hosts, delay_s: float, number: signal.Signals
 ) -> None:
@@ -236,6 +238,6 @@ def test_a_host_lost_in_the_middle_of_a_transfer_blocks_nobody(
     timers[0].join()
     assert result["status"] == "finished"
     assert seen.lines[-1]["replied"] == 4
-    assert all(line["seconds"]["total"] < 5.0 for line in seen.lines)
+    in_time(max(line["seconds"]["total"] for line in seen.lines), 5.0)
     totals = [r for r in rows(tmp_path / "run", "kind") if r["kind"] == "weights" and r["direction"] == "up"]
     assert len(totals) == sum(line["replied"] for line in seen.lines), "half an upload was booked"

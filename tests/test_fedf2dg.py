@@ -27,7 +27,7 @@ from fldist.data.client_data import ClientData
 from fldist.data.datasets import Dataset
 from fldist.data.task import Task
 from fldist.fold import FoldContext, Mean, MeanAndEach, Refused
-from fldist.inspection import predict
+from fldist.inspection import predict_stages
 from fldist.kinds import Weights
 from fldist.params import Params
 from fldist.runner import run_here
@@ -169,7 +169,6 @@ def test_so_they_do_with_every_choice(tmp_path: Path, one: dict[str, Any], other
 @pytest.mark.parametrize(
     ("topology", "how"),
     [
-        ("star", {"base": "scaffold", "generation": "client", "images_as": "float16"}),
         ("collective", {"spread": True, "images_as": "uint8"}),
         ("star", {"generation": "client", "send_logits": True, "select": "val", "task__split": {"val": 0.25}}),
     ],
@@ -253,16 +252,27 @@ def test_choosing_by_validation_sends_a_model_and_a_number(tmp_path: Path) -> No
     assert result["bytes"]["by_phase"]["select"] == {"up": 8 * scored, "down": s * scored}
 
 
-@pytest.mark.parametrize("how", [{}, {"generation": "client"}, {"spread": True, "images_as": "uint8"}])
-def test_a_dry_run_foretells_the_first_batch(tmp_path: Path, how: dict[str, Any]) -> None:
-    result = run(tmp_path / "run", batches=1, hard_rounds=0, rounds=3, **how)
-    prediction = predict(build(load(f2dg(batches=1, hard_rounds=0, rounds=3, **how))))
-    assert not prediction.unknown
-    whole = prediction.of_run(3)
-    up, down = (result["bytes"]["logical"][way] - sums(result, "setup", way) for way in ("up", "down"))
-    assert (whole["up"], whole["down"]) == (up, down) or (
-        whole["up"] == result["bytes"]["logical"]["up"] and whole["down"] == result["bytes"]["logical"]["down"]
-    )
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"base": "scaffold"},
+        {"generation": "client", "send_logits": True},
+        {"spread": True, "images_as": "uint8", "student": "aggregate"},
+        {"select": "val", "task__split": {"val": 0.25}, "generation": "client"},
+    ],
+)
+def test_a_dry_run_foretells_the_bytes_of_every_stage(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Exactly, where each stage makes one batch: quotas of later ones follow losses."""
+    short: dict[str, Any] = {"batches": 1, "hard_rounds": 1, "rounds": 5, **how}
+    run(tmp_path / "run", **short)
+    found: dict[str, dict[str, int]] = {}
+    for line in lines(tmp_path / "run"):
+        total = found.setdefault(line["stage"], {"up": 0, "down": 0})
+        for way in total:
+            total[way] += line["bytes"]["logical"][way]
+    predicted = predict_stages(build(load(f2dg(**short))))
+    assert not any(prediction.unknown for _, prediction in predicted)
+    assert {stage.name: prediction.of_run(stage.rounds) for stage, prediction in predicted} == found
 
 
 # ---- stages

@@ -41,6 +41,7 @@ ALGORITHMS = (
     "fedzge",
     "lg_fedavg",
     "fedktl",
+    "fedf2dg",
 )
 
 OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation", "fedproto")
@@ -51,6 +52,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lottery_fl": {"threshold": 0.1},
     "fedzge": {"synthetic": 20, "q": 3, "generator": {"nz": 8, "ngf": 2}, "server_steps": 3, "client_steps": 2},
     "fedktl": {"generator": {"name": "toy", "latent_dim": 8}, "server_epochs": 5},
+    "fedf2dg": {
+        "base": "scaffold",
+        "generation": "client",
+        "batches": 1,
+        "hard_rounds": 1,
+        "per_client": 16,
+        "inversion": {"steps": 5},
+        "kd_epochs": 2,
+        "kd_lambda": 0.3,
+    },
 }
 
 
@@ -69,6 +80,7 @@ def config(algorithm: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
         },
         local={"epochs": 1, "batch_size": 32, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
         **({"clock": {"name": "scripted", "default": 0.01}} if name == "prunefl" else {}),
+        **({"rounds": 4} if name == "fedf2dg" else {}),  # all its stages
         **({"task__split": {"val": 0.2}} if name == "lottery_fl" else {}),
         **({"task__public": {"n": 20}} if name == "public_distillation" else {}),
         **changes,
@@ -218,7 +230,7 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl"])
+@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl", "fedf2dg"])
 def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fldist.wire.control import ControlPlane
 from fldist.wire.pair import GlooPair
 from fldist.wire.session import Session
 from tests import moments
-from tests.conftest import Hosts, Recorder, small
+from tests.conftest import TIMED, Hosts, Recorder, in_time, small
 from tests.disturbed import SILENCE_S, assert_is_first_and, config, when
 
 KILL_LIMIT_S = 0.2
@@ -40,12 +40,20 @@ def noticed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, float]]
     lost = gloo.GlooServer._session_lost
 
     def session_lost(self: gloo.GlooServer, session: Session, reason: str) -> None:
-        if not self._closing:
-            times.append((session.rank, time.monotonic()))
+        at = time.monotonic()
         lost(self, session, reason)
+        if not self._closing:
+            times.append((session.rank, at))
 
     monkeypatch.setattr(gloo.GlooServer, "_session_lost", session_lost)
     yield times
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -99,6 +107,7 @@ def strike_at(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 @pytest.mark.parametrize("moment", moments.MOMENTS)
+@TIMED
 def test_a_host_is_lost_in_time_at_any_moment(
     tmp_path: Path, hosts: Hosts, noticed: list[tuple[int, float]], moment: str, number: signal.Signals
 ) -> None:
@@ -107,14 +116,15 @@ def test_a_host_is_lost_in_time_at_any_moment(
     settings = config(moment)
     seen, struck = strike_at(moment, number, tmp_path / "run", hosts, settings, limit_s)
     assert [rank for rank, _ in noticed] == [1]
-    assert 0 <= noticed[0][1] - struck <= limit_s
+    assert noticed[0][1] >= struck
+    in_time(noticed[0][1] - struck, limit_s)
     assert_is_first_and(3, tmp_path / "run", settings)
     replied = [line["replied"] for line in seen.lines]
     assert replied[0] == 2
     # lost between rounds, it has left its clients to the other; an upload that was complete counts, acknowledged or not
     assert replied[1] == (2 if moment in ("idle", "uploaded, not acknowledged") else 1)
     assert [line["committed"] for line in seen.lines] == [True] * 3
-    assert seen.lines[1]["seconds"]["total"] < limit_s + 3.0
+    in_time(seen.lines[1]["seconds"]["total"], limit_s + 3.0)
 
 
 # ---- pauses
@@ -125,7 +135,7 @@ def test_a_pause_shorter_than_the_limit_costs_nothing(
     """F3, first half."""
     run, mark = tmp_path / "run", tmp_path / "mark"
     settings = config(moment)
-    settings["deadlines"] = {"client_timeout_s": 1.5}
+    settings["deadlines"] = {"client_timeout_s": 4.0}
     hosts.moments[1] = (moment, int(signal.SIGSTOP), 2, str(mark))
     with when(mark.exists, lambda: (time.sleep(0.4), hosts.send(1, signal.SIGCONT))):
         seen = Recorder()
@@ -137,7 +147,6 @@ def test_a_pause_shorter_than_the_limit_costs_nothing(
     assert_is_first_and(3, run, settings)
 
 
-
 # ---- kill and restart
 def test_a_host_that_is_killed_again_and_again_is_back_by_the_round_after(
     tmp_path: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
@@ -146,16 +155,22 @@ def test_a_host_that_is_killed_again_and_again_is_back_by_the_round_after(
     servers: list[gloo.GlooServer] = []
     admit = gloo.GlooServer.admit
     monkeypatch.setattr(gloo.GlooServer, "admit", lambda self, welcome: (servers.append(self), admit(self, welcome)))
+    ready: list[int] = []
+    delivered = gloo.GlooServer._delivered
+
+    def seen_ready(self: gloo.GlooServer, session: Session, frame: Frame) -> None:
+        delivered(self, session, frame)
+        if frame.head.type is FrameType.READY and session.rank == 1:
+            ready.append(session.incarnation)
+
+    monkeypatch.setattr(gloo.GlooServer, "_delivered", seen_ready)
     used: list[tuple[int, int, int]] = []
 
     def after(number: int) -> None:
         if number % 2 == 1 and number < 21:
             hosts.send(1, signal.SIGKILL)
         if number % 2 == 0 and number:
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline and servers[0]._incarnations[1] < 1 + number // 2:
-                time.sleep(0.005)
-            time.sleep(0.1)  # it says that it is ready
+            wait_until(lambda: ready[-1] == 1 + number // 2)
             gc.collect()
             used.append((len(os.listdir("/proc/self/task")), own_descriptors(), resident()))
 
@@ -203,7 +218,9 @@ def test_all_hosts_killed_at_once_come_back(tmp_path: Path, hosts: Hosts) -> Non
     assert_is_first_and(3, run, settings)
 
 
-def test_a_run_goes_on_without_half_its_hosts_and_says_so_every_round(tmp_path: Path, hosts: Hosts) -> None:
+def test_a_run_goes_on_without_half_its_hosts_and_says_so_every_round(
+    tmp_path: Path, hosts: Hosts, noticed: list[tuple[int, float]]
+) -> None:
     """F5: their clients move to the others."""
     run = tmp_path / "run"
     settings = config(faults={"restart": "never"})
@@ -213,7 +230,7 @@ def test_a_run_goes_on_without_half_its_hosts_and_says_so_every_round(tmp_path: 
         if number == 1:
             hosts.send(1, signal.SIGKILL)
             hosts.send(3, signal.SIGKILL)
-            time.sleep(0.3)
+            wait_until(lambda: len(noticed) == 2)
 
     seen = Recorder(after)
     run_here(load(settings), nproc=5, output=run, observer=seen, spawn=hosts)
@@ -232,6 +249,7 @@ def test_a_host_killed_while_it_joins_is_started_again(tmp_path: Path, hosts: Ho
     assert [line["replied"] for line in seen.lines] == [2] * 3
 
 
+@TIMED
 def test_a_host_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Path, hosts: Hosts) -> None:
     def after(number: int) -> None:
         if number == 1:
@@ -243,16 +261,19 @@ def test_a_host_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Path, 
     seen.finished = lambda result: finished.append(time.monotonic())  # type: ignore[method-assign]
     run_here(load(config()), nproc=3, output=tmp_path / "run", observer=seen, spawn=hosts)
     assert len(hosts.all) == 3
-    assert time.monotonic() - finished[0] < 2
+    in_time(time.monotonic() - finished[0], 2.0)
 
 
-def test_clients_that_wait_for_their_host_are_missing_at_once(tmp_path: Path, hosts: Hosts) -> None:
+@TIMED
+def test_clients_that_wait_for_their_host_are_missing_at_once(
+    tmp_path: Path, hosts: Hosts, noticed: list[tuple[int, float]]
+) -> None:
     """orphans: wait. Selection does not look at membership."""
 
     def after(number: int) -> None:
         if number == 1:
             hosts.send(1, signal.SIGKILL)
-            time.sleep(0.3)
+            wait_until(lambda: len(noticed) == 1)
 
     settings = config(faults={"restart": "never", "orphans": "wait"})
     seen = Recorder(after)
@@ -260,11 +281,12 @@ def test_clients_that_wait_for_their_host_are_missing_at_once(tmp_path: Path, ho
     assert [line["selected"] for line in seen.lines] == [2] * 3
     assert [line["replied"] for line in seen.lines] == [2, 1, 1]
     assert [line["missing"] for line in seen.lines[1:]] == [{"0": "host 1 is absent"}] * 2
-    assert all(line["seconds"]["total"] < 1 for line in seen.lines)
+    in_time(max(line["seconds"]["total"] for line in seen.lines), 1.0)
     assert any("its clients wait for it" in w for w in seen.warnings)
 
 
 # ---- slow clients
+@TIMED
 def test_a_client_three_times_slower_than_the_deadline_is_not_disconnected(tmp_path: Path, hosts: Hosts) -> None:
     """F6: its late results are booked, the ledger stays exact."""
     settings = config()
@@ -279,7 +301,8 @@ def test_a_client_three_times_slower_than_the_deadline_is_not_disconnected(tmp_p
     assert [line["hosts"]["present"] for line in seen.lines] == [2] * 5
     reasons = {line["missing"]["0"] for line in seen.lines}
     assert reasons <= {"deadline", "host 1 is still busy with an earlier round"}
-    assert all(line["replied"] == 1 and line["seconds"]["total"] < 0.8 for line in seen.lines)
+    assert [line["replied"] for line in seen.lines] == [1] * 5
+    in_time(max(line["seconds"]["total"] for line in seen.lines), 0.8)
     rows = [json.loads(line) for line in (tmp_path / "run" / "messages.jsonl").read_text().splitlines()]
     up = [r for r in rows if r["row"] == "kind" and r["direction"] == "up"]
     late = [r for r in up if r["status"] == "late"]

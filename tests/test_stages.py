@@ -7,20 +7,26 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import fldist
 from fldist.algorithm import Clients, Me, Server, Stage, State, on_client
 from fldist.analysis.check import check
+from fldist.analysis.compare import Final, gather, split
+from fldist.analysis.report import write
+from fldist.analysis.tables import text_of
 from fldist.cli import main
-from fldist.config import ConfigError, load, load_branch
+from fldist.config import ConfigError, build, load, load_branch
+from fldist.console import Progress
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
-from fldist.fold import Mean
-from fldist.kinds import Scalar, Weights
+from fldist.fold import Mean, collect
+from fldist.inspection import dry_run, predict_stages
+from fldist.kinds import Kind, MaxBytes, Scalar, Weights
 from fldist.runner import resume_here, run_here
 from fldist.runtime.checkpoint import ClientFiles, read_facts
 from fldist.runtime.stages import check_fields
@@ -326,3 +332,130 @@ def test_rounds_that_are_done_stay_in_their_stages(tmp_path: Path) -> None:
 def test_a_stage_that_is_none_is_a_fault_of_the_algorithm() -> None:
     with pytest.raises(ValueError, match="there is no stage 'middle'; this run's stages: first"):
         check_fields(Three(add=1.0), Three(add=2.0), [("first", 3)], 1)
+
+
+# ---- a dry run of several stages
+class Image(NamedTuple):
+    image: Annotated[Tensor, Kind.IMAGES, MaxBytes(1 << 20)]
+
+
+@dataclass(frozen=True)
+class Makes(Three):
+    """Clients are asked for images in the second stage; in the third they are given those that came, twice."""
+
+    made: bool = True  # whether the size of an image is known before
+
+    def stages(self, rounds: int) -> list[Stage]:
+        first, middle, end = Three.stages(self, rounds)
+        return [
+            Stage(first.name, first.rounds, first.step),
+            Stage("nothing", 0, first.step),
+            Stage(middle.name, middle.rounds, self.make),
+            Stage(end.name, end.rounds, self.show),
+        ]
+
+    def make(self, server: Server, clients: Clients) -> None:
+        server.images_made = [
+            *clients.all().call(self.paint, size=server.round, fold={"image": collect()}).image.values()
+        ]
+
+    def show(self, server: Server, clients: Clients) -> None:
+        clients.only([0, 1]).call(self.look, images=torch.cat(server.images_made), word=1)
+
+    def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
+        return torch.zeros(1, 3, 4) if self.made else None
+
+    @on_client
+    def paint(self, me: Me, data: ClientData, size: Scalar) -> Image:
+        return Image(torch.zeros(1, 3, 4))
+
+    @on_client
+    def look(self, me: Me, data: ClientData, images: Annotated[Tensor, Kind.IMAGES], word: Scalar) -> None: ...
+
+
+MAKES = {"name": "tests.test_stages:Makes", "middle": 3, "end": 1}
+
+
+def test_every_stage_is_predicted_and_so_is_the_run(tmp_path: Path) -> None:
+    settings = load(config(6, algorithm=MAKES, eval={"where": "clients"}))
+    predicted = predict_stages(build(settings))
+    assert [(stage.name, stage.rounds) for stage, _ in predicted] == [("first", 2), ("middle", 3), ("end", 1)]
+    result = run_here(settings, output=tmp_path / "run")
+    for way in ("up", "down"):
+        whole = sum(of.of_run(stage.rounds)[way] for stage, of in predicted)
+        assert whole == result["bytes"]["logical"][way]
+        for (_, of), line in zip(predicted, [lines(tmp_path / "run")[n] for n in (0, 2, 5)], strict=True):
+            by_kind = {kind: ways[way] for kind, ways in of.by_kind.items()}
+            assert by_kind == {kind: ways[way] for kind, ways in line["bytes"]["by_kind"].items()}
+    assert [of.by_kind.get("images") for _, of in predicted] == [
+        None, {"up": 6 * 48, "down": 0}, {"up": 0, "down": 2 * 6 * 48},
+    ]  # fmt: skip
+
+
+def test_the_dry_run_shows_the_stages() -> None:
+    shown = dry_run(load(config(6, algorithm=MAKES)), 1).splitlines()
+    at = next(
+        i for i, line in enumerate(shown) if line.startswith("predicted logical bytes of the first round of each")
+    )
+    of_stages = [line for line in shown[at:] if not line.startswith("  ")]
+    assert of_stages == [shown[at], "stage first:", "stage middle:", "stage end:", "in all stages:"]
+    totals = [line.split() for line in shown[at:] if " round" in line and line.startswith("  ")]
+    assert [line[:2] for line in totals] == [["2", "rounds"], ["3", "rounds"], ["1", "round"], ["6", "rounds"]]
+    numbers = [int(line[3].replace(",", "")) for line in totals]
+    assert numbers[3] == sum(numbers[:3])
+    assert numbers[1] == 3 * 6 * 48
+
+
+def test_what_a_stage_cannot_be_predicted_for_is_said() -> None:
+    shown = dry_run(load(config(6, algorithm={**MAKES, "made": False})), 1)
+    assert "not predictable: stage middle: paint.image (images): its size is known only when it runs" in shown
+    assert "not predictable: stage end: replies that are made up lead nowhere: the state has no 'images_made'" in shown
+    assert "stage first: " not in shown
+
+
+# ---- how runs of several stages are shown
+@dataclass(frozen=True)
+class Alone(Three):
+    """In the second stage the server calls nobody."""
+
+    def stages(self, rounds: int) -> list[Stage]:
+        first, middle, end = Three.stages(self, rounds)
+        return [first, Stage(middle.name, middle.rounds, self.think), end]
+
+    def think(self, server: Server, clients: Clients) -> None:
+        server.x = server.x * 0.5
+
+
+ALONE = {"name": "tests.test_stages:Alone"}
+
+
+def test_the_terminal_names_the_stages_and_expects_each_by_itself(tmp_path: Path, capsys: Any) -> None:
+    run_here(load(config(algorithm=ALONE)), output=tmp_path / "several", observer=Progress())
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split()[1:3] for line in shown] == [
+        ["1/5", "first"], ["2/5", "first"], ["3/5", "middle"], ["4/5", "middle"], ["5/5", "end"],
+    ]  # fmt: skip
+    assert [line.partition("ETA")[2].partition(" to ")[2] for line in shown] == [
+        "the end of first", "", "the end of middle", "", "",
+    ]  # fmt: skip
+    assert "0/0 replies" in shown[2]
+    run_here(load(small()), output=tmp_path / "one", observer=Progress())
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert [line.split()[1:3] for line in shown] == [["1/2", "accuracy"], ["2/2", "accuracy"]]
+    assert shown[0].rpartition("  ETA ")[2].endswith(" s")
+
+
+def test_rounds_in_which_nobody_is_called_are_checked_compared_and_reported(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    result = fldist.run(config(algorithm=ALONE), output=run)
+    assert result["status"] == "finished"
+    assert [line["committed"] for line in lines(run)] == [True] * 5
+    assert [line["bytes"]["logical"]["up"] for line in lines(run)[2:4]] == [0, 0]
+    found = check(run)
+    assert (found.failed, found.unknown) == ([], [])
+    usable, left_out = gather([run, whole])
+    assert (len(usable), left_out) == (2, [])
+    assert "Alone" in text_of(split(usable), None, [], [], [], Final(1, False))
+    made = write([run, whole], tmp_path / "report.html")
+    assert (made.num_runs, made.unread) == (2, [])
+    assert "Alone" in (tmp_path / "report.html").read_text()

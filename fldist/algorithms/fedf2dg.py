@@ -464,6 +464,8 @@ class FedF2dg(Algorithm):
         histograms = server.histograms.clone()
         for k in got.clients:
             histograms[k] = got.h[k]
+        if server.predicting:  # replies are made up
+            histograms = torch.from_numpy(server.task.label_counts())
         server.histograms = histograms
         self.base.setup(server, Watched(self, server.task, clients, keeps=False, version=None))
 
@@ -480,7 +482,7 @@ class FedF2dg(Algorithm):
 
     def federated(self, server: Server, clients: Clients, last: int) -> None:
         """A round of the base algorithm; the last of them takes the snapshot, or the best one."""
-        ends = server.round == last
+        ends = server.round == last or server.predicting  # predictions see the first round of each stage
         watched = self.train(server, clients, keeps=ends or self.select != "last")
         if self.select == "last":
             if ends:
@@ -543,7 +545,7 @@ class FedF2dg(Algorithm):
             server.restarted, server.losses = True, {}
         coincides = self.generation == "client" and self.student == "previous"
         if fresh or self.hard_training == "every" or not server.members:
-            version = version_of(student.floats) if coincides else None
+            version = self.version(server, student) if coincides else None
             self.take(server, self.train(server, clients, version=version))
         if self.student == "aggregate":
             student = server.x
@@ -658,7 +660,7 @@ class FedF2dg(Algorithm):
         }
         arguments: dict[str, Any] = {
             "w": Each({k: server.models[k] for k in ids}) if self.spread else None,
-            "g": Once(g, version_of(g.floats), name=_MODEL),
+            "g": Once(g, self.version(server, g), name=_MODEL),
             "quota": Each({k: wanted[k] for k in ids}),
             "snapshot": server.snapshot if self.select == "val" and self.generation == "client" else None,
         }
@@ -677,6 +679,10 @@ class FedF2dg(Algorithm):
             elif not server.predicting:
                 server.warn(f"client {k}: it made {len(reply.x)} images of {int(wanted[k].sum())}; it is left out")
         return made, {k: reason for k, reason in got.missing.items() if "nan" in reason}
+
+    def version(self, server: Server, g: Params) -> int:
+        """Of a model that is to be distilled, for `Once`; in predictions, where models stay, another in each hard round."""
+        return (server.round if server.restarted else 0) if server.predicting else version_of(g.floats)
 
     def made(
         self,
@@ -840,8 +846,6 @@ class FedF2dg(Algorithm):
 
     def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
         """Images and logits of a quota without losses."""
-        if method == "histogram":
-            return torch.from_numpy(task.label_counts()[client])
         if method != "generate":
             return None
         held = torch.from_numpy(task.label_counts())

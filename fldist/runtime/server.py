@@ -46,7 +46,7 @@ class Observer(Protocol):
     """Who wants to see a run while it goes."""
 
     def started(self, facts: dict[str, Any]) -> None:
-        """All hosts have joined."""
+        """All hosts have joined. `rounds` of the facts: of the whole run; `stages`: the name and rounds of each."""
 
     def round(self, line: dict[str, Any]) -> None:
         """A round has been committed; `line` is what rounds.jsonl got."""
@@ -267,7 +267,8 @@ class ServerLoop:
         survives = self._survives
         if job.algorithm.stateful and self._survives_loss and self.ranks != [0] and not self._placement.shared_files:
             survives = "clients keep states of their own: if a host dies after its first round, the run stops"
-        self.observer.started({**self.facts, "survives": survives, "rounds": self._total})
+        plan = [[stage.name, stage.rounds] for stage in stages]
+        self.observer.started({**self.facts, "survives": survives, "rounds": self._total, "stages": plan})
         for note in job.task.notes:
             self.observer.warning(note)
         empty = [c for c in range(job.task.num_clients) if not job.task.sizes[c]]
