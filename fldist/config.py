@@ -184,11 +184,12 @@ class OutputSection(Section):
 
 
 class Settings(Section):
-    """A whole configuration."""
+    """A whole configuration. stages: those of the algorithm's stages that are done, of all `rounds`; null: all."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     rounds: Annotated[int, Field(ge=1)] = 10
+    stages: list[str] | None = None
     clients: ClientsSection = ClientsSection()
     task: TaskSection = TaskSection()
     local: LocalTraining = LocalTraining()
@@ -230,7 +231,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 
 RESUMABLE = (
-    "rounds", "stop", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "device", "network",
+    "rounds", "stages", "stop", "eval", "output", "deadlines", "faults", "checkpoint", "backend", "topology", "device",
+    "network",
 )  # fmt: skip
 """What may change when a run goes on: none of it changes what was computed so far."""
 
@@ -261,7 +263,7 @@ def load_branch(directory: Path, stage: str, overrides: Sequence[str] = ()) -> t
     if before.checkpoint.every and not now.checkpoint.every:
         raise ConfigError("checkpoint.every: 0, but a run is to go on from a checkpoint; set it to 1 or more")
     was, algorithm = make_algorithm(before.algorithm), make_algorithm(now.algorithm)
-    old, new = plan_of(was, before.rounds), plan_of(algorithm, now.rounds)
+    old, new = plan_of(was, before.rounds, before.stages), plan_of(algorithm, now.rounds, now.stages)
     try:
         done, begins = begins_after(old, stage), begins_after(new, stage)
     except ValueError as error:
@@ -270,7 +272,7 @@ def load_branch(directory: Path, stage: str, overrides: Sequence[str] = ()) -> t
         raise ConfigError(f"--from: no round comes before stage {stage}; begin a new run: fldist run")
     if begins != done:
         rounds = now.rounds + done - begins
-        fits = rounds > 0 and begins_after(plan_of(algorithm, rounds), stage) == done
+        fits = rounds > 0 and begins_after(plan_of(algorithm, rounds, now.stages), stage) == done
         raise ConfigError(
             f"rounds: {now.rounds} would have stage {stage} begin after round {begins}, and in {directory} it begins "
             f"after round {done}; {f'set rounds={rounds}' if fits else 'change rounds, or what its stages depend on'}"
@@ -289,7 +291,7 @@ def check_resumed(before: Settings, now: Settings, number: int, facts: Mapping[s
     """
     was, algorithm = make_algorithm(before.algorithm), make_algorithm(now.algorithm)
     plan = [(str(name), int(rounds)) for name, rounds in facts["stages"]]
-    check_plan(plan, plan_of(algorithm, now.rounds), number)
+    check_plan(plan, plan_of(algorithm, now.rounds, now.stages), number)
     check_fields(was, algorithm, plan, number)
 
 
@@ -689,4 +691,5 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         faults=settings.faults,
         stop=settings.stop,
         clock=chosen.clock,
+        stages=settings.stages,
     )

@@ -307,7 +307,7 @@ def predict_stages(job: Job) -> list[tuple[Stage, Prediction]]:
     before = dict(tracer.phases)
     found: list[tuple[Stage, Prediction]] = []
     done = 0
-    for stage in job.algorithm.stages(job.rounds):
+    for stage in job.plan():
         if stage.rounds:
             of_stage = _Tracer(job)
             if not found:

@@ -324,7 +324,9 @@ def test_lines_that_a_power_failure_has_taken_fall_back_to_the_checkpoint_before
 def test_only_what_changes_no_meaning_may_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
     fldist.run(config("fedavg", rounds=2), output=run)
-    with pytest.raises(ConfigError, match=r"local\.lr: it cannot be changed in a run that goes on; only rounds, stop"):
+    with pytest.raises(
+        ConfigError, match=r"local\.lr: it cannot be changed in a run that goes on; only rounds, stages, stop"
+    ):
         load_resumed(run, ["rounds=3", "local.lr=0.1"])
     with pytest.raises(ConfigError, match=r"rounds: the run in .* is finished, with 2 of 2; give more to extend it"):
         load_resumed(run)
@@ -383,7 +385,7 @@ def test_stages_that_depend_on_the_number_of_rounds_cannot_be_extended(tmp_path:
     staged = config("tests.own:Halves", rounds=4)
     fldist.run(staged, output=run)
     with pytest.raises(
-        ValueError, match="rounds: 4 rounds are done, and with this number of rounds they would have been"
+        ValueError, match="rounds: 4 rounds are done, and with this number of rounds and these stages they"
     ):
         go_on(run, "rounds=8")
 

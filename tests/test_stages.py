@@ -322,7 +322,9 @@ def test_rounds_that_are_done_stay_in_their_stages(tmp_path: Path) -> None:
     run = tmp_path / "run"
     fldist.run(config(4, algorithm={"end": 0}), output=run)
     before = (run / "config.yaml").read_text()
-    with pytest.raises(ValueError, match="rounds: 4 rounds are done, and with this number of rounds they would have"):
+    with pytest.raises(
+        ValueError, match="rounds: 4 rounds are done, and with this number of rounds and these stages they would"
+    ):
         fldist.resume(run, ["rounds=6"])
     assert (run / "config.yaml").read_text() == before
     assert fldist.resume(run, ["rounds=6", "algorithm.end=2"])["rounds"] == 6
@@ -332,6 +334,37 @@ def test_rounds_that_are_done_stay_in_their_stages(tmp_path: Path) -> None:
 def test_a_stage_that_is_none_is_a_fault_of_the_algorithm() -> None:
     with pytest.raises(ValueError, match="there is no stage 'middle'; this run's stages: first"):
         check_fields(Three(add=1.0), Three(add=2.0), [("first", 3)], 1)
+
+
+# ---- some of the stages
+def test_a_run_does_the_stages_that_are_chosen_and_another_the_rest(tmp_path: Path) -> None:
+    whole = fldist.run(config(), output=tmp_path / "whole")
+    part = fldist.run(config(stages=["first", "middle"]), output=tmp_path / "part")
+    assert told(tmp_path / "part") == IN_TURN[:4]
+    assert part["rounds"] == 4 or len(lines(tmp_path / "part")) == 4
+    rest = resume_here(tmp_path / "part", ["stages=null"])
+    assert told(tmp_path / "part") == IN_TURN
+    assert rest["state_hash"] == whole["state_hash"]
+
+
+def test_a_stage_in_between_may_be_left_out(tmp_path: Path) -> None:
+    fldist.run(config(stages=["first", "end"]), output=tmp_path / "run")
+    assert told(tmp_path / "run") == [("first", 0.0), ("first", 0.0), ("end", 2.0)]
+    with pytest.raises(ValueError, match=r"rounds: 3 rounds are done, and .* these stages they would have been other"):
+        resume_here(tmp_path / "run", ["stages=null"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "what"),
+    [
+        (["first", "last"], "stages: there is no stage 'last'; this run's stages: first, middle, end"),
+        ([], "stages: none of 5 rounds is nothing to do"),
+        ("first", "stages: input should be a valid list"),
+    ],
+)
+def test_stages_that_cannot_be_chosen(stages: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        build(load(config(stages=stages)))
 
 
 # ---- a dry run of several stages

@@ -233,6 +233,8 @@ class _Cohort:
             arguments["x"] = Once(x, watch.version, name=_MODEL)
         mine = watch.algorithm.client_methods()[method.__name__]
         got = self._cohort.call(mine, fold=fold, phase=phase, **arguments)
+        if watch.predicting and watch.keeps and x is not None:
+            watch.models = dict.fromkeys(got.clients, x)
         for k, y in ys.items():
             numbers = {n: getattr(got, n)[k] for n in watch.algorithm.numbers}
             reply = types.SimpleNamespace(y=y, **numbers)
@@ -249,8 +251,11 @@ class Watched:
     name, of this version, so that a later call need not send it again. members: who has trained.
     """
 
-    def __init__(self, algorithm: FedF2dg, task: Task, clients: Clients, *, keeps: bool, version: int | None) -> None:
-        self.algorithm, self.task, self.keeps, self.version = algorithm, task, keeps, version
+    def __init__(
+        self, algorithm: FedF2dg, server: Server, clients: Clients, *, keeps: bool, version: int | None = None
+    ) -> None:
+        self.algorithm, self.task, self.keeps, self.version = algorithm, server.task, keeps, version
+        self.predicting = server.predicting
         self.models: dict[int, Params] = {}
         self.members: list[int] = []
         self.num = clients.num
@@ -292,11 +297,12 @@ def base_named(given: Any) -> Algorithm:
 class FedF2dg(Algorithm):
     """A base algorithm; model inversion; distillation; hard samples."""
 
-    stage_fields: ClassVar[Mapping[str, str]] = {
+    stage_fields: ClassVar[Mapping[str, str | None]] = {
         **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread"), "generation"),
         **dict.fromkeys(("kd_epochs", "kd_lr", "kd_momentum", "kd_weight_decay", "kd_batch_size"), "distillation"),
-        **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset", "batches"), "distillation"),
+        **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset"), "distillation"),
         **dict.fromkeys(("alpha_c_hard", "hard_batches", "hard_training", "student"), "hard"),
+        **dict.fromkeys(("batches", "hard_rounds"), None),
     }
 
     base: Annotated[Algorithm, BeforeValidator(base_named)] = field(
@@ -467,18 +473,14 @@ class FedF2dg(Algorithm):
         if server.predicting:  # replies are made up
             histograms = torch.from_numpy(server.task.label_counts())
         server.histograms = histograms
-        self.base.setup(server, Watched(self, server.task, clients, keeps=False, version=None))
+        self.base.setup(server, Watched(self, server, clients, keeps=False))
 
     def train(self, server: Server, clients: Clients, keeps: bool = True, version: int | None = None) -> Watched:
         """A round of the base algorithm."""
-        watched = Watched(self, server.task, clients, keeps=keeps and not self._clients_answer, version=version)
+        keeps = keeps and not (self.generation == "client" and self.send_logits)
+        watched = Watched(self, server, clients, keeps=keeps, version=version)
         self.base.round(server, watched)
         return watched
-
-    @property
-    def _clients_answer(self) -> bool:
-        """Whether the server needs no client's model."""
-        return self.generation == "client" and self.send_logits
 
     def federated(self, server: Server, clients: Clients, last: int) -> None:
         """A round of the base algorithm; the last of them takes the snapshot, or the best one."""
@@ -681,7 +683,7 @@ class FedF2dg(Algorithm):
         return made, {k: reason for k, reason in got.missing.items() if "nan" in reason}
 
     def version(self, server: Server, g: Params) -> int:
-        """Of a model that is to be distilled, for `Once`; in predictions, where models stay, another in each hard round."""
+        """Of a model that is to be distilled, for `Once`; in predictions, where models stay, new in each hard round."""
         return (server.round if server.restarted else 0) if server.predicting else version_of(g.floats)
 
     def made(
@@ -736,7 +738,9 @@ class FedF2dg(Algorithm):
         candidates: what competes with the epochs, where these are chosen.
         """
         task: Task = server.task
-        if server.predicting and self.select != "val":
+        if server.predicting:
+            for _ in range(len(candidates) + self.kd_epochs if self.select == "val" else 0):
+                self.scored(server, clients, start, "distillation")
             return start
         number = server.round if server.restarted else 0
         x, y, teacher = self.pooled(server, number)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fldist.algorithm import Algorithm, ClientScores
+from fldist.algorithm import Algorithm, ClientScores, Stage
 from fldist.clock import Clock, Measured
 from fldist.data.task import Task
 from fldist.fold import Integers
@@ -14,6 +14,7 @@ from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, r
 from fldist.models.evaluate import Evaluation
 from fldist.params import Layout
 from fldist.runtime.membership import Faults
+from fldist.runtime.stages import stages_of
 from fldist.runtime.stops import Stop
 from fldist.selection import Selector
 from fldist.wire.codec import Expected
@@ -72,11 +73,13 @@ class Job:
     faults: Faults = field(default_factory=Faults)
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Measured)
+    stages: Sequence[str] | None = None
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
         self.algorithm.check(self.task)
+        self.plan()
         self.evaluation = self.algorithm.scoring(self.task)
         who = type(self.algorithm).__name__
         if self.task.own_init and self.evaluation.model != "personal" and self.algorithm.has_global_model:
@@ -124,6 +127,10 @@ class Job:
         if lacking:
             self.task.notes.append(f"{len(lacking)} clients have no {self.evaluation.split} part and are not scored")
         self._by_number = {m.number: m for m in self.methods.values()}
+
+    def plan(self) -> list[Stage]:
+        """The run's stages: all that the algorithm has, without rounds where they are not chosen."""
+        return stages_of(self.algorithm, self.rounds, self.stages)
 
     def method(self, number: int) -> ClientMethod | None:
         """The client method with this wire number."""

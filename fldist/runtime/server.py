@@ -260,7 +260,7 @@ class ServerLoop:
                 state = moved(job.algorithm.init_server(job.task), CPU)
         view = ServerView(job, state, self.observer.warning)
         del state  # it would keep the first model for the whole run
-        stages = job.algorithm.stages(job.rounds)
+        stages = job.plan()
         self._total = sum(stage.rounds for stage in stages)
         if len(stages) > 1:  # each may be begun again from the end of the one before
             self._ends = set(itertools.accumulate(stage.rounds for stage in stages))
@@ -391,7 +391,7 @@ class ServerLoop:
             return
         self._count_transport()
         facts = {
-            "stages": [[s.name, s.rounds] for s in self.job.algorithm.stages(self.job.rounds)],
+            "stages": [[s.name, s.rounds] for s in self.job.plan()],
             "versions": {str(c): v for c, v in sorted(self._caller.versions.items())},
             "given": {n: {str(c): v for c, v in given.items()} for n, given in self._caller.once.given.items()},
             "worked": sorted(self._caller.worked),

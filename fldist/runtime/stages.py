@@ -1,4 +1,5 @@
-"""The stages of a run that goes on: where they begin, and whether what is done would have been the same.
+"""The stages of a run: which there are; where they begin, and, when it goes on, whether what is done would have been
+the same.
 
 What is asked of here are algorithms and numbers of rounds; no state is looked at.
 """
@@ -6,17 +7,36 @@ What is asked of here are algorithms and numbers of rounds; no state is looked a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from fldist.algorithm import Algorithm
+from fldist.algorithm import Algorithm, Stage
 
 Plan = list[tuple[str, int]]
 """The stages of a run in order: name and number of rounds."""
 
 
-def plan_of(algorithm: Algorithm, rounds: int) -> Plan:
-    """The stages that an algorithm divides so many rounds into."""
-    return [(stage.name, stage.rounds) for stage in algorithm.stages(rounds)]
+def stages_of(algorithm: Algorithm, rounds: int, chosen: Sequence[str] | None) -> list[Stage]:
+    """The stages that an algorithm divides so many rounds into; those that are not chosen (None: all are) have none.
+
+    ValueError for a name that is none, and where nothing is left to do.
+    """
+    stages = algorithm.stages(rounds)
+    if chosen is None:
+        return stages
+    names = [stage.name for stage in stages]
+    for name in chosen:
+        if name not in names:
+            raise ValueError(f"stages: there is no stage {name!r}; this run's stages: {', '.join(names)}")
+    kept = [stage if stage.name in chosen else replace(stage, rounds=0) for stage in stages]
+    if not any(stage.rounds for stage in kept):
+        raise ValueError(f"stages: {', '.join(chosen) or 'none'} of {rounds} rounds is nothing to do; choose others")
+    return kept
+
+
+def plan_of(algorithm: Algorithm, rounds: int, chosen: Sequence[str] | None) -> Plan:
+    """The same, as names and numbers."""
+    return [(stage.name, stage.rounds) for stage in stages_of(algorithm, rounds, chosen)]
 
 
 def begins_after(plan: Sequence[tuple[str, int]], name: str) -> int:
@@ -36,8 +56,8 @@ def check_plan(before: Sequence[Any], now: Plan, done: int) -> None:
     would_be = in_turn(now)
     if in_turn(before) != would_be or len(would_be) < done:
         raise ValueError(
-            f"rounds: {done} rounds are done, and with this number of rounds they would have been other stages; "
-            "give the number that the run was begun with, or begin a new run"
+            f"rounds: {done} rounds are done, and with this number of rounds and these stages they would have been "
+            "others; give those that the run was begun with, or begin a new run"
         )
 
 
