@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fldist.algorithms.fedf2dg import Kd
+from fldist.algorithms.fedf2dg import Kd, decoded
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
@@ -255,3 +255,22 @@ def test_who_has_no_loss_is_given_the_mean_of_the_others() -> None:
     server: Any = SimpleNamespace(losses={0: 1.0, 1: float("nan"), 2: 4.0})
     assert algorithm.known_losses(server, [0, 1, 2, 3]).tolist() == [1.0, 2.5, 4.0, 2.5]
     assert algorithm.known_losses(server, [1, 3]) is None
+
+
+@pytest.mark.parametrize("images_as", ["float16", "uint8"])
+def test_losses_and_logits_are_of_the_images_as_they_have_travelled(images_as: str) -> None:
+    job = build(load(f2dg(images_as=images_as, generation="client", send_logits=True)))
+    algorithm: Any = job.algorithm
+    task, g = job.task, job.task.init_params()
+    w = ClientData(task, 0, Streams(task.seed, 1, 0)).train(g).params
+    counts = torch.tensor([6, 3] + [0] * (task.num_classes - 2))
+    reply = algorithm.made(task, w, g, counts, algorithm.inversion, torch.Generator().manual_seed(1), (1, -1))
+    x, y = decoded(reply.x, reply.span), torch.tensor([0] * 6 + [1] * 3)
+    loss = float(cross_entropy(PlainCnn(task.frozen_copy(g))(x.double()), y))
+    assert reply.loss == pytest.approx(loss, abs=7e-7)
+    s = PlainCnn(task.frozen_copy(w))(torch.roll(x.double(), (1, -1), (2, 3)))
+    torch.testing.assert_close(reply.logits.double(), s, rtol=0, atol=3e-6)
+    exact: Any = build(load(f2dg(generation="client", send_logits=True))).algorithm
+    other = exact.made(task, w, g, counts, exact.inversion, torch.Generator().manual_seed(1), (1, -1))
+    assert abs(other.loss - loss) > 2e-6
+    assert float((other.logits - s).abs().max()) > 2e-5
