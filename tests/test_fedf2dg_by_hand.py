@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fldist.data.task import Task
 from fldist.inversion import Inversion
 from fldist.params import Params
 from fldist.seeding import Streams, generator
-from tests.test_fedf2dg import BASES, SEEN, TRACED, K, f2dg, model, quota_rows, run, same_model, seen
+from tests.test_fedf2dg import BASES, SEEN, TRACED, K, f2dg, logged, model, quota_rows, run, same_model, seen, states
 from tests.test_fedf2dg_equations import PlainCnn, nominal_by_hand, plain_distil, plain_invert, quotas_by_hand
 
 
@@ -34,6 +35,8 @@ class ByHand:
     per_client: int
     mix: float = 1 / 3
     sharpness: float = 1.0
+    images_as: str = "float32"
+    agree: dict[int, tuple[float, float]] = field(default_factory=dict)  # by round: teachers and student with labels
     tables: dict[int, Any] = field(default_factory=dict)  # by round: the counts and the losses of each client
 
     def module(self, values: Params) -> nn.Module:
@@ -62,7 +65,7 @@ class ByHand:
             x0 = torch.randn(len(y), *self.task.shape, generator=rng)
             shifts = torch.randint(-how.jitter, how.jitter + 1, (how.steps, 2), generator=rng)
             u = PlainCnn(self.task.frozen_copy(ws[k]))
-            images.append(plain_invert(u, student, y, x0, shifts, how)[-1])
+            images.append(travelled(plain_invert(u, student, y, x0, shifts, how)[-1], self.images_as))
             losses.append(float(cross_entropy(student(images[-1]), y)))
         self.tables.setdefault(number, []).append((counts, losses))
         return images, losses
@@ -70,6 +73,7 @@ class ByHand:
     def distilled(self, number: int, seed: int, ws: list[Params], g: Params, batches: list[Any]) -> Params:
         """The student after the last epoch; number: 0 for the common samples."""
         pool, logits = [], []
+        made = [batch for n in (range(seed) if number == 0 else [seed]) for batch in self.tables.get(n, [])]
         for k in range(K):
             rng = generator(self.task.seed, "distillation-shift", number, k)
             down, right = torch.randint(-self.how.jitter, self.how.jitter + 1, (2,), generator=rng).tolist()
@@ -78,9 +82,22 @@ class ByHand:
             logits.append(PlainCnn(self.task.frozen_copy(ws[k]))(x))
         x, s = torch.cat(pool).float(), torch.cat(logits).float()
         assert len(x) % self.kd.batch_size != 1
+        y = torch.tensor([c for k in range(K) for counts, _ in made for c, n in enumerate(counts[k]) for _ in range(n)])
+        before = PlainCnn(self.task.frozen_copy(g))(x.double())
+        self.agree[seed] = (float((s.argmax(1) == y).double().mean()), float((before.argmax(1) == y).double().mean()))
         student = self.module(g)
         plain_distil(student, x, s, self.kd, generator(self.task.seed, "distillation", seed))
         return Params.of(student, g.layout)
+
+
+def travelled(x: Tensor, how: str) -> Tensor:
+    """Images as they are used after they have travelled so."""
+    if how == "float16":
+        return x.half().double()
+    if how == "uint8":
+        step = (x.max() - x.min()) / 255
+        return x.min() + ((x - x.min()) / step).round() * step
+    return x
 
 
 def parts(**changes: Any) -> tuple[dict[str, Any], ByHand]:
@@ -91,7 +108,8 @@ def parts(**changes: Any) -> tuple[dict[str, Any], ByHand]:
     kd = {name: getattr(algorithm, f"kd_{name}") for name in ("epochs", "lr", "momentum", "weight_decay", "batch_size")}
     kd |= {"temperature": algorithm.kd_temperature, "weight": algorithm.kd_lambda, "bn": algorithm.kd_bn}
     how = Kd(**kd, reset=algorithm.kd_reset)
-    return fields, ByHand(job.task, algorithm.inversion, how, algorithm.per_client, algorithm.mix, algorithm.sharpness)
+    counts = {"per_client": algorithm.per_client, "mix": algorithm.mix, "sharpness": algorithm.sharpness}
+    return fields, ByHand(job.task, algorithm.inversion, how, **counts, images_as=algorithm.images_as)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +131,8 @@ def parts(**changes: Any) -> tuple[dict[str, Any], ByHand]:
             "hard_batches": 2,
             "hard_training": "first",
         },
+        {"generation": "client", "images_as": "float16", "send_logits": True, "kd_lr": 1.0},
+        {"images_as": "uint8", "kd_lr": 1.0, "rounds": 5, "hard_rounds": 1},
         # in its first round, and in the first one after it has begun anew, each of these trains as FedAvg does
         {"base": "scaffold", "generation": "client", "rounds": 5, "hard_rounds": 1, "kd_lr": 1.0},
         {"base": {"name": "moon", "mu": 20.0}, "rounds": 5, "hard_rounds": 1, "kd_lr": 1.0},
@@ -152,6 +172,13 @@ def test_a_whole_run_by_hand(tmp_path: Path, changes: dict[str, Any]) -> None:
             k = int(row["client"])
             assert [int(row[f"class_{c}"]) for c in range(len(counts[k]))] == counts[k]
             assert float(row["loss"]) == pytest.approx(values[k], abs=1e-3)
+    log = logged(tmp_path / "run")
+    for number, (teachers, before) in hand.agree.items():
+        assert log[number - 1]["teacher_accuracy"] == pytest.approx(teachers, abs=1e-9)
+        assert log[number - 1]["before_accuracy"] == pytest.approx(before, abs=1e-9)
+    assert log[-1]["student_accuracy"] == hand.task.evaluate(g).accuracy
+    for number, values in [(n, made[-1][1]) for n, made in hand.tables.items()]:
+        assert log[number - 1]["generation_loss"] == pytest.approx(sum(values) / K, abs=1e-3)
     got, want = model(tmp_path / "run"), dict(g.named())
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=2e-4, msg=name)
@@ -192,3 +219,38 @@ def test_a_client_inverts_its_model_and_not_what_it_has_sent_of_it(tmp_path: Pat
     for generation in ("server", "client"):
         run(tmp_path / generation, generation=generation, **settings)
     assert same_model(tmp_path / "server", tmp_path / "client")
+
+
+VAL: dict[str, Any] = {"select": "val", "task__split": {"val": 0.25}, **UNEQUAL}
+
+
+def test_a_round_is_scored_by_the_validation_samples_of_all_clients(tmp_path: Path) -> None:
+    run(tmp_path / "run", rounds=2, batches=1, hard_rounds=0, **VAL)
+    task = build(load(f2dg(**VAL))).task
+    ws = [ClientData(task, k, Streams(task.seed, 1, k)).train(task.init_params()).params for k in range(K)]
+    floats = sum(n / sum(task.sizes) * w.floats.double() for n, w in zip(task.sizes, ws, strict=True))
+    assert isinstance(floats, Tensor)
+    x = Params(ws[0].layout, floats.float(), ws[0].ints)
+    right = [task.count(k, "val") * task.evaluate_client(x, k, "val").accuracy for k in range(K)]
+    assert logged(tmp_path / "run")[0]["selection"] == pytest.approx(
+        sum(right) / sum(task.count(k, "val") for k in range(K))
+    )
+    assert len({task.count(k, "val") for k in range(K)}) > 1
+
+
+def test_clients_invert_their_models_of_the_round_that_was_chosen(tmp_path: Path) -> None:
+    """At a learning rate that is too large the best round is not the last one."""
+    settings: dict[str, Any] = {"rounds": 7, "batches": 1, "hard_rounds": 0, "kd_lr": 1.0, "local__lr": 0.8, **VAL}
+    for generation in ("server", "client"):
+        run(tmp_path / generation, generation=generation, stop={"rounds": 6}, **settings)
+        server, _ = states(tmp_path / generation)
+        scores = [line["selection"] for line in logged(tmp_path / generation)[:5]]
+        assert server["snapshot"] == 1 + scores.index(max(scores)) < 5
+    assert logged(tmp_path / "server") == logged(tmp_path / "client")
+
+
+def test_who_has_no_loss_is_given_the_mean_of_the_others() -> None:
+    algorithm: Any = build(load(f2dg())).algorithm
+    server: Any = SimpleNamespace(losses={0: 1.0, 1: float("nan"), 2: 4.0})
+    assert algorithm.known_losses(server, [0, 1, 2, 3]).tolist() == [1.0, 2.5, 4.0, 2.5]
+    assert algorithm.known_losses(server, [1, 3]) is None
