@@ -185,7 +185,6 @@ def test_a_whole_run_by_hand(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert max(float((want[n] - view).abs().max()) for n, view in trained.named() if "weight" in n) > 0.05
 
 
-@pytest.mark.xfail(reason="of several batches in a hard round the last one's table replaces the others'", strict=True)
 def test_every_batch_of_a_hard_round_is_in_the_table(tmp_path: Path) -> None:
     run(tmp_path / "run", hard_batches=2)
     table = quota_rows(tmp_path / "run", 6)

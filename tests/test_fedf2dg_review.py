@@ -16,16 +16,16 @@ from torch import Tensor
 import fldist
 from fldist.algorithm import Clients, Me, Server, State, on_client
 from fldist.algorithms.fedavg import FedAvg
-from fldist.algorithms.fedf2dg import FedF2dg, Scored
+from fldist.algorithms.fedf2dg import FedF2dg, Round, Scored
 from fldist.config import ConfigError, build, load
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.inspection import predict_stages
-from fldist.kinds import Scalar, Seeds, Weights
+from fldist.kinds import Scalar, Weights
 from fldist.params import Params
 from fldist.runner import run_here
 from tests.conftest import Hosts, Recorder
-from tests.test_fedf2dg import HOLDS, C, K, f2dg, lines, logged, model, quota_rows, run, same_model, states
+from tests.test_fedf2dg import HOLDS, K, f2dg, lines, logged, model, quota_rows, run, same_model, states
 
 SPOILT: list[int] = []
 
@@ -36,9 +36,9 @@ class Spoils(FedF2dg):
 
     value: float = math.inf
 
-    def made(self, task: Task, w: Params, g: Params, counts: Tensor, how: Any, rng: Any, shift: Any) -> Any:
-        reply = super().made(task, w, g, counts, how, rng, shift)
-        if not SPOILT and torch.equal(counts > 0, torch.bincount(torch.tensor(HOLDS[2]), minlength=C) > 0):
+    def made_once(self, task: Task, u: Any, student: Any, y: Tensor, how: Any, rng: Any, shift: Any) -> Any:
+        reply = super().made_once(task, u, student, y, how, rng, shift)
+        if not SPOILT and y.unique().tolist() == HOLDS[2]:
             SPOILT.append(2)
             (reply.x.view(-1) if reply.span is None else reply.span)[0] = self.value
         return reply
@@ -137,7 +137,7 @@ class Deaf(FedF2dg):
         return {2: 0.9}.get(server.round, 0.1) if stage == "federated" else found
 
     @on_client
-    def score(self, me: Me, data: ClientData, x: Weights, best: Seeds | None) -> Scored:
+    def score(self, me: Me, data: ClientData, x: Weights, best: Round | None) -> Scored:
         if (data.round, data.client) == (3, 0):
             raise RuntimeError("deaf")
         return FedF2dg.score(self, me, data, x, best)

@@ -37,10 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
     "inversion": set(),
     "prototypes": {"data", "fold", "kinds"},
+    "on_top": {"algorithm", "data", "fold", "kinds", "params", "resolve"},
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "prototypes", "resolve"}
+ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}
 ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}

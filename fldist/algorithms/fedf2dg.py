@@ -28,9 +28,10 @@ images of a client and batch; everything for each client that takes part):
     scalars    generate  up         8          a batch: l_ij; 16 with images_as: uint8
     logits     generate  up         4 C M_i    a batch, with send_logits
     weights    generate  down       S          a batch, only with spread: w_i, for a host that inverts for the server
-    weights    select    down       S          select: val: a scored model; scalars 8 up
-    seeds      both      down       8          select: val with generation: client: the best round, with a model to
-                                               score and with each quota
+    weights    select    down       S          select: val: each federated round, every `select_every`-th epoch, and g
+                                               as a hard round begins, to all who have something to score; scalars 8 up
+    scalars    both      down       8          select: val with generation: client: the best round, with each model to
+                                               score in federated rounds, and with each quota
     generation: server without spread: nothing but the histograms beside the base algorithm's messages.
     topology: reduce adds up at hosts, and here the server needs every model or image: use star or collective.
 
@@ -49,43 +50,45 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
-import types
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fldist import resolve
-from fldist.algorithm import Algorithm, Clients, Cohort, Me, Replies, Server, Stage, State, TooFewReplies, on_client
+from fldist.algorithm import Clients, Me, Server, Stage, State, TooFewReplies, on_client
 from fldist.blocks import version_of
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
 from fldist.distillation import LARGEST_LOGIT, NonNegative, Positive, Targets, distillation_loss, logits_of
-from fldist.fold import Collect, Fold, Mean, MeanAndEach, collect
+from fldist.fold import Collect, Fold, collect
 from fldist.inversion import Inversion, cyclic, draw, invert
-from fldist.kinds import Each, Histogram, Images, Kind, Logits, Once, Scalar, Seeds, Weights, call_schema, reply_schema
+from fldist.kinds import Each, Histogram, Images, Kind, Logits, Once, Scalar, Weights
 from fldist.models.train import Network, Order, train
+from fldist.on_top import OnTop, Watched
 from fldist.params import Params
 from fldist.seeding import forked, generator
 
 STAGES = ("federated", "generation", "distillation", "hard")
 ANSWERED = 256
 """Images of a pass that has no gradient."""
-_GENERATION, _HARD = STAGES.index("generation"), STAGES.index("hard")
+_HARD = STAGES.index("hard")
 _MODEL = "fedf2dg-model"
-_SHOWN = 20
 _GAP = 4
 """Pixels between the cells of a picture."""
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[Tensor, Kind.SCALARS]
+Round = Annotated[int, Kind.SCALARS]
+ImageType = Literal["float32", "float16", "uint8"]
+
+log = logging.getLogger("fldist.fedf2dg")
 
 
 # ---- how many images of which labels
@@ -183,7 +186,7 @@ class Scored(NamedTuple):
     accuracy: Scalar
 
 
-def encoded(x: Tensor, how: Literal["float32", "float16", "uint8"]) -> tuple[Tensor, Tensor | None]:
+def encoded(x: Tensor, how: ImageType) -> tuple[Tensor, Tensor | None]:
     """Images as they travel, and for uint8 float32 [2], what 0 and 255 stand for: their least and largest value."""
     if how != "uint8":
         return x.to(getattr(torch, how)), None
@@ -199,125 +202,27 @@ def decoded(x: Tensor, span: Tensor | None) -> Tensor:
     return span[0] + x.float() * ((span[1] - span[0]) / 255).clamp(min=1e-30)
 
 
-# ---- the base algorithm, watched
-class _Cohort:
-    """Clients whose answers to the base algorithm's calls are looked at on their way."""
-
-    def __init__(self, cohort: Cohort, watch: Watched) -> None:
-        self._cohort, self._watch = cohort, watch
-
-    @property
-    def ids(self) -> Sequence[int]:
-        return self._cohort.ids
-
-    def call(
-        self,
-        method: Callable[..., Any],
-        *,
-        fold: Mapping[str, Fold] | None = None,
-        phase: str | None = None,
-        **arguments: Any,
-    ) -> Replies:
-        """Call the base's client method in the name of FedF2DG, whose it is by `FedF2dg.client_methods`."""
-        watch, fold = self._watch, dict(fold or {})
-        given, how = arguments.get("x"), fold.get("y")
-        x: Params | None = given if isinstance(given, Params) else None
-        ys: dict[int, Params] = {}
-        if watch.keeps and x is not None:
-            if not isinstance(how, Mean):
-                raise ValueError(
-                    "algorithm.base: its models are not averaged by Mean; use fedavg, fedprox, scaffold ..."
-                )
-            fold["y"] = MeanAndEach.of(how, ys)
-        if watch.version is not None and x is not None:
-            arguments["x"] = Once(x, watch.version, name=_MODEL)
-        mine = watch.algorithm.client_methods()[method.__name__]
-        got = self._cohort.call(mine, fold=fold, phase=phase, **arguments)
-        if watch.predicting and watch.keeps and x is not None:
-            watch.models = dict.fromkeys(got.clients, x)
-        for k, y in ys.items():
-            numbers = {n: getattr(got, n)[k] for n in watch.algorithm.numbers}
-            reply = types.SimpleNamespace(y=y, **numbers)
-            assert x is not None
-            watch.models[k] = watch.algorithm.base.local_model(watch.task, x, reply)
-        watch.members = sorted({*watch.members, *got.clients})
-        return got
-
-
-class Watched:
-    """All clients, as the base algorithm sees them in a round.
-
-    keeps: gather the clients' models after their training in `models`; version: give the model that is sent under a
-    name, of this version, so that a later call need not send it again. members: who has trained.
-    """
-
-    def __init__(
-        self, algorithm: FedF2dg, server: Server, clients: Clients, *, keeps: bool, version: int | None = None
-    ) -> None:
-        self.algorithm, self.task, self.keeps, self.version = algorithm, server.task, keeps, version
-        self.predicting = server.predicting
-        self.models: dict[int, Params] = {}
-        self.members: list[int] = []
-        self.num = clients.num
-        self._clients = clients
-
-    def selected(self) -> Cohort:
-        """The selector's choice for this round."""
-        return _Cohort(self._clients.selected(), self)
-
-    def all(self) -> Cohort:
-        """Every client that holds samples."""
-        return _Cohort(self._clients.all(), self)
-
-    def only(self, ids: Sequence[int]) -> Cohort:
-        """The named clients."""
-        return _Cohort(self._clients.only(ids), self)
-
-    def by(self, architecture: int) -> Cohort:
-        """The clients with a model of this architecture."""
-        return _Cohort(self._clients.by(architecture), self)
-
-
-def base_named(given: Any) -> Algorithm:
-    """The base algorithm that `scaffold` or `{name: fedprox, mu: 0.01}` means; for pydantic's BeforeValidator."""
-    if isinstance(given, Algorithm):
-        return given
-    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = fields.pop("name", None)
-    if not isinstance(name, str):
-        raise ValueError("it must be the name of an algorithm such as scaffold, or {name: fedprox, mu: 0.01}")
-    try:
-        kind = resolve.from_package("fldist.algorithms", name, Algorithm, "name")
-    except ValueError as error:
-        raise resolve.wrong("name", str(error).removeprefix("name: "), name) from None
-    return resolve.component(kind, fields, name)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
-class FedF2dg(Algorithm):
+class FedF2dg(OnTop):
     """A base algorithm; model inversion; distillation; hard samples."""
 
     stage_fields: ClassVar[Mapping[str, str | None]] = {
-        **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread"), "generation"),
+        **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread", "show"), "generation"),
         **dict.fromkeys(("kd_epochs", "kd_lr", "kd_momentum", "kd_weight_decay", "kd_batch_size"), "distillation"),
-        **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset"), "distillation"),
+        **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset", "select_every"), "distillation"),
         **dict.fromkeys(("alpha_c_hard", "hard_batches", "hard_training", "student"), "hard"),
         **dict.fromkeys(("batches", "hard_rounds"), None),
     }
 
-    base: Annotated[Algorithm, BeforeValidator(base_named)] = field(
-        default_factory=functools.partial(base_named, "fedavg")
-    )
     generation: Literal["server", "client"] = "server"  # where networks are inverted
     spread: bool = False  # generation: server gives the work to the clients' hosts, with the networks
     send_logits: bool = False  # generation: client sends the teachers' logits, and the server keeps no client's model
-    images_as: Literal["float32", "float16", "uint8"] = (
-        "float32"  # of the images, which are used as they have travelled
-    )
+    images_as: ImageType = "float32"  # of the images, which are used as they have travelled
     select: Literal["last", "val", "best_test"] = "last"  # of rounds (federated) and of epochs of a distillation
+    select_every: Count = 1  # every so many epochs one stands for election, and the last one
     batches: Count = 10  # J
     per_client: Count = 256  # b, images of a client and batch in the mean
-    inversion: Inversion = field(default_factory=Inversion)
+    inversion: Inversion = field(default_factory=Inversion)  # steps, lr, alpha_tv, alpha_l2, alpha_bn, alpha_c ...
     sharpness: NonNegative = 1.0  # a
     mix: Share = 1 / 3  # m, weight of the losses in the quotas
     hard_rounds: Annotated[int, Field(ge=0)] = 10  # R
@@ -325,38 +230,27 @@ class FedF2dg(Algorithm):
     alpha_c_hard: NonNegative = 10.0  # weight of the competition in hard rounds
     hard_training: Literal["every", "first"] = "every"  # hard rounds in which the clients train
     student: Literal["previous", "aggregate"] = "previous"  # what a hard round distils: g, or the base's new model
-    kd_epochs: Annotated[int, Field(ge=0)] = 30
-    kd_lr: Positive = 0.01
-    kd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    kd_weight_decay: NonNegative = 1e-4
-    kd_batch_size: Count = 256
+    kd_epochs: Annotated[int, Field(ge=0)] = 30  # of a distillation
+    kd_lr: Positive = 0.01  # of its SGD
+    kd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Nesterov's
+    kd_weight_decay: NonNegative = 1e-4  # on all parameters
+    kd_batch_size: Count = 256  # images
     kd_temperature: Positive = 3.0  # T
     kd_lambda: NonNegative = 1e-3  # lambda
     kd_bn: Literal["train", "eval"] = "train"  # eval: the student goes by its running statistics, and keeps them
     kd_reset: bool = True  # begin each epoch with no momentum
-    show: Annotated[int, Field(ge=0)] = _SHOWN  # clients of which a picture shows four images of each class
+    show: Annotated[int, Field(ge=0)] = 20  # clients of which a picture shows four images of each class
 
     # ---- what there must be
     def check(self, task: Task) -> None:
         """Refuse a base without models to invert, networks without BatchNorm, and choices that cannot be made."""
-        base, who = self.base, type(self.base).__name__
-        base.check(task)
         if task.dataset.kind == "tokens":
             raise ValueError("algorithm: fedf2dg makes images, and the samples are tokens; choose a data set of images")
-        trains = [
-            name
-            for name, method in base.client_methods().items()
-            if any(f.name == "y" and f.kind is Kind.WEIGHTS for f in reply_schema(method).fields)
-            and any(f.name == "x" and f.kind is Kind.WEIGHTS for f in call_schema(method).fields)
-        ]
-        if not trains or not base.has_global_model or base.heterogeneous or isinstance(base, FedF2dg):
-            raise ValueError(
-                f"algorithm.base: clients of {who} do not send the server models y that they have trained from its x; "
-                "use fedavg, fedprox, scaffold, fednova or moon"
-            )
-        taken = set(base.client_methods()) & {"histogram", "score", "generate"}
+        super().check(task)
+        held = self.base.init_server(task).values.keys() | self.base.init_client(task, 0).values.keys()
+        taken = sorted(held & {*self.own_server_state(task), "models", "begun_anew"})
         if taken:
-            raise ValueError(f"algorithm.base: {who} has a client method {min(taken)!r}, as fedf2dg has; rename it")
+            raise ValueError(f"algorithm.base: a state of it is called {taken[0]!r}, as one of fedf2dg's; rename it")
         norm = any(isinstance(layer, nn.BatchNorm2d) for layer in task.architecture().template.modules())
         if not norm and self.inversion.alpha_bn:
             raise ValueError(
@@ -368,14 +262,22 @@ class FedF2dg(Algorithm):
                 "task.travel: params leaves out BatchNorm's statistics, which the images are made to match; use all or "
                 "floats"
             )
+        if norm and self.kd_bn == "train" and self.kd_batch_size == 1:
+            raise ValueError(
+                "algorithm.kd_batch_size: BatchNorm cannot train on batches of 1; raise it, or kd_bn: eval"
+            )
         if self.send_logits and self.generation == "server":
             raise ValueError(
                 "algorithm.send_logits: the server has the models and needs no logits; use generation: client"
             )
         if self.spread and self.generation == "client":
             raise ValueError("algorithm.spread: clients invert their networks themselves; use generation: server")
-        if self.select == "val" and not task.has_part("val"):
-            raise ValueError("algorithm.select: val needs validation samples at the clients; set task.split.val")
+        self.check_choice(task)
+
+    def check_choice(self, task: Task) -> None:
+        """Refuse a choice of rounds and epochs that cannot be made, and say when it is made on the test set."""
+        if self.select == "val" and not any(task.count(k, "val") for k in range(task.num_clients)):
+            raise ValueError("algorithm.select: val needs validation samples at the clients; raise task.split.val")
         if self.select == "best_test":
             if not task.num_test:
                 raise ValueError("algorithm.select: best_test needs a global test set; use last or val")
@@ -393,34 +295,39 @@ class FedF2dg(Algorithm):
         """Whether clients keep a state: the base's, or models to invert."""
         return self.base.stateful or self.generation == "client"
 
-    @functools.cached_property
-    def numbers(self) -> list[str]:
-        """What the base's clients send beside their model: numbers."""
-        method = next(m for m in self.base.client_methods().values() if "y" in [f.name for f in reply_schema(m).fields])
-        return [f.name for f in reply_schema(method).fields if f.kind is Kind.SCALARS]
-
-    # ---- states and stages
-    def init_server(self, task: Task) -> State:
-        """The base's state. histograms: of all clients [K, C]; members, models: the snapshot's clients and their w_i;
-        snapshot: its round; best: the best snapshot so far, where rounds are chosen; losses: l_i by client; pool: the
-        batches of images that are to be distilled."""
-        return State(
-            **self.base.init_server(task).values,
-            histograms=torch.zeros(task.num_clients, task.num_classes, dtype=torch.int64),
-            members=[],
-            models={},
-            snapshot=0,
-            best=None,
-            losses={},
-            pool=[],
-            restarted=False,
+    @property
+    def kd(self) -> Kd:
+        """How students are distilled."""
+        return Kd(
+            epochs=self.kd_epochs,
+            lr=self.kd_lr,
+            momentum=self.kd_momentum,
+            weight_decay=self.kd_weight_decay,
+            batch_size=self.kd_batch_size,
+            temperature=self.kd_temperature,
+            weight=self.kd_lambda,
+            bn=self.kd_bn,
+            reset=self.kd_reset,
         )
 
+    # ---- states and stages
+    def own_server_state(self, task: Task) -> dict[str, Any]:
+        """histograms: of all clients [K, C]; members, models: the snapshot's clients and their w_i; snapshot: its
+        round; best: the best snapshot so far, where rounds are chosen; losses: l_i by client; pool: the batches of
+        images that are to be distilled; begun_anew: whether the base has, as it does with the hard rounds."""
+        histograms = torch.zeros(task.num_clients, task.num_classes, dtype=torch.int64)
+        begins = {"members": [], "models": {}, "snapshot": 0, "best": None, "losses": {}, "pool": []}
+        return {"histograms": histograms, **begins, "begun_anew": False}
+
+    def init_server(self, task: Task) -> State:
+        """The base's state and `own_server_state`."""
+        return State(**self.base.init_server(task).values, **self.own_server_state(task))
+
     def init_client(self, task: Task, client: int) -> State:
-        """The base's state; with generation: client also the models after training, by round, and the best round."""
-        mine = State(**self.base.init_client(task, client).values, restarted=False)
+        """The base's state; with generation: client also the client's models after training, by round."""
+        mine = State(**self.base.init_client(task, client).values, begun_anew=False)
         if self.generation == "client":
-            mine.models, mine.best = {}, 0
+            mine.models = {}
         return mine
 
     def stages(self, rounds: int) -> list[Stage]:
@@ -431,35 +338,8 @@ class FedF2dg(Algorithm):
             lengths.append(min(wanted, left))
             left -= lengths[-1]
         federated = functools.partial(self.federated, last=first)
-        steps: list[Callable[[Any, Any], None]] = [federated, self.generate_batch, self.distillation, self.hard]
+        steps: list[Callable[[Any, Any], None]] = [federated, self.common, self.distillation, self.hard]
         return [Stage(name, n, step) for name, n, step in zip(STAGES, lengths, steps, strict=True)]
-
-    def client_methods(self) -> dict[str, Callable[..., Any]]:
-        """FedF2DG's own client halves, and the base's in its name."""
-        own = super().client_methods()
-        return own | {n: self._of_base(m) for n, m in self.base.client_methods().items() if n not in own}
-
-    def _of_base(self, method: Any) -> Callable[..., Any]:
-        """A client half of the base, after which the client remembers the model that it has sent."""
-        half = method.__func__
-
-        @functools.wraps(half)
-        def run(this: FedF2dg, me: Me, data: ClientData, **arguments: Any) -> Any:
-            if me.stage == _HARD and this.base.stateful and not me.restarted:
-                with forked(data.task.seed, "init_client", data.client):
-                    fresh = this.base.init_client(data.task, data.client)
-                for name, value in fresh.values.items():
-                    setattr(me, name, value)
-                me.restarted = True
-            reply = half(this.base, me, data, **arguments)
-            if this.generation == "client" and hasattr(reply, "y") and "x" in arguments:
-                # the round before this one may be the best without the client's knowing it yet
-                kept = {me.best, max(me.models, default=0)} if this.select == "val" else set()
-                models = {t: model for t, model in me.models.items() if t in kept}
-                me.models = models | {data.round: this.base.local_model(data.task, arguments["x"], reply)}
-            return reply
-
-        return types.MethodType(run, self)
 
     # ---- the server
     def setup(self, server: Server, clients: Clients) -> None:
@@ -470,22 +350,12 @@ class FedF2dg(Algorithm):
         histograms = server.histograms.clone()
         for k in got.clients:
             histograms[k] = got.h[k]
-        if server.predicting:  # replies are made up
-            histograms = torch.from_numpy(server.task.label_counts())
-        server.histograms = histograms
-        self.base.setup(server, Watched(self, server, clients, keeps=False))
-
-    def train(self, server: Server, clients: Clients, keeps: bool = True, version: int | None = None) -> Watched:
-        """A round of the base algorithm."""
-        keeps = keeps and not (self.generation == "client" and self.send_logits)
-        watched = Watched(self, server, clients, keeps=keeps, version=version)
-        self.base.round(server, watched)
-        return watched
+        server.histograms = torch.from_numpy(server.task.label_counts()) if server.predicting else histograms
 
     def federated(self, server: Server, clients: Clients, last: int) -> None:
         """A round of the base algorithm; the last of them takes the snapshot, or the best one."""
         ends = server.round == last or server.predicting  # predictions see the first round of each stage
-        watched = self.train(server, clients, keeps=ends or self.select != "last")
+        watched = self.train(server, clients, keeps=self.keeps_models and (ends or self.select != "last"))
         if self.select == "last":
             if ends:
                 self.take(server, watched)
@@ -503,6 +373,11 @@ class FedF2dg(Algorithm):
         if ends:
             self.take_best(server)
 
+    @property
+    def keeps_models(self) -> bool:
+        """Whether the server needs clients' models: to invert them, or as teachers."""
+        return not (self.generation == "client" and self.send_logits)
+
     def take(self, server: Server, watched: Watched) -> None:
         """Make a round's models the snapshot."""
         server.members, server.models, server.snapshot = watched.members, watched.models, server.round
@@ -510,22 +385,18 @@ class FedF2dg(Algorithm):
     def take_best(self, server: Server) -> None:
         """Make the best round the snapshot."""
         best, server.best = server.best, None
-        server.x, server.members, server.models, server.snapshot = (
-            best["x"],
-            best["members"],
-            best["models"],
-            best["round"],
-        )
+        server.x, server.snapshot = best["x"], best["round"]
+        server.members, server.models = best["members"], best["models"]
         server.log(snapshot=server.snapshot)
 
-    def generate_batch(self, server: Server, clients: Clients) -> None:
+    def common(self, server: Server, clients: Clients) -> None:
         """A batch of common samples."""
         if not server.members:  # the last federated round was void
             if server.best is not None:
                 self.take_best(server)
             else:
-                self.take(server, self.train(server, clients))
-        self.generate_images(server, clients, server.x, self.inversion, Counter())
+                self.take(server, self.train(server, clients, keeps=self.keeps_models))
+        self.tell(server, self.generate_images(server, clients, server.x, self.inversion))
 
     def distillation(self, server: Server, clients: Clients) -> None:
         """Distil x on all images."""
@@ -539,152 +410,134 @@ class FedF2dg(Algorithm):
         """Train the clients from g, invert their networks against it, distil it."""
         student: Params = server.x
         server.pool = []
-        fresh = not server.restarted
+        fresh = not server.begun_anew
         if fresh:
-            restart = self.base.init_server(server.task).values
-            for name in restart.keys() - {"x"}:
-                setattr(server, name, restart[name])
-            server.restarted, server.losses = True, {}
-        coincides = self.generation == "client" and self.student == "previous"
+            begins = self.base.init_server(server.task).values
+            for name in begins.keys() - {"x"}:
+                setattr(server, name, begins[name])
+            server.begun_anew, server.losses = True, {}
         if fresh or self.hard_training == "every" or not server.members:
-            version = self.version(server, student) if coincides else None
-            self.take(server, self.train(server, clients, version=version))
+            known = self.generation == "client" and self.student == "previous"
+            once = (_MODEL, self.version(server, student)) if known else None
+            self.take(server, self.train(server, clients, keeps=self.keeps_models, once=once))
         if self.student == "aggregate":
             student = server.x
         how = dataclasses.replace(self.inversion, alpha_c=self.alpha_c_hard)
-        uses: Counter[int] = Counter()
-        for _ in range(self.hard_batches):
-            self.generate_images(server, clients, student, how, uses)
+        rows: list[dict[str, float]] = []
+        for batch in range(self.hard_batches):
+            rows += self.generate_images(server, clients, student, how, batch)
+        self.tell(server, rows)
         server.x = self.distilled(server, clients, student, [student])
         server.pool = []
+        if self.hard_training == "every":
+            server.members, server.models = [], {}
 
     # ---- images
-    def generate_images(self, server: Server, clients: Clients, g: Params, how: Inversion, uses: Counter[int]) -> None:
+    def generate_images(
+        self, server: Server, clients: Clients, g: Params, how: Inversion, batch: int = 0
+    ) -> list[dict[str, float]]:
         """Add a batch of images of the snapshot's networks to the pool; g is what is to be distilled on them.
 
-        uses: how often each client's network has been inverted in this round; counted on.
+        batch: which one of the round, from 0. Returns the rows of the table of quotas.
         """
         histograms = server.histograms
         ids = [k for k in server.members if int(histograms[k].sum())]
         if not ids:
             raise TooFewReplies("generate", dict.fromkeys(server.members, "lost: its label counts never came"))
-        counts = quotas(histograms[ids], self.per_client, self.known_losses(server, ids), self.sharpness, self.mix)
+        losses = known_losses(server.losses, ids)
+        counts = quotas(histograms[ids], self.per_client, losses, self.sharpness, self.mix)
         wanted = dict(zip(ids, counts, strict=True))
-        if int(counts.sum(dim=1).max()) == 1 and self.per_client > 1:
+        if losses is None and self.per_client > 1 and int(counts.sum(dim=1).max()) == 1:
             server.warn("algorithm.per_client: every quota is empty, and each client makes one image; raise it")
-        made: dict[int, Made] = {}
-        spoilt: dict[int, str] = {}
-        waiting = ids
-        for attempt in (0, 1):
-            if self.generation == "server" and not self.spread:
-                found, spoilt = self.made_here(server, waiting, wanted, g, how, uses)
-            else:
-                found, spoilt = self.made_by_clients(server, clients, waiting, wanted, g)
-            made |= found
-            waiting = sorted(spoilt)
-            if not waiting:
-                break
-            if not attempt:
-                server.log(restarted=len(waiting))
-        for k in waiting:
-            server.warn(f"client {k}: its images were not finite, twice ({spoilt[k]}); its network is left out")
-        if not made:
-            raise TooFewReplies("generate", spoilt)
-        made = dict(sorted(made.items()))
+        here = self.generation == "server" and not self.spread
+        make = self.made_here if here else self.made_by_clients
+        made = make(server, clients, wanted, g, how, batch)
         server.losses = {k: reply.loss for k, reply in made.items()}
-        batch = {
+        images = {
             k: {"x": reply.x, "span": reply.span, "y": targets(wanted[k]), "logits": reply.logits}
             for k, reply in made.items()
         }
-        server.pool = [*server.pool, batch]
-        losses = [reply.loss for reply in made.values()]
-        server.log(images=sum(len(reply.x) for reply in made.values()), generation_loss=sum(losses) / len(losses))
-        server.table(
-            quotas=[
-                {
-                    "batch": len(server.pool),
-                    "client": k,
-                    "samples": int(histograms[k].sum()),
-                    "images": int(wanted[k].sum()),
-                    "loss": made[k].loss if k in made else math.nan,
-                    **{f"class_{c}": n for c, n in enumerate(wanted[k].tolist())},
-                }
-                for k in ids
-            ]
-        )
-        self.picture(server, batch)
+        server.pool = [*server.pool, images]
+        self.picture(server, images)
+        return [
+            {
+                "batch": len(server.pool),
+                "client": k,
+                "samples": int(histograms[k].sum()),
+                "images": int(wanted[k].sum()),
+                "loss": made[k].loss if k in made else math.nan,
+                **{f"class_{c}": n for c, n in enumerate(wanted[k].tolist())},
+            }
+            for k in ids
+        ]
 
-    def known_losses(self, server: Server, ids: Sequence[int]) -> Tensor | None:
-        """l_i [K] of these clients; who has none, or none that is finite, is given the others' mean."""
-        losses = torch.tensor([server.losses.get(k, math.nan) for k in ids], dtype=torch.float64)
-        finite = losses.isfinite()
-        if not finite.any():
-            return None
-        return torch.where(finite, losses, losses[finite].mean())
+    def tell(self, server: Server, rows: list[dict[str, float]]) -> None:
+        """Put a round's quotas into its table, and what was made of them into its log."""
+        server.table(quotas=rows)
+        made = [row for row in rows if not math.isnan(row["loss"])]
+        losses = [row["loss"] for row in made]
+        server.log(images=sum(row["images"] for row in made), generation_loss=sum(losses) / len(losses))
 
     def made_here(
-        self,
-        server: Server,
-        ids: Sequence[int],
-        wanted: Mapping[int, Tensor],
-        g: Params,
-        how: Inversion,
-        uses: Counter[int],
-    ) -> tuple[dict[int, Made], dict[int, str]]:
-        """Invert these clients' networks at the server: what was made, and why what was not."""
+        self, server: Server, clients: Clients, wanted: Mapping[int, Tensor], g: Params, how: Inversion, batch: int
+    ) -> dict[int, Made]:
+        """Invert clients' networks at the server, to images of these counts; who is missing was not finite."""
         task: Task = server.task
         made: dict[int, Made] = {}
-        spoilt: dict[int, str] = {}
-        for k in ids:
+        for k, counts in wanted.items():
             if server.predicting:
-                x = torch.zeros(int(wanted[k].sum()), *task.shape)
-                made[k] = Made(*encoded(x, self.images_as), 0.0, None)
+                made[k] = Made(torch.zeros(int(counts.sum()), *task.shape), None, 0.0, None)
                 continue
             # what `data.streams` gives a client that does this itself
-            rng = generator(task.seed, "inversion", server.round, k, uses[k])
-            uses[k] += 1
-            reply = self.made(task, server.models[k], g, wanted[k], how, rng, None)
-            if not all_finite(reply):
-                spoilt[k] = "refused: x: nan: at the server"
-            else:
+            rng = generator(task.seed, "inversion", server.round, k, batch)
+            reply = self.made(task, server.models[k], g, counts, how, rng, None)
+            if all_finite(reply):
                 made[k] = reply
-        return made, spoilt
+            else:
+                server.warn(f"client {k}: its images were not finite, twice; its network is left out")
+        if not made:
+            raise TooFewReplies("generate", dict.fromkeys(wanted, "refused: x: nan: its images were not finite, twice"))
+        return made
 
     def made_by_clients(
-        self, server: Server, clients: Clients, ids: Sequence[int], wanted: Mapping[int, Tensor], g: Params
-    ) -> tuple[dict[int, Made], dict[int, str]]:
-        """Have these clients' networks inverted where the clients are: what came, and whose was not finite."""
+        self, server: Server, clients: Clients, wanted: Mapping[int, Tensor], g: Params, how: Inversion, batch: int
+    ) -> dict[int, Made]:
+        """Have the networks inverted where the clients are."""
         task: Task = server.task
-        fold: dict[str, Fold] = {
-            "x": Collect(shape=(None, *task.shape), dtype=self.images_as),
-            "span": Collect(shape=(2,)) if self.images_as == "uint8" else collect(),
-            "logits": Collect(shape=(None, task.num_classes), limit=LARGEST_LOGIT) if self.send_logits else collect(),
-        }
         arguments: dict[str, Any] = {
-            "w": Each({k: server.models[k] for k in ids}) if self.spread else None,
             "g": Once(g, self.version(server, g), name=_MODEL),
-            "quota": Each({k: wanted[k] for k in ids}),
             "snapshot": server.snapshot if self.select == "val" and self.generation == "client" else None,
         }
-        try:
-            got = clients.only(ids).call(self.generate, fold=fold, **arguments)
-        except TooFewReplies as error:
-            spoilt = {k: reason for k, reason in error.missing.items() if "nan" in reason}
-            if len(spoilt) < len(ids):
-                raise
-            return {}, spoilt
         made: dict[int, Made] = {}
-        for k in got.clients:
-            reply = Made(got.x[k], got.span[k], got.loss[k], got.logits[k])
-            if len(reply.x) == int(wanted[k].sum()) and (reply.logits is None or len(reply.logits) == len(reply.x)):
-                made[k] = reply
-            elif not server.predicting:
-                server.warn(f"client {k}: it made {len(reply.x)} images of {int(wanted[k].sum())}; it is left out")
-        return made, {k: reason for k, reason in got.missing.items() if "nan" in reason}
+        # a prediction must be told how many images each client makes
+        for ids in [[k] for k in wanted] if server.predicting else [list(wanted)]:
+            m = int(wanted[ids[0]].sum()) if server.predicting else None
+            fold: dict[str, Fold] = {
+                "x": Collect(shape=(m, *task.shape), dtype=self.images_as),
+                "span": Collect(shape=(2,)) if self.images_as == "uint8" else collect(),
+                "logits": Collect(shape=(m, task.num_classes), limit=LARGEST_LOGIT) if self.send_logits else collect(),
+            }
+            got = clients.only(ids).call(
+                self.generate,
+                fold=fold,
+                w=Each({k: server.models[k] for k in ids}) if self.spread else None,
+                quota=Each({k: wanted[k] for k in ids}),
+                **arguments,
+            )
+            for k in got.clients:
+                reply = Made(got.x[k], got.span[k], got.loss[k], got.logits[k])
+                n = int(wanted[k].sum())
+                if len(reply.x) == n and (reply.logits is None or len(reply.logits) == n):
+                    made[k] = reply
+                else:
+                    server.warn(f"client {k}: it made {len(reply.x)} images of {n}; its network is left out")
+        if not made:
+            raise TooFewReplies("generate", dict.fromkeys(wanted, "refused: x: shape: not as many as it was to make"))
+        return dict(sorted(made.items()))
 
     def version(self, server: Server, g: Params) -> int:
         """Of a model that is to be distilled, for `Once`; in predictions, where models stay, new in each hard round."""
-        return (server.round if server.restarted else 0) if server.predicting else version_of(g.floats)
+        return (server.round if server.begun_anew else 0) if server.predicting else version_of(g.floats)
 
     def made(
         self,
@@ -696,9 +549,29 @@ class FedF2dg(Algorithm):
         rng: torch.Generator,
         shift: tuple[int, int] | None,
     ) -> Made:
-        """Images of a network w as `images_as` says, l_i of g on them, and w's logits on them shifted, if so."""
+        """Images of a network w as `images_as` says, l_i of g on them, and w's logits on them shifted, if so.
+
+        Those that are not finite are made again, once, from other noise.
+        """
         u, student = task.frozen_copy(w), task.frozen_copy(g)
         y = targets(counts).to(task.device)
+        reply = self.made_once(task, u, student, y, how, rng, shift)
+        if not all_finite(reply):
+            log.warning("a network's images are not finite; they are made again, from other noise")
+            reply = self.made_once(task, u, student, y, how, rng, shift)
+        return reply
+
+    def made_once(
+        self,
+        task: Task,
+        u: nn.Module,
+        student: nn.Module,
+        y: Tensor,
+        how: Inversion,
+        rng: torch.Generator,
+        shift: tuple[int, int] | None,
+    ) -> Made:
+        """The same of networks and targets, whether finite or not."""
         x0, shifts = draw(rng, len(y), task.shape, how)
         images = invert(u, student if how.alpha_c else None, y, x0.to(task.device), shifts, how)
         x, span = encoded(images, self.images_as)
@@ -739,45 +612,33 @@ class FedF2dg(Algorithm):
         """
         task: Task = server.task
         if server.predicting:
-            for _ in range(len(candidates) + self.kd_epochs if self.select == "val" else 0):
+            elections = len(candidates) + math.ceil(self.kd_epochs / self.select_every)
+            for _ in range(elections if self.select == "val" else 0):
                 self.scored(server, clients, start, "distillation")
             return start
-        number = server.round if server.restarted else 0
-        x, y, teacher = self.pooled(server, number)
+        x, y, teacher = self.pooled(server, server.round if server.begun_anew else 0)
         best, chosen, at = -math.inf, start, 0
         if self.select != "last":
             for model in candidates:
                 best = self.scored(server, clients, model, "distillation")
-        how = Kd(
-            self.kd_epochs,
-            self.kd_lr,
-            self.kd_momentum,
-            self.kd_weight_decay,
-            self.kd_batch_size,
-            self.kd_temperature,
-            self.kd_lambda,
-            self.kd_bn,
-            self.kd_reset,
-        )
-        alone = task.architecture().batch_norm and self.kd_bn == "train"
-        order = Order(len(x), how.batch_size, generator(task.seed, "distillation", server.round), no_single=alone)
+        alone = task.architecture().batch_norm and self.kd_bn == "train"  # on one image BatchNorm cannot train
+        order = Order(len(x), self.kd_batch_size, generator(task.seed, "distillation", server.round), no_single=alone)
         with task.network(start, batch_norm="batch" if self.kd_bn == "train" else "running") as network:
-            before = network.params.clone()
-            for epoch in distil(network, x, teacher, how, order):
-                if self.select != "last":
+            for epoch in distil(network, x, teacher, self.kd, order):
+                if self.select != "last" and (epoch % self.select_every == 0 or epoch == self.kd_epochs):
                     model = network.params.restricted(task.travel).clone()
                     score = self.scored(server, clients, model, "distillation")
                     if score >= best:
                         best, chosen, at = score, model, epoch
         if self.select == "last":
             chosen = network.params.restricted(task.travel)
-        else:
+        elif math.isfinite(best):
             server.log(selection=best, epoch=at)
-        agrees = logits_of(task.frozen_copy(before), x, ANSWERED).argmax(dim=1)
-        server.log(
-            teacher_accuracy=float((teacher.argmax(dim=1) == y).double().mean()),
-            before_accuracy=float((agrees == y).double().mean()),
-        )
+        if not bool(chosen.floats.isfinite().all()):
+            server.warn("the distilled model is not finite and not taken; lower algorithm.kd_lr or kd_lambda")
+            return start
+        before = logits_of(task.frozen_copy(start), x, ANSWERED)
+        server.log(teacher_accuracy=accuracy_of(teacher, y), before_accuracy=accuracy_of(before, y))
         if task.num_test:
             server.log(student_accuracy=task.evaluate(chosen).accuracy)
         return chosen
@@ -823,21 +684,36 @@ class FedF2dg(Algorithm):
         return sum(counts[k] * float(got.accuracy[k]) for k in scored) / sum(counts[k] for k in scored)
 
     # ---- clients
+    def before_training(self, me: Me, data: ClientData) -> None:
+        """Begin the base's state anew with the hard rounds."""
+        if me.stage == _HARD and self.base.stateful and not me.begun_anew:
+            with forked(data.task.seed, "init_client", data.client):
+                begins = self.base.init_client(data.task, data.client)
+            for name, value in begins.values.items():
+                setattr(me, name, value)
+            me.begun_anew = True
+
+    def after_training(self, me: Me, data: ClientData, model: Params) -> None:
+        """Keep the model that may be inverted; where rounds are chosen, the older ones until `score` tells the best."""
+        if self.generation == "client":
+            older = me.models if self.select == "val" and me.stage != _HARD else {}
+            me.models = {**older, data.round: model}
+
     @on_client
     def histogram(self, me: Me, data: ClientData) -> Counted:
         """The client's label counts."""
         return Counted(torch.bincount(data.y, minlength=data.task.num_classes).cpu())
 
     @on_client
-    def score(self, me: Me, data: ClientData, x: Weights, best: Seeds | None) -> Scored:
-        """The accuracy of a model on the client's validation samples; best: the best round so far."""
-        if best is not None:
-            me.best = best
+    def score(self, me: Me, data: ClientData, x: Weights, best: Round | None) -> Scored:
+        """The accuracy of a model on the client's validation samples; best: the best round before this one."""
+        if best is not None and any(t not in (best, data.round) for t in me.models):
+            me.models = {t: model for t, model in me.models.items() if t in (best, data.round)}
         return Scored(data.evaluate(x, "val").accuracy)
 
     @on_client
     def generate(
-        self, me: Me, data: ClientData, w: Weights | None, g: Weights, quota: Histogram, snapshot: Seeds | None
+        self, me: Me, data: ClientData, w: Weights | None, g: Weights, quota: Histogram, snapshot: Round | None
     ) -> Made:
         """Images of the client's network; w: that which is given in its place; snapshot: the round that it is of."""
         task = data.task
@@ -848,18 +724,17 @@ class FedF2dg(Algorithm):
         shift = self.shift(task, data.round if hard else 0, data.client) if self.send_logits else None
         return self.made(task, w, g, quota, how, data.streams.generator("inversion"), shift)
 
-    def made_up(self, task: Task, client: int, method: str, field: str) -> Tensor | None:
-        """Images and logits of a quota without losses."""
-        if method != "generate":
-            return None
-        held = torch.from_numpy(task.label_counts())
-        ids = held.sum(dim=1).nonzero().flatten().tolist()
-        number = int(quotas(held[ids], self.per_client)[ids.index(client)].sum())
-        if field == "x":
-            return torch.zeros(number, *task.shape, dtype=getattr(torch, self.images_as))
-        if field == "logits" and self.send_logits:
-            return torch.zeros(number, task.num_classes)
-        return torch.zeros(2) if field == "span" and self.images_as == "uint8" else None
+
+def known_losses(losses: Mapping[int, float], ids: Sequence[int]) -> Tensor | None:
+    """l_i, float64 [K], of these clients; who has none, or none that is finite, is given the others' mean."""
+    told = torch.tensor([losses.get(k, math.nan) for k in ids], dtype=torch.float64)
+    finite = told.isfinite()
+    return torch.where(finite, told, told[finite].mean()) if finite.any() else None
+
+
+def accuracy_of(logits: Tensor, y: Tensor) -> float:
+    """The share of rows [N, C] whose largest entry is the label's, y [N]."""
+    return float((logits.argmax(dim=1) == y).double().mean())
 
 
 def all_finite(reply: Made) -> bool:
