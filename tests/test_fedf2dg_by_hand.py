@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fldist.algorithms.fedf2dg import Kd, decoded
+from fldist.algorithms.fedf2dg import Kd, decoded, known_losses
 from fldist.config import build, load
 from fldist.data.client_data import ClientData
 from fldist.data.task import Task
@@ -177,8 +176,10 @@ def test_a_whole_run_by_hand(tmp_path: Path, changes: dict[str, Any]) -> None:
         assert log[number - 1]["teacher_accuracy"] == pytest.approx(teachers, abs=1e-9)
         assert log[number - 1]["before_accuracy"] == pytest.approx(before, abs=1e-9)
     assert log[-1]["student_accuracy"] == hand.task.evaluate(g).accuracy
-    for number, values in [(n, made[-1][1]) for n, made in hand.tables.items()]:
-        assert log[number - 1]["generation_loss"] == pytest.approx(sum(values) / K, abs=1e-3)
+    for number, made in hand.tables.items():
+        values = [loss for _, of_clients in made for loss in of_clients]
+        assert log[number - 1]["generation_loss"] == pytest.approx(sum(values) / len(values), abs=1e-3)
+        assert log[number - 1]["images"] == sum(n for counts, _ in made for row in counts for n in row)
     got, want = model(tmp_path / "run"), dict(g.named())
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=2e-4, msg=name)
@@ -250,10 +251,10 @@ def test_clients_invert_their_models_of_the_round_that_was_chosen(tmp_path: Path
 
 
 def test_who_has_no_loss_is_given_the_mean_of_the_others() -> None:
-    algorithm: Any = build(load(f2dg())).algorithm
-    server: Any = SimpleNamespace(losses={0: 1.0, 1: float("nan"), 2: 4.0})
-    assert algorithm.known_losses(server, [0, 1, 2, 3]).tolist() == [1.0, 2.5, 4.0, 2.5]
-    assert algorithm.known_losses(server, [1, 3]) is None
+    losses = known_losses({0: 1.0, 1: float("nan"), 2: 4.0}, [0, 1, 2, 3])
+    assert losses is not None
+    assert losses.tolist() == [1.0, 2.5, 4.0, 2.5]
+    assert known_losses({1: float("inf")}, [1, 3]) is None
 
 
 @pytest.mark.parametrize("images_as", ["float16", "uint8"])
