@@ -207,11 +207,11 @@ class FedF2dg(OnTop):
     """A base algorithm; model inversion; distillation; hard samples."""
 
     stage_fields: ClassVar[Mapping[str, str | None]] = {
-        **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread", "show"), "generation"),
+        **dict.fromkeys(("per_client", "inversion", "sharpness", "mix", "images_as", "spread"), "generation"),
         **dict.fromkeys(("kd_epochs", "kd_lr", "kd_momentum", "kd_weight_decay", "kd_batch_size"), "distillation"),
         **dict.fromkeys(("kd_temperature", "kd_lambda", "kd_bn", "kd_reset", "select_every"), "distillation"),
         **dict.fromkeys(("alpha_c_hard", "hard_batches", "hard_training", "student"), "hard"),
-        **dict.fromkeys(("batches", "hard_rounds"), None),
+        **dict.fromkeys(("batches", "hard_rounds", "show"), None),
     }
 
     generation: Literal["server", "client"] = "server"  # where networks are inverted
