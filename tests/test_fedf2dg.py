@@ -21,7 +21,7 @@ from torch import Tensor
 import fldist
 from fldist.algorithm import Me, Server, on_client
 from fldist.algorithms.fedavg import FedAvg, Update
-from fldist.algorithms.fedf2dg import FedF2dg, decoded, encoded, quotas
+from fldist.algorithms.fedf2dg import FedF2dg, Kd, decoded, distil, encoded, quotas
 from fldist.config import ConfigError, build, load, load_resumed
 from fldist.data.client_data import ClientData
 from fldist.data.datasets import Dataset
@@ -29,6 +29,7 @@ from fldist.data.task import Task
 from fldist.fold import FoldContext, Mean, MeanAndEach, Refused
 from fldist.inspection import predict_stages
 from fldist.kinds import Weights
+from fldist.models.train import Order
 from fldist.params import Params
 from fldist.runner import resume_here, run_here
 from fldist.runtime.checkpoint import Checkpoints, ClientFiles
@@ -769,3 +770,9 @@ def test_a_network_without_batch_norm_can_be_inverted_where_that_is_said(tmp_pat
         task__model={"name": "cnn", "widths": [4], "hidden": []},
         inversion={"steps": 2, "alpha_bn": 0},
     )
+
+
+def test_a_network_made_for_other_statistics_is_not_distilled() -> None:
+    task = build(load(f2dg())).task
+    with task.network(task.init_params()) as network, pytest.raises(ValueError, match=r"bn: eval.*'batch'"):
+        next(distil(network, torch.zeros(4, 1, 8, 8), torch.zeros(4, C), Kd(bn="eval"), Order(4, 2, None)))

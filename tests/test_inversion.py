@@ -31,6 +31,7 @@ from fldist.inversion import (
 from fldist.models.cnn import Cnn, CnnBn
 from fldist.models.resnet import ResNet18Small
 from fldist.seeding import forked, generator
+from tests.needs import needs_gpus
 
 SHAPE = (1, 12, 12)
 CLASSES = 4
@@ -516,3 +517,14 @@ def test_a_compiled_objective_serves_all_networks_of_a_kind(monkeypatch: pytest.
         compiled = invert(made(seed), made(3), y, *drawn, dataclasses.replace(how, compile=True))
         torch.testing.assert_close(compiled, invert(made(seed), made(3), y, *drawn, how), rtol=0, atol=1e-3)
     assert len(graphs) == 1
+
+
+def test_a_gpu_makes_nearly_the_same_images() -> None:
+    needs_gpus()
+    u, g, y = made(1), made(2), torch.arange(8) % CLASSES
+    how = Inversion(steps=5, alpha_c=10.0, alpha_l2=0.1)
+    x0, shifts = draw(generator(3, "test-gpu"), len(y), SHAPE, how)
+    here = invert(u, g, y, x0, shifts, how)
+    there = invert(u.cuda(), g.cuda(), y, x0, shifts, how)
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)

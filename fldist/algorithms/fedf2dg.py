@@ -147,8 +147,10 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0, weight: 
 def distil(network: Network, x: Tensor, teacher: Tensor, how: Kd, order: Order) -> Iterator[int]:
     """Train the network on images x [N, ...] towards logits [N, C]; gives each epoch's number, from 1, at its end.
 
-    SGD with Nesterov's momentum on mini-batches. What `how.bn` says has been said to the network when it was made.
+    SGD with Nesterov's momentum on mini-batches. ValueError for a network that was not made for what `how.bn` says.
     """
+    if (network.batch_norm == "batch") != (how.bn == "train"):
+        raise ValueError(f"bn: {how.bn}, and the network was made for batch_norm {network.batch_norm!r}")
     aims = Targets(teacher, how.temperature, x.device)
 
     def loss(rows: Tensor) -> Tensor:
@@ -416,7 +418,7 @@ class FedF2dg(OnTop):
             for name in begins.keys() - {"x"}:
                 setattr(server, name, begins[name])
             server.begun_anew, server.losses = True, {}
-        if fresh or self.hard_training == "every" or not server.members:
+        if fresh or self.hard_training == "every":
             known = self.generation == "client" and self.student == "previous"
             once = (_MODEL, self.version(server, student)) if known else None
             self.take(server, self.train(server, clients, keeps=self.keeps_models, once=once))

@@ -92,7 +92,7 @@ class Network:
         self.params = params
         self.gradient = blocks.zeros(params.layout.num_params, device=params.device)  # [P]
         self._frozen = tuple(frozen)
-        self._batch_norm = batch_norm
+        self.batch_norm = batch_norm
         self._thawed = [t for t in closed.values() if t.requires_grad]
         for tensor in self._thawed:
             tensor.requires_grad_(False)
@@ -118,13 +118,13 @@ class Network:
         """Enter training mode, frozen layers excepted, and BatchNorm where it keeps its statistics."""
         self.module.train()
         trains_whole = sum(end - start for start, end in self.runs) == self.params.layout.num_params
-        if trains_whole and self._batch_norm == "batch":
+        if trains_whole and self.batch_norm == "batch":
             return
         for name, layer in self.module.named_modules():
             own = list(layer.parameters(recurse=False))
             inside = any(name == f or name.startswith(f"{f}.") for f in self._frozen)
             frozen = inside or (bool(own) and not any(t.requires_grad for t in own))
-            keeps = self._batch_norm == "running" and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            keeps = self.batch_norm == "running" and isinstance(layer, nn.modules.batchnorm._BatchNorm)
             if frozen or keeps:
                 layer.eval()
 
