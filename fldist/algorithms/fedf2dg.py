@@ -624,7 +624,7 @@ class FedF2dg(OnTop):
             for model in candidates:
                 best = self.scored(server, clients, model, "distillation")
         alone = task.architecture().batch_norm and self.kd_bn == "train"  # on one image BatchNorm cannot train
-        order = Order(len(x), self.kd_batch_size, generator(task.seed, "distillation", server.round), no_single=alone)
+        order = Order(len(x), self.kd.batch_size, generator(task.seed, "distillation", server.round), no_single=alone)
         with task.network(start, batch_norm="batch" if self.kd_bn == "train" else "running") as network:
             for epoch in distil(network, x, teacher, self.kd, order):
                 if self.select != "last" and (epoch % self.select_every == 0 or epoch == self.kd_epochs):
