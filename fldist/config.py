@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -386,7 +387,11 @@ def known_keys() -> list[str]:
     keys = list(_keys_of(Settings, ""))
     for name in resolve.modules_of("fldist.algorithms"):
         component = resolve.from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
-        keys += [f"algorithm.{f.name}" for f in dataclasses.fields(component)]
+        hints = typing.get_type_hints(component)
+        for f in dataclasses.fields(component):
+            keys.append(f"algorithm.{f.name}")
+            if dataclasses.is_dataclass(hints[f.name]) and not issubclass(hints[f.name], Algorithm):
+                keys += _keys_of(hints[f.name], f"algorithm.{f.name}.")
     for section, table in (("data", datasets.NAMES), ("partition", partition.NAMES), ("model", models.NAMES)):
         for name in table:
             thing = resolve.from_table(table, name, f"task.{section}.name")

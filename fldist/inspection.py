@@ -58,7 +58,7 @@ def describe(name: str) -> str:
     for base in kind.__mro__[1:]:
         shared = inspect.getmodule(base)
         if issubclass(base, Algorithm) and base is not Algorithm and shared is not None and shared is not module:
-            lines += [f"It is a {base.__name__} ({inspect.getsourcefile(base)})", ""]
+            lines += [f"It builds on {base.__name__} ({inspect.getsourcefile(base)})", ""]
             lines += [inspect.cleandoc(shared.__doc__ or "").strip(), ""]
     lines.append("Fields (section `algorithm`):")
     hints, comments = get_type_hints(kind), _comments(kind)

@@ -250,7 +250,7 @@ def test_choosing_by_validation_sends_a_model_and_a_number(tmp_path: Path) -> No
     result = run(tmp_path / "run", **how)
     _, s = sizes(f2dg(**how))
     scored = K * (2 + 2 + 2 * (1 + 2))  # rounds; epochs of the distillation; those of two hard rounds, and their start
-    assert result["bytes"]["by_phase"]["select"] == {"up": 8 * scored, "down": s * scored}
+    assert result["bytes"]["by_phase"]["score"] == {"up": 8 * scored, "down": s * scored}
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,10 @@ def test_rounds_are_divided_among_the_stages(rounds: int, fields: dict[str, Any]
     assert [s.name for s in stages] == ["federated", "generation", "distillation", "hard"]
 
 
-def test_two_rounds_are_legal(tmp_path: Path) -> None:
-    run(tmp_path / "run", rounds=2)
+def test_two_rounds_are_legal_and_said_to_be_few(tmp_path: Path) -> None:
+    recorder = Recorder()
+    run_here(load(f2dg(rounds=2)), output=tmp_path / "run", observer=recorder)
+    assert [w for w in recorder.warnings if w.startswith("round 1: rounds: 2 of 6 that all stages")]
     assert [line["stage"] for line in lines(tmp_path / "run")] == ["federated", "generation"]
 
 
@@ -747,7 +749,7 @@ def test_a_mean_that_notes_its_contributions_is_the_mean() -> None:
         ({"base": {"name": "fedprox", "mu": -1}}, r"algorithm\.base\.mu: "),
         ({"base": 3}, r"algorithm\.base: "),
         ({"inversion": {"lr": 0}}, r"algorithm\.inversion\.lr: "),
-        ({"inversion": {"stepz": 1}}, r"algorithm\.inversion\.stepz: "),
+        ({"inversion": {"stepz": 1}}, r"algorithm\.inversion\.stepz: .*did you mean algorithm\.inversion\.steps\?"),
         ({"per_client": 0}, r"algorithm\.per_client: "),
         ({"mix": 1.5}, r"algorithm\.mix: "),
         ({"generation": "nowhere"}, r"algorithm\.generation: "),

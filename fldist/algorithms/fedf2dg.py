@@ -9,7 +9,10 @@ which the clients' networks and the global model disagree.
     generation    J rounds, a batch each: images x_ij of w_i with labels y_ij, and l_ij = CE( f(x, x_ij), y_ij )
     distillation  1 round: the student g begins as x; teachers are the w_i, data all x_ij
     hard          R rounds: the clients train from g, their networks are inverted against g, g is distilled
+    L(x') = CE( f(w_i, x'), y ) + alpha_tv R_tv + alpha_bn R_bn + alpha_l2 |x'| + alpha_c R_comp  `inversion.objective`
+            least total variation, and BatchNorm's statistics; in hard rounds R_comp: agreement of w_i and g
     N_i   = b K p_i                              in a stage's first batch; p_i = n_i / n          `nominal`
+            of the K clients that have trained in the round of the snapshot, with n_i of their n samples
     N_i   = b K ( m q_i + (1 - m) p_i )          later; q = softmax(a l) of the batch before, m = 1/3
     M_ic  = floor( N_i h_i[c] / n_i )            labels; one image of its commonest class where all are 0   `quotas`
     L_KD  = lambda T^2 mean KL( softmax(f(w_i, x') / T) || softmax(f(g, x') / T) )                `kd_loss`, `distil`
@@ -21,14 +24,15 @@ images of a client and batch; everything for each client that takes part):
     kind       phase     direction  bytes
     histogram  setup     up         8 C        once
     ...        train     both       as the base algorithm, in every federated round, and in every hard round that trains
-    weights    generate  down       S          generation: client: g, once in `generation`; in a hard round none where
-                                               the clients have just trained from g (student: previous)
+    weights    generate  down       S          generation: client, or spread: g, once in `generation` and in hard rounds
+                                               unless clients have just trained from it (generation: client and
+                                               student: previous)
     histogram  generate  down       8 C        a batch: the quota
     images     generate  up         4 px M_i   a batch; images_as: float16, 2 px M_i; uint8, px M_i
     scalars    generate  up         8          a batch: l_ij; 16 with images_as: uint8
     logits     generate  up         4 C M_i    a batch, with send_logits
     weights    generate  down       S          a batch, only with spread: w_i, for a host that inverts for the server
-    weights    select    down       S          select: val: each federated round, every `select_every`-th epoch, and g
+    weights    score     down       S          select: val: each federated round, every `select_every`-th epoch, and g
                                                as a hard round begins, to all who have something to score; scalars 8 up
     scalars    both      down       8          select: val with generation: client: the best round, with each model to
                                                score in federated rounds, and with each quota
@@ -219,26 +223,26 @@ class FedF2dg(OnTop):
     generation: Literal["server", "client"] = "server"  # where networks are inverted
     spread: bool = False  # generation: server gives the work to the clients' hosts, with the networks
     send_logits: bool = False  # generation: client sends the teachers' logits, and the server keeps no client's model
-    images_as: ImageType = "float32"  # of the images, which are used as they have travelled
-    select: Literal["last", "val", "best_test"] = "last"  # of rounds (federated) and of epochs of a distillation
-    select_every: Count = 1  # every so many epochs one stands for election, and the last one
-    batches: Count = 10  # J
+    images_as: ImageType = "float32"  # type of the images, on the wire and in the distillation
+    select: Literal["last", "val", "best_test"] = "last"  # of rounds (federated) and of epochs of distillations
+    select_every: Count = 1  # score every n-th epoch of a distillation and the last one
+    batches: Count = 10  # J, batches of common samples
     per_client: Count = 256  # b, images of a client and batch in the mean
     inversion: Inversion = field(default_factory=Inversion)  # steps, lr, alpha_tv, alpha_l2, alpha_bn, alpha_c ...
-    sharpness: NonNegative = 1.0  # a
-    mix: Share = 1 / 3  # m, weight of the losses in the quotas
-    hard_rounds: Annotated[int, Field(ge=0)] = 10  # R
+    sharpness: NonNegative = 1.0  # a, how sharply quotas follow losses
+    mix: Share = 1 / 3  # m, share of the quotas that follows losses
+    hard_rounds: Annotated[int, Field(ge=0)] = 10  # R, rounds of hard samples
     hard_batches: Count = 1  # batches of a hard round
     alpha_c_hard: NonNegative = 10.0  # weight of the competition in hard rounds
     hard_training: Literal["every", "first"] = "every"  # hard rounds in which the clients train
     student: Literal["previous", "aggregate"] = "previous"  # what a hard round distils: g, or the base's new model
     kd_epochs: Annotated[int, Field(ge=0)] = 30  # of a distillation
-    kd_lr: Positive = 0.01  # of its SGD
+    kd_lr: Positive = 0.01  # learning rate of the distillations
     kd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Nesterov's
     kd_weight_decay: NonNegative = 1e-4  # on all parameters
-    kd_batch_size: Count = 256  # images
-    kd_temperature: Positive = 3.0  # T
-    kd_lambda: NonNegative = 1e-3  # lambda
+    kd_batch_size: Count = 256  # images of a mini-batch
+    kd_temperature: Positive = 3.0  # T of the distillations
+    kd_lambda: NonNegative = 1e-3  # lambda, weight of their loss
     kd_bn: Literal["train", "eval"] = "train"  # eval: the student goes by its running statistics, and keeps them
     kd_reset: bool = True  # begin each epoch with no momentum
     show: Annotated[int, Field(ge=0)] = 20  # clients of which a picture shows four images of each class
@@ -339,7 +343,10 @@ class FedF2dg(OnTop):
         for wanted in (first, self.batches, 1, self.hard_rounds):
             lengths.append(min(wanted, left))
             left -= lengths[-1]
-        federated = functools.partial(self.federated, last=first)
+        whole = first + self.batches + 1 + self.hard_rounds
+        federated = functools.partial(
+            self.federated, last=first, short=f"{rounds} of {whole}" if rounds < whole else ""
+        )
         steps: list[Callable[[Any, Any], None]] = [federated, self.common, self.distillation, self.hard]
         return [Stage(name, n, step) for name, n, step in zip(STAGES, lengths, steps, strict=True)]
 
@@ -354,8 +361,10 @@ class FedF2dg(OnTop):
             histograms[k] = got.h[k]
         server.histograms = torch.from_numpy(server.task.label_counts()) if server.predicting else histograms
 
-    def federated(self, server: Server, clients: Clients, last: int) -> None:
+    def federated(self, server: Server, clients: Clients, last: int, short: str) -> None:
         """A round of the base algorithm; the last of them takes the snapshot, or the best one."""
+        if short and server.round == 1:
+            server.warn(f"rounds: {short} that all stages of fedf2dg need: the last stages are cut short")
         ends = server.round == last or server.predicting  # predictions see the first round of each stage
         watched = self.train(server, clients, keeps=self.keeps_models and (ends or self.select != "last"))
         if self.select == "last":
@@ -679,7 +688,7 @@ class FedF2dg(OnTop):
             best = server.best["round"] if server.best is not None else 0
         # who has nothing to score still must know which of its models counts
         ids = [k for k, n in counts.items() if n or best is not None]
-        got = clients.only(ids).call(self.score, x=model, best=best, phase="select")
+        got = clients.only(ids).call(self.score, x=model, best=best)
         scored = [k for k in got.clients if counts[k]]
         if not scored:
             raise TooFewReplies("score", got.missing)
