@@ -219,3 +219,21 @@ def test_a_host_that_dies_among_the_inversions_leaves_no_trace(
     assert (tmp_path / "mark").exists()
     assert many["state_hash"] == alone["state_hash"]
     assert many["bytes"]["by_phase"] == alone["bytes"]["by_phase"]
+
+
+@dataclass(frozen=True)
+class Lost(FedF2dg):
+    """The global model's losses are no numbers."""
+
+    def made(self, *arguments: Any) -> Any:
+        return super().made(*arguments)._replace(loss=math.nan)
+
+
+@pytest.mark.parametrize("generation", ["server", "client"])
+def test_losses_that_are_no_numbers_end_nothing(tmp_path: Path, generation: str) -> None:
+    how: dict[str, Any] = {"name": "tests.test_fedf2dg_review:Lost", "rounds": 4, "hard_rounds": 0}
+    run(tmp_path / "run", generation=generation, **how)
+    assert all(line["committed"] for line in lines(tmp_path / "run"))
+    first, second = quota_rows(tmp_path / "run", 2), quota_rows(tmp_path / "run", 3)
+    assert [row["loss"] for row in first] == ["nan"] * K
+    assert [row["images"] for row in second] == [row["images"] for row in first]

@@ -90,6 +90,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[Tensor, Kind.SCALARS]
 Round = Annotated[int, Kind.SCALARS]
+Row = dict[str, Any]
+"""Of the table of quotas: a client of a batch."""
 ImageType = Literal["float32", "float16", "uint8"]
 
 log = logging.getLogger("fldist.fedf2dg")
@@ -434,7 +436,7 @@ class FedF2dg(OnTop):
         if self.student == "aggregate":
             student = server.x
         how = dataclasses.replace(self.inversion, alpha_c=self.alpha_c_hard)
-        rows: list[dict[str, float]] = []
+        rows: list[Row] = []
         for batch in range(self.hard_batches):
             rows += self.generate_images(server, clients, student, how, batch)
         self.tell(server, rows)
@@ -444,9 +446,7 @@ class FedF2dg(OnTop):
             server.members, server.models = [], {}
 
     # ---- images
-    def generate_images(
-        self, server: Server, clients: Clients, g: Params, how: Inversion, batch: int = 0
-    ) -> list[dict[str, float]]:
+    def generate_images(self, server: Server, clients: Clients, g: Params, how: Inversion, batch: int = 0) -> list[Row]:
         """Add a batch of images of the snapshot's networks to the pool; g is what is to be distilled on them.
 
         batch: which one of the round, from 0. Returns the rows of the table of quotas.
@@ -476,16 +476,16 @@ class FedF2dg(OnTop):
                 "client": k,
                 "samples": int(histograms[k].sum()),
                 "images": int(wanted[k].sum()),
-                "loss": made[k].loss if k in made else math.nan,
+                "loss": made[k].loss if k in made else "",
                 **{f"class_{c}": n for c, n in enumerate(wanted[k].tolist())},
             }
             for k in ids
         ]
 
-    def tell(self, server: Server, rows: list[dict[str, float]]) -> None:
+    def tell(self, server: Server, rows: list[Row]) -> None:
         """Put a round's quotas into its table, and what was made of them into its log."""
         server.table(quotas=rows)
-        made = [row for row in rows if not math.isnan(row["loss"])]
+        made = [row for row in rows if row["loss"] != ""]
         losses = [row["loss"] for row in made]
         server.log(images=sum(row["images"] for row in made), generation_loss=sum(losses) / len(losses))
 
