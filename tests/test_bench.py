@@ -447,7 +447,7 @@ def test_forms_that_come_to_other_images_are_refused() -> None:
     assert fedf2dg.apart([torch.tensor([3.0]), torch.tensor([4.5])], [torch.tensor([3.0]), torch.tensor([4.0])]) == 0.1
     for found in (0.1, float("nan")):
         with pytest.raises(RuntimeError, match=r"a case: the two forms come to results that are .* apart, above 0\.01"):
-            fedf2dg.check_same(found, 0.01, "a case")
+            measure.check_same(found, 0.01, "a case")
 
 
 @pytest.mark.timeout(300)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fldist.algorithms import fedktl
 from fldist.algorithms.fedktl import BANDWIDTHS, Drawn, Passes, mmd, mmd_gradient, transformer
-from fldist.bench.fedktl import SAME, UNDETERMINED, Aligned, Case, Start, apart, check_same, fast, plain
+from fldist.bench.fedktl import SAME, UNDETERMINED, Aligned, Case, Start, apart, fast, plain
+from fldist.bench.measure import check_same
 from fldist.models.generators.toy import Toy
 
 CPU = torch.device("cpu")
@@ -60,10 +61,10 @@ def test_a_difference_in_any_tensor_is_seen(name: str) -> None:
 
 
 def test_forms_that_do_not_agree_are_refused() -> None:
-    assert check_same(SAME, "it") == SAME
+    assert check_same(SAME, SAME, "it") == SAME
     for bad in (2 * SAME, math.nan):
         with pytest.raises(RuntimeError, match="it: the two forms come to results that are"):
-            check_same(bad, "it")
+            check_same(bad, SAME, "it")
 
 
 def test_the_prototypes_of_a_client_are_unit_vectors_of_distinct_classes() -> None:

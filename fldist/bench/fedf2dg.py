@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from fldist.algorithms.fedf2dg import Kd, distil
 from fldist.bench.autoflip import over, turns
 from fldist.bench.exchange import CLASSES, SHAPE
-from fldist.bench.measure import Figure, Report, Say, Target, quartiles
+from fldist.bench.measure import Figure, Report, Say, Target, check_same, cpu_seconds, quartiles
 from fldist.bench.party import Orders, stage
 from fldist.data.task import Architecture
 from fldist.inversion import Inversion, draw, invert
@@ -216,13 +216,6 @@ def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def check_same(found: float, most: float, what: str) -> float:
-    """The difference `found`; RuntimeError where it is above `most`."""
-    if not found <= most:
-        raise RuntimeError(f"{what}: the two forms come to results that are {found:.2g} apart, above {most:g}")
-    return found
-
-
 # ---- measuring
 def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambda text: None) -> Report:
     """Everything; see the module."""
@@ -236,7 +229,7 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
     try:
         side = 64 if quick else SQUARE
         square = torch.randn(side, side, generator=generator(SEED, "bench-square"))
-        product = [2e-9 * side**3 / _seconds(lambda: square @ square) for _ in range(repeats)]
+        product = [2e-9 * side**3 / cpu_seconds(lambda: square @ square, 5) for _ in range(repeats)]
         peak = report.add(Figure("product_gflop_per_s", f"a product of {side} x {side} matrices", product, "GFLOP/s"))
         for case in QUICK if quick else CASES:
             _measure_inversion(report, case, repeats, peak, say)
@@ -250,15 +243,6 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
         torch.set_num_threads(before)
     report.notes.append("one thread a process; inversions in one process and distillations in CPU seconds")
     return report
-
-
-def _seconds(do: Callable[[], object], times: int = 5) -> float:
-    """CPU seconds of a call."""
-    do()
-    began = time.process_time()
-    for _ in range(times):
-        do()
-    return (time.process_time() - began) / times
 
 
 def _measure_inversion(report: Report, case: Case, repeats: int, peak: float, say: Say) -> None:

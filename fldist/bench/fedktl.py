@@ -38,7 +38,7 @@ from fldist.algorithms.fedktl import (
 )
 from fldist.bench.autoflip import over, turns
 from fldist.bench.exchange import CLASSES, SHAPE, Blank
-from fldist.bench.measure import Figure, Report, Say, Target, quartiles
+from fldist.bench.measure import Figure, Report, Say, Target, check_same, cpu_seconds, quartiles
 from fldist.data.client_data import ClientData
 from fldist.data.partition import Iid
 from fldist.data.task import Architecture, Task
@@ -156,7 +156,7 @@ def measure(repeats: int | None = None, *, quick: bool = False, say: Say = lambd
     try:
         side = 64 if quick else 1024
         square = torch.randn(side, side, generator=generator(SEED, "bench-square"))
-        speed = [2e-9 * side**3 / _seconds(lambda: square @ square, 5) for _ in range(repeats)]
+        speed = [2e-9 * side**3 / cpu_seconds(lambda: square @ square, 5) for _ in range(repeats)]
         report.add(Figure("product_gflop_per_s", f"a product of {side} x {side} matrices", speed, "GFLOP/s"))
         for case in QUICK if quick else CASES:
             _measure_alignment(report, case, repeats, say)
@@ -277,18 +277,11 @@ def apart(one: Aligned, other: Aligned) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def check_same(found: float, what: str) -> float:
-    """The difference `found`; RuntimeError where it is above `SAME`."""
-    if not found <= SAME:
-        raise RuntimeError(f"{what}: the two forms come to results that are {found:.2g} apart, above {SAME:g}")
-    return found
-
-
 def _measure_alignment(report: Report, case: Case, repeats: int, say: Say) -> None:
     say(f"fedktl: {case.what}: {case.steps} steps in both forms, {repeats} turns")
     start = Start.of(case)
     first = dataclasses.replace(start, how=dataclasses.replace(start.how, epochs=min(CHECKED_EPOCHS, case.epochs)))
-    difference = check_same(apart(fast(first), plain(first)), case.what)
+    difference = check_same(apart(fast(first), plain(first)), SAME, case.what)
     exact = plain(start, torch.float64)
     found = turns({"ours": lambda: fast(start).seconds, "plain": lambda: plain(start).seconds}, repeats)
     ours, key, name = found["ours"], case.key, case.what
@@ -341,19 +334,10 @@ def _parts(start: Start) -> dict[str, Callable[[], float]]:
         start.made.sample_latents(LATENTS, noise)
 
     return {
-        "products": lambda: _seconds(products, PARTS_TIMES),
-        "latents": lambda: _seconds(block, 2) * b / LATENTS,
-        "adam": lambda: _seconds(adam.step, PARTS_TIMES),
+        "products": lambda: cpu_seconds(products, PARTS_TIMES),
+        "latents": lambda: cpu_seconds(block, 2) * b / LATENTS,
+        "adam": lambda: cpu_seconds(adam.step, PARTS_TIMES),
     }
-
-
-def _seconds(do: Callable[[], object], times: int) -> float:
-    """CPU seconds of a call."""
-    do()
-    began = time.process_time()
-    for _ in range(times):
-        do()
-    return (time.process_time() - began) / times
 
 
 # ---- clients
@@ -385,7 +369,8 @@ def _measure_prototypes(report: Report, repeats: int, say: Say, clients: int, sa
     }
     for z, y in outputs:
         (p, held), (other, others) = (form(z, y) for form in forms.values())
-        difference = check_same(float((p - other).abs().max()) if torch.equal(held, others) else math.inf, "prototypes")
+        gap = float((p - other).abs().max()) if torch.equal(held, others) else math.inf
+        difference = check_same(gap, SAME, "prototypes")
 
     def seconds(form: Callable[[Tensor, Tensor], object]) -> float:
         began = time.process_time()

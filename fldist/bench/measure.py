@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +33,22 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def cpu_seconds(do: Callable[[], object], times: int) -> float:
+    """CPU seconds of a call, in the mean over so many after a first one."""
+    do()
+    began = time.process_time()
+    for _ in range(times):
+        do()
+    return (time.process_time() - began) / times
+
+
+def check_same(found: float, most: float, what: str) -> float:
+    """The difference of two forms' results, `found`; RuntimeError where it is above `most`."""
+    if not found <= most:
+        raise RuntimeError(f"{what}: the two forms come to results that are {found:.2g} apart, above {most:g}")
+    return found
 
 
 def interleave(ours: Round, other: Round, pairs: int, *, after: Callable[[], None] = lambda: None) -> list[Pair]:
