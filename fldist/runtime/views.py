@@ -108,9 +108,11 @@ class ClientsView:
             job = self._job
             count = min(job.per_round, len(self._able))
             sizes = [job.task.sizes[c] for c in self._able]
-            candidates = Candidates(self._able, sizes, count, MappingProxyType(self._caller.reports))
             rng = generator(job.seed, "select", self._round)
-            self._choice = job.selector.select(candidates, rng)
+            candidates = Candidates(
+                self._able, sizes, count, self._round, MappingProxyType(self._caller.reports), rng=rng
+            )
+            self._choice = job.selector.select(State(), candidates)
         return Cohort(self._caller, self._choice)
 
     def all(self) -> Cohort:
