@@ -122,6 +122,9 @@ class Job:
             raise ValueError(
                 f"eval.every: {self.evaluation.every}, but this selector goes by every round's accuracy; use 1"
             )
+        if self.topology == "reduce" and (self.selector.probes or self.selector.wants_models):
+            what = "has clients begin their training" if self.selector.probes else "looks at every client's model"
+            raise ValueError(f"topology: reduce, but this selector {what}, and hosts send sums; use star")
         self.methods = {}
         own = self.algorithm.client_methods()
         self._training = {name for name, method in own.items() if reply_type(method) is not ClientScores}
