@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from fldist.wire.link import HostLink, How
 from fldist.wire.staging import to_device, to_host
 
 log = logging.getLogger("fldist.host")
+T = TypeVar("T")
 
 FLUSH_BYTES = 1 << 16
 FLUSH_S = 0.05
@@ -226,17 +227,16 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.reports(method.name),
+                reports=job.selector.wants_reports and job.reports(method.name),
                 own=round_number > 0 and job.scores_own(method.name),  # setup belongs to no round that has scores
                 clock=job.clock,
+                pause=_pause(job, client),
             )
             reseed(job.seed, "client", *streams.next_key("client"))
-            result = method.run(me, data, **arguments)
+            result, took_s = _timed(job, method, client, lambda: method.run(me, data, **arguments))
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
-            scoring = time.monotonic_ns()
             scores = _own_scores(job, data)  # whatever it draws: the next client's streams are its own
-            scoring_ns = time.monotonic_ns() - scoring
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -260,7 +260,7 @@ class Host:
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
-            told += (_report(data, (time.monotonic_ns() - reply.started_ns - scoring_ns) / 1e9),)
+            told += (_report(job, data, took_s),)
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
@@ -344,12 +344,31 @@ class Host:
                 self._sent[client] = self._copied[1]
 
 
-def _report(data: ClientData, seconds: float) -> torch.Tensor:
-    """See `selection.ClientReport`: float64 [5]."""
-    nan = float("nan")
-    trained = data.trained
+def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -> tuple[T, float]:
+    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no report tells them."""
+    measured = job.devices is None or job.devices.pauses_s is not None
+    if not measured or not job.reports(method.name):
+        return work(), float("nan")
+    return job.clock.time(f"client {client}", work)
+
+
+def _pause(job: Job, client: int) -> Callable[[float], None] | None:
+    """What makes a client as slow as its device, where hosts really sleep: gets the epochs that it has trained."""
+    pauses_s = job.devices.pauses_s if job.devices is not None else None
+    return None if pauses_s is None else lambda epochs: time.sleep(epochs * pauses_s[client])
+
+
+def _report(job: Job, data: ClientData, took_s: float) -> torch.Tensor:
+    """See `selection.ClientReport`: float64 [5]. took_s: seconds of the method by the clock, if they count."""
+    nan, devices, trained = float("nan"), job.devices, data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
-    return torch.tensor([data.n, squares, loss, seconds, nan], dtype=torch.float64)
+    if not job.selector.wants_reports:  # nobody has added them up
+        squares = nan
+    if devices is None:
+        return torch.tensor([data.n, squares, loss, took_s, nan], dtype=torch.float64)
+    seconds = took_s if devices.pauses_s is not None else devices.seconds(data.client, data.epochs)
+    joules = devices.joules(data.client, seconds)
+    return torch.tensor([data.n, squares, loss, seconds, joules], dtype=torch.float64)
 
 
 def _once_name(method: ClientMethod, frame: Frame, argument: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fldist.algorithm import Algorithm, ClientScores, Stage
 from fldist.clock import Clock, Measured
 from fldist.data.task import Task
+from fldist.devices import Fleet
 from fldist.fold import Integers
 from fldist.kinds import Field, Form, Kind, Schema, call_schema, reply_schema, reply_type
 from fldist.models.evaluate import Evaluation
@@ -21,7 +22,8 @@ from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
 
 REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
-"""What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.ClientReport`."""
+"""What the runtime adds to every reply when the selector wants reports or devices are simulated, so that selectors
+exchange the same: float64 [5], see `selection.ClientReport`."""
 OWN = Field("own_scores", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=1024)
 """What the runtime adds to the replies of clients that have trained, under `eval.own`: float64 [1 + 2 M], how many
 samples of `eval.split` the client has, then the M metrics of its training and those of the trained model on these."""
@@ -73,6 +75,7 @@ class Job:
     faults: Faults = field(default_factory=Faults)
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Measured)
+    devices: Fleet | None = None
     stages: Sequence[str] | None = None
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
@@ -137,8 +140,8 @@ class Job:
         return self._by_number.get(number)
 
     def reports(self, method: str) -> bool:
-        """Whether replies of a client method carry a report for the selector."""
-        return self.selector.wants_reports and not self._scores(method)
+        """Whether replies of a client method carry a report: for the selector, or for the simulated clock."""
+        return (self.selector.wants_reports or self.devices is not None) and not self._scores(method)
 
     def scores_own(self, method: str) -> bool:
         """Whether replies of a client method carry scores of what it has trained."""
