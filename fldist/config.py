@@ -401,7 +401,7 @@ def known_keys() -> list[str]:
     for name in clock.NAMES:
         thing = resolve.from_table(clock.NAMES, name, "clock.name")
         keys += [f"clock.{f.name}" for f in dataclasses.fields(thing)]
-    keys += [f"devices.{key}" for key in devices.known_fields()]
+    keys += [f"devices.{key}" for key in devices.keys()]  # noqa: SIM118
     return list(dict.fromkeys(keys))
 
 
@@ -589,8 +589,8 @@ def _fleet(settings: Settings) -> Fleet | None:
     made = _from_table(devices.NAMES, given, "devices")
     if not isinstance(made, Devices):
         raise ConfigError(
-            f"devices.name: {given.name!r} is no frozen dataclass that is a subclass of fldist.devices.Devices; "
-            f"make it one, or use {', '.join(devices.NAMES)}"
+            f"devices.name: {given.name!r} is no frozen dataclass that is a subclass of fldist.devices.Devices; make "
+            f"it one, or use {', '.join(devices.NAMES)}"
         )
     num_clients = settings.clients.num_clients
     try:

@@ -89,9 +89,6 @@ class Cost(NamedTuple):
         return Cost(self.seconds + other.seconds, self.joules + other.joules)
 
 
-NO_COST = Cost()
-
-
 @dataclass(frozen=True)
 class Fleet:
     """The devices of a run's clients, the same at every rank. Tuples have an entry a client.
@@ -124,11 +121,6 @@ class Fleet:
     def num_clients(self) -> int:
         """How many devices there are."""
         return len(self.epoch_s)
-
-    @property
-    def sleeps(self) -> bool:
-        """Whether hosts sleep, so that the seconds of a training are measured."""
-        return self.pauses_s is not None
 
     def seconds(self, client: int, epochs: float) -> float:
         """Simulated seconds in which a client trains so many epochs; 0 for none."""
@@ -377,7 +369,7 @@ def _of_each(name: str, given: ByClient, num_clients: int) -> tuple[float, ...]:
     return tuple(float(of[client]) for client in range(num_clients))
 
 
-def known_fields() -> list[str]:
+def keys() -> list[str]:
     """The keys that the section's own devices and laws take, dotted."""
     found: list[str] = []
     for table, prefix in ((NAMES, ""), (LAWS, "speeds.")):

@@ -91,8 +91,8 @@ class ClientData:
     sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
     that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide;
     begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in `trained`; begun:
-    such a one, which the first training goes on with; pause: gets every epoch's length in passes over the samples,
-    when it is over (hosts that are to be as slow as a device).
+    such a one, which the first training goes on with; pause: gets every epoch's length in passes over the samples, when
+    it is over (devices that are slower).
     """
 
     def __init__(

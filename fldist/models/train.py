@@ -232,9 +232,9 @@ def train(
 
     networks: all that the loss trains; a joint loss of several is one `step_loss`. step_loss: index batch [b] ->
     scalar loss (mean over the batch). clip: largest norm of the gradient of all networks together, or one number
-    for each network; 0 clips nothing. before_epoch: gets the epoch's number from 0 (schedules). after_epoch:
-    gets how far it came. before_step: after backward and before clipping (add to or mask gradients). after_step: after
-    the optimizers (drift, masks).
+    for each network; 0 clips nothing. before_epoch: gets the epoch's number from 0 (schedules). before_step:
+    after backward and before clipping (add to or mask gradients). after_step: after the optimizers (drift, masks).
+    after_epoch: gets how far it came.
     epochs: the total, counted from the beginning also when resumed. resume_from: a former call's progress, whose
     optimizers and order go on where they stopped; the arguments `optimizers` and `order` are then not used.
     """

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fldist.algorithm import TooFewReplies
-from fldist.devices import NO_COST, Cost
+from fldist.devices import Cost
 from fldist.fold import FixedPoint, Fold, NoWeight
 from fldist.kinds import Form
 from fldist.params import Params
@@ -67,7 +67,7 @@ class RoundFacts:
     own: dict[int, Tensor] = field(default_factory=dict)  # by client: what it told of its last training, see `job.OWN`
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
-    simulated: Cost = NO_COST  # of its calls, one after the other, where devices are simulated
+    simulated: Cost = field(default_factory=Cost)  # of its calls, one after the other, where devices are simulated
     encoded: list[tuple[float, float]] = field(default_factory=list)  # from when to when the server packed and folded
     calls: list[tuple[float, float]] = field(default_factory=list)  # from when to when it was in calls
     began_s: float = field(default_factory=time.monotonic)
@@ -326,9 +326,8 @@ class Caller:
         self.facts.encoded.append((began, time.monotonic()))
         self.facts.own.update({c: row for c, row in values.pop(OWN.name, {}).items() if row is not None})
         replies = Replies(values, replied, running.missing, running.seconds)
-        training_s = {client: report.seconds for client, report in replies.reports.items()}
-        self._simulate(running, len(ids), replies.epoch_s if spec.of == "probe" else training_s)
-        if spec.of != "algorithm" or not self.job.selector.wants_reports:
+        self._simulate(running, len(ids), replies.reports, values["epoch_s"] if spec.of == "probe" else {})
+        if spec.of != "algorithm":
             return replies
         for client, report in replies.reports.items():
             # a call that did not train tells less
@@ -339,16 +338,18 @@ class Caller:
                 self.facts.reports[client] = self._told[client]
         return replies
 
-    def _simulate(self, running: Call, called: int, told: Mapping[int, float]) -> None:
-        """Count what a call has taken on the clients' devices; scoring takes nothing. told: seconds of training."""
+    def _simulate(self, running: Call, called: int, reports: Mapping[int, ClientReport], probed: Any) -> None:
+        """Count what a call has taken on the clients' devices; scoring takes nothing. probed: by client, of a probe."""
         devices = self.job.devices
         if devices is None or running.phase == "evaluate":
             return
-        training_s = {client: told.get(client, 0.0) for client in running.replied}
+        training_s = {client: reports[client].seconds if client in reports else 0.0 for client in running.replied}
+        training_s.update(probed)
         for client, seconds in training_s.items():
             if not 0 <= seconds < math.inf:
-                what = "round %d: client %d tells of %s seconds of training; none are counted"
-                log.warning(what, self._key[0], client, seconds)
+                log.warning(
+                    "round %d: client %d reports %s s of training; none is counted", self._key[0], client, seconds
+                )
                 training_s[client] = 0.0
         cost = devices.call(training_s, running.down, running.up, called, self.job.per_round)
         self.facts.simulated = self.facts.simulated.plus(cost)

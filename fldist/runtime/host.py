@@ -237,25 +237,24 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.selector.wants_reports and method.of != "selector" and job.reports(method.of_algorithm),
-                own=round_number > 0
-                and job.scores_own(method.of_algorithm),  # setup belongs to no round that has scores
+                reports=job.selector.wants_reports and job.reports(method.of_algorithm),
+                own=round_number > 0 and job.scores_own(method.of_algorithm),  # the setup has no scores
                 clock=job.clock,
+                pause=_pause(job, client),
                 begins=method.of == "probe",
                 begun=self._take_begun(method, client),
-                pause=_pause(job, client),
             )
             reseed(job.seed, "client", *streams.next_key("client"))
+            work = partial(method.run if method.of != "probe" else partial(self._begin, method), me, data, **arguments)
+            result, took_s = _timed(job, method, client, work)
             if method.of == "probe":
-                loss, took_s = _timed(job, method, client, partial(self._probe, method, me, data, arguments))
-                result = Probed(loss, _training_s(job, data, took_s))
-            else:
-                result, took_s = _timed(job, method, client, partial(method.run, me, data, **arguments))
+                assert data.trained is not None
+                result = Probed(data.trained.progress.losses[0], _seconds(job, data, took_s))
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
-            scores = (
-                _own_scores(job, data) if method.of == "algorithm" else None
-            )  # whatever it draws: the next client's streams are its own
+            scores = None
+            if method.of == "algorithm":  # whatever scoring draws: the next client's streams are its own
+                scores = _own_scores(job, data)
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -271,17 +270,17 @@ class Host:
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
-        told = tuple(result) if result is not None else ()
-        if job.reports(method.name):
-            told += (_report(job, method, data, took_s),)
-        if method.of != "algorithm":  # no state of the client has changed
-            return told, None, False
+        wrote = False
         try:
-            wrote = self.states.stage(client, me.writes, version_of(frame.head))
+            if method.of == "algorithm":  # other calls change no client's state
+                wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
             _fail(reply, f"{UNKEPT}written: {error}")
             return (), None, False
+        told = tuple(result) if result is not None else ()
+        if job.reports(method.name):
+            told += (_report(job, data, took_s),)
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
@@ -302,22 +301,18 @@ class Host:
         del self._begun[client]
         return begun[1]
 
-    def _probe(self, method: ClientMethod, me: ClientView, data: ClientData, arguments: dict[str, Any]) -> float:
-        """Do a client half up to the end of its first local epoch, and keep that for the call that goes on with it.
-
-        Returns the epoch's loss.
-        """
+    def _begin(self, method: ClientMethod, me: ClientView, data: ClientData, **arguments: Any) -> None:
+        """Do a client half up to the end of its first local epoch, and keep that for the call that goes on with it."""
         try:
             method.run(me, data, **arguments)
         except FirstEpoch:
             assert data.trained is not None
+            self._begun[me.client] = (method.of_algorithm, data.trained)
         else:
             raise ValueError(
                 "selection.name: this selector has clients begin their training, and in this call they train no model; "
                 "use another selector, such as random"
             )
-        self._begun[me.client] = (method.of_algorithm, data.trained)
-        return data.trained.progress.losses[0]
 
     def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
         """A message's arguments, with what this host holds of them; masked models are Params.
@@ -399,9 +394,9 @@ class Host:
 
 
 def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -> tuple[T, float]:
-    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no reply tells them."""
-    told = method.of == "probe" or job.reports(method.name)
-    if not told or (job.devices is not None and not job.devices.sleeps):
+    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no report tells them."""
+    measured = job.devices is None or job.devices.pauses_s is not None
+    if not measured or not (job.reports(method.name) or method.of == "probe"):
         return work(), float("nan")
     return job.clock.time(f"client {client}", work)
 
@@ -412,25 +407,22 @@ def _pause(job: Job, client: int) -> Callable[[float], None] | None:
     return None if pauses_s is None else lambda epochs: time.sleep(epochs * pauses_s[client])
 
 
-def _training_s(job: Job, data: ClientData, took_s: float) -> float:
-    """Seconds of what a client has done in a call: its device's, or else those that the clock has given."""
+def _seconds(job: Job, data: ClientData, took_s: float) -> float:
+    """Seconds of a client's training: of its device, where it is simulated, or those by the clock."""
     devices = job.devices
-    return took_s if devices is None or devices.sleeps else devices.seconds(data.client, data.epochs)
+    return took_s if devices is None or devices.pauses_s is not None else devices.seconds(data.client, data.epochs)
 
 
-def _report(job: Job, method: ClientMethod, data: ClientData, took_s: float) -> torch.Tensor | None:
-    """See `selection.ClientReport`: float64 [5]; None of a selector's client half that has trained nothing.
-
-    took_s: seconds of the method by the clock, if they count.
-    """
-    if method.of == "selector" and not data.epochs:
-        return None
-    nan, trained = float("nan"), data.trained
+def _report(job: Job, data: ClientData, took_s: float) -> torch.Tensor:
+    """See `selection.ClientReport`: float64 [5]. took_s: seconds of the method by the clock, if they count."""
+    nan, devices, trained = float("nan"), job.devices, data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
     if not job.selector.wants_reports:  # nobody has added them up
         squares = nan
-    seconds = _training_s(job, data, took_s)
-    joules = nan if job.devices is None else job.devices.joules(data.client, seconds)
+    if devices is None:
+        return torch.tensor([data.n, squares, loss, took_s, nan], dtype=torch.float64)
+    seconds = _seconds(job, data, took_s)
+    joules = devices.joules(data.client, seconds)
     return torch.tensor([data.n, squares, loss, seconds, joules], dtype=torch.float64)
 
 

@@ -34,8 +34,8 @@ _TAKEN = frozenset({"clients", "missing", "seconds", "reports", *(field.name for
 """What replies have beside their fields: a field of such a name could not be read."""
 
 
-_PROBE = "probe."
-_SELECTOR = "selector."
+_PROBE, _SELECTOR = "probe.", "selector."
+"""How names of client halves begin that are not the algorithm's."""
 Topology = Literal["star", "collective", "reduce"]
 """How ranks exchange what is large: two by two; all at once, by broadcast and gather; or by broadcast and a reduction
 of what every host has folded of its own clients' replies."""
@@ -126,6 +126,9 @@ class Job:
             raise ValueError(
                 f"eval.every: {self.evaluation.every}, but this selector goes by every round's accuracy; use 1"
             )
+        if self.topology == "reduce" and (self.selector.probes or self.selector.wants_models):
+            what = "has clients begin their training" if self.selector.probes else "looks at every client's model"
+            raise ValueError(f"topology: reduce, but this selector {what}, and hosts send sums; use star")
         self.methods = {}
         own = self.algorithm.client_methods()
         self._training = {name for name, method in own.items() if reply_type(method) is not ClientScores}
@@ -171,10 +174,10 @@ class Job:
 
         def add(name: str, method: Callable[..., Any], reply: type[tuple[Any, ...]] | None, of: Any) -> None:
             schema = reply_schema(method) if reply is None else reply_fields(reply)
-            if self.reports(name):
-                schema = Schema((*schema.fields, REPORT))
             number = len(self.methods) + 1
             made = reply_type(method) if reply is None else reply
+            if self.reports(name):
+                schema = Schema((*schema.fields, REPORT))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), schema, made, of)
 
         if self.selector.probes:
@@ -202,10 +205,13 @@ class Job:
         return self._by_number.get(number)
 
     def reports(self, method: str) -> bool:
-        """Whether replies of a client method carry a report: for the selector, or for the simulated clock."""
-        if method.startswith(_SELECTOR):
-            return self.devices is not None
-        return (self.selector.wants_reports or self.devices is not None) and method in self._training
+        """Whether replies of a client method carry a report: for the selector, or for the simulated clock.
+
+        A selector's own methods report for the clock alone.
+        """
+        if method in self._training:
+            return self.selector.wants_reports or self.devices is not None
+        return method.startswith(_SELECTOR) and self.devices is not None
 
     def scores_own(self, method: str) -> bool:
         """Whether replies of a client method carry scores of what it has trained."""

@@ -442,12 +442,13 @@ class ServerLoop:
         scored = time.monotonic()
         head = self._headline(scores)
         replied = facts.replied - facts.missing.keys() if committed else set()
-        simulated = facts.simulated if self.job.devices is not None else (None, None)
-        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None, *simulated)
+        cost = facts.simulated if self.job.devices is not None else None
+        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None, cost)
         ended = time.monotonic()
         server_s += ended - scored
         line = self._line(number, attempt, stage, facts, scores, server_s, scored - evaluated, began, committed)
-        line["spent"] = spent
+        self._spent_s += ended - scored
+        line["spent"] = {**spent, "seconds": round(self._spent_s, 6)}
         if self.job.devices is not None:
             line["simulated"] = facts.simulated._asdict()
         self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
