@@ -401,7 +401,7 @@ def known_keys() -> list[str]:
     for name in clock.NAMES:
         thing = resolve.from_table(clock.NAMES, name, "clock.name")
         keys += [f"clock.{f.name}" for f in dataclasses.fields(thing)]
-    keys += [f"devices.{key}" for key in devices.keys()]  # noqa: SIM118
+    keys += [f"devices.{key}" for key in devices.known_fields()]
     return list(dict.fromkeys(keys))
 
 

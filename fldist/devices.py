@@ -122,6 +122,11 @@ class Fleet:
         """How many devices there are."""
         return len(self.epoch_s)
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether hosts sleep, so that the seconds of a training are measured."""
+        return self.pauses_s is not None
+
     def seconds(self, client: int, epochs: float) -> float:
         """Simulated seconds in which a client trains so many epochs; 0 for none."""
         if not epochs:
@@ -369,7 +374,7 @@ def _of_each(name: str, given: ByClient, num_clients: int) -> tuple[float, ...]:
     return tuple(float(of[client]) for client in range(num_clients))
 
 
-def keys() -> list[str]:
+def known_fields() -> list[str]:
     """The keys that the section's own devices and laws take, dotted."""
     found: list[str] = []
     for table, prefix in ((NAMES, ""), (LAWS, "speeds.")):

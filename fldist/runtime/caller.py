@@ -327,7 +327,7 @@ class Caller:
         self.facts.own.update({c: row for c, row in values.pop(OWN.name, {}).items() if row is not None})
         replies = Replies(values, replied, running.missing, running.seconds)
         self._simulate(running, len(ids), replies.reports, values["epoch_s"] if spec.of == "probe" else {})
-        if spec.of != "algorithm":
+        if spec.of != "algorithm" or not self.job.selector.wants_reports:
             return replies
         for client, report in replies.reports.items():
             # a call that did not train tells less

@@ -280,7 +280,7 @@ class Host:
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
-            told += (_report(job, data, took_s),)
+            told += (_report(job, method, data, took_s),)
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
@@ -394,8 +394,8 @@ class Host:
 
 
 def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -> tuple[T, float]:
-    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no report tells them."""
-    measured = job.devices is None or job.devices.pauses_s is not None
+    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no reply tells them."""
+    measured = job.devices is None or job.devices.sleeps
     if not measured or not (job.reports(method.name) or method.of == "probe"):
         return work(), float("nan")
     return job.clock.time(f"client {client}", work)
@@ -410,19 +410,22 @@ def _pause(job: Job, client: int) -> Callable[[float], None] | None:
 def _seconds(job: Job, data: ClientData, took_s: float) -> float:
     """Seconds of a client's training: of its device, where it is simulated, or those by the clock."""
     devices = job.devices
-    return took_s if devices is None or devices.pauses_s is not None else devices.seconds(data.client, data.epochs)
+    return took_s if devices is None or devices.sleeps else devices.seconds(data.client, data.epochs)
 
 
-def _report(job: Job, data: ClientData, took_s: float) -> torch.Tensor:
-    """See `selection.ClientReport`: float64 [5]. took_s: seconds of the method by the clock, if they count."""
-    nan, devices, trained = float("nan"), job.devices, data.trained
+def _report(job: Job, method: ClientMethod, data: ClientData, took_s: float) -> torch.Tensor | None:
+    """See `selection.ClientReport`: float64 [5]; None of a selector's client half that has trained nothing.
+
+    took_s: seconds of the method by the clock, if they count.
+    """
+    if method.of == "selector" and not data.epochs:
+        return None
+    nan, trained = float("nan"), data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
     if not job.selector.wants_reports:  # nobody has added them up
         squares = nan
-    if devices is None:
-        return torch.tensor([data.n, squares, loss, took_s, nan], dtype=torch.float64)
     seconds = _seconds(job, data, took_s)
-    joules = devices.joules(data.client, seconds)
+    joules = nan if job.devices is None else job.devices.joules(data.client, seconds)
     return torch.tensor([data.n, squares, loss, seconds, joules], dtype=torch.float64)
 
 

@@ -451,6 +451,8 @@ class ServerLoop:
         line["spent"] = {**spent, "seconds": round(self._spent_s, 6)}
         if self.job.devices is not None:
             line["simulated"] = facts.simulated._asdict()
+        if 0 < len(facts.called) < self.job.task.num_clients:
+            line["chosen"] = sorted(facts.called)
         self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
         scoring = caller.facts if caller.facts is not facts else None
         self.output.timeline(
