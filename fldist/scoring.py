@@ -1,7 +1,7 @@
-"""What clients and sets of clients are worth to selectors: utilities from reports, scores of sets, and draws by weight.
+"""What clients and sets of clients are worth to selectors: utilities from reports, scores of sets, draws by weight.
 
-Pure functions of float64 tensors, and what selectors keep of all clients (`begin`, `updated`). A set is a row of 0 and 1
-over all clients. Nothing here knows how a set is found or what travels.
+Pure functions of float64 tensors, and what selectors keep of all clients (`begin`, `updated`). A set is a row of 0 and
+1 over all clients. Nothing here knows how a set is found or what travels.
 
 Sources: F. Lai, X. Zhu, H. V. Madhyastha, M. Chowdhury, "Oort: Efficient Federated Learning via Guided Participant
 Selection", OSDI 2021, with the authors' code (variant `oort`), and the code published for FedGCS
@@ -74,7 +74,7 @@ def oort_utilities(
     utility: U, NaN of those that were never tried; sizes: training examples, their reward until then; last: L; seconds:
     t, NaN where unknown; preferred: T*. Normalised by all positive rewards, those of untried ones among them: from
     0.999 of the least to the largest, clipped at the value of rank floor(clip n). Untried clients get NaN, or, where
-    `optimistic`, the largest statistical part of the tried ones and the bonus of a client that was last seen in round 1.
+    `optimistic`, the largest statistical part of the tried ones and the bonus of a client last seen in round 1.
     """
     utility, sizes, last, seconds = _floats(utility), _floats(sizes), _floats(last), _floats(seconds)
     tried = ~utility.isnan()

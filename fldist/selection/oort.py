@@ -123,8 +123,8 @@ class Oort(Selector):
         )
         u = u * trust  # NaN of untried ones
         worths = u.tolist()
-        tried = sorted((i for i, worth in enumerate(worths) if worth == worth), key=lambda i: -worths[i])
-        untried = [i for i, worth in enumerate(worths) if worth != worth]
+        tried = sorted((i for i, worth in enumerate(worths) if not math.isnan(worth)), key=lambda i: -worths[i])
+        untried = [i for i, worth in enumerate(worths) if math.isnan(worth)]
 
         explores = max(self.exploration * self._set("decay") ** candidates.round, self._set("exploration_min"))
         share = 1.0 - explores if untried else 1.0

@@ -10,7 +10,7 @@ Messages of its own: none. Beside every reply of a client method that may train 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class TopK(Selector):
 
     wants_reports: ClassVar[bool] = True
 
-    utility: Utility = Utility()
+    utility: Utility = field(default_factory=Utility)
     noise: NonNegative = 0.5  # of proposals: normal, in standard deviations of u over the clients
 
     def init(self, candidates: Candidates) -> State:
