@@ -466,6 +466,7 @@ UNIONS = {
     "epoch_s": _BY_CLIENT,
     "training_s": _BY_CLIENT,
     "watts": _BY_CLIENT,
+    "credits": "a number of rounds for all tiers, a list with one a tier, or null for no limit",
 }
 """What is said of keys that take things of several forms."""
 

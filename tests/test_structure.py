@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["selection"] |= {"blocks", "generative", "scoring"}
 ALLOWED["generative"] = {"seeding"}
-ALLOWED["scoring"] = {"selection"}
+ALLOWED["scoring"] = {"algorithm", "selection"}
 ALLOWED["devices"] = {"resolve", "seeding", "units"}
 ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}
 ALLOWED["runtime"] |= {"blocks", "clock", "devices", "on_top", "sparse", "units"}
