@@ -167,17 +167,21 @@ class _Tracer:
         self.unknown: list[str] = []
         self.at_most: set[str] = set()
         self.reports: dict[int, ClientReport] = {}
-        self._methods = {m.name: m for m in job.methods.values()}
+
+    @property
+    def called_s(self) -> float:
+        """No time is counted."""
+        return 0.0
 
     def call(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
     ) -> Replies:
-        spec = self._methods[method.__name__]
+        spec = method if isinstance(method, ClientMethod) else self.job.spec_of(method)
         phase = phase or self.default_phase or spec.phase
         replies: dict[str, Any] = {}
         up: list[dict[int, Any]] = []  # by field
@@ -295,11 +299,14 @@ def predict_stages(job: Job) -> list[tuple[Stage, Prediction]]:
     job.algorithm.check_server(job.task)
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
+    clients = ClientsView(job, tracer)
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
     object.__setattr__(view, "predicting", True)
+    clients.choice.begin(view)
     try:
         with forked(job.seed, "setup"):
-            job.algorithm.setup(view, ClientsView(job, tracer))
+            job.algorithm.setup(view, clients)
+            clients.choice.setup(view)
     except _UnknownSize:
         tracer.unknown[-1] = f"setup: {tracer.unknown[-1]}; the round is predicted as if the setup had decided nothing"
     except Exception as error:  # replies that were made up may lead nowhere
@@ -326,7 +333,7 @@ def _predict(
     """
     view.enter(number, job.seed)
     clients = ClientsView(job, tracer)
-    clients.enter(number)
+    clients.enter(view)
     after = view.state.copy()
     try:
         stage.step(view, clients)
@@ -356,7 +363,7 @@ def _later(job: Job, view: ServerView, stage: Stage, number: int) -> dict[str, d
     tracer = _Tracer(job)
     clients = ClientsView(job, tracer)
     view.enter(number + 1, job.seed)
-    clients.enter(number + 1)
+    clients.enter(view)
     try:
         stage.step(view, clients)
         for name in _new_every_round(job, view, stage.step, number) if tracer.versions else ():
@@ -376,7 +383,7 @@ def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None
         tracer = _Tracer(job)
         clients = ClientsView(job, tracer)
         view.enter(number, job.seed)
-        clients.enter(number)
+        clients.enter(view)
         step(view, clients)
         seen.append(tracer.versions)
     return [name for name in seen[0] if seen[1].get(name) not in (None, seen[0][name])]

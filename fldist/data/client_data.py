@@ -81,11 +81,17 @@ class _Plan:
     beside: Sequence[Network]
 
 
+class FirstEpoch(Exception):
+    """A training that was only to be begun has had its first epoch."""
+
+
 class ClientData:
     """One client's samples and services during one call.
 
     sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
-    that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide.
+    that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide;
+    begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in `trained`; begun:
+    such a one, which the first training goes on with.
     """
 
     def __init__(
@@ -98,6 +104,8 @@ class ClientData:
         reports: bool = False,
         own: bool = False,
         clock: Clock | None = None,
+        begins: bool = False,
+        begun: Trained | None = None,
     ) -> None:
         self.task = task
         self.client = client
@@ -108,6 +116,8 @@ class ClientData:
         self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
         self._reports = reports
         self._own = own
+        self._begins = begins
+        self._begun = begun
         self._unit: tuple[Tensor, Tensor] | None = None
         self._normal: Tensor | None = None
 
@@ -264,6 +274,15 @@ class ClientData:
         if epochs is None:
             epochs = local.epochs if steps is None else 1
         start = start.to(self.device)
+        whole = epochs
+        if self._begins or self._begun is not None:
+            if beside or compact or resume_from is not None:
+                raise ValueError(
+                    "selection.name: this selector has clients begin their training before it chooses among them, and "
+                    "this algorithm's training cannot be begun (beside, compact or resumed); use another selector"
+                )
+            resume_from, self._begun = self._begun, None
+            epochs = 1 if self._begins else epochs
         plan = _Plan(
             epochs,
             self.order(steps=steps) if resume_from is None else resume_from.progress.order,
@@ -274,7 +293,7 @@ class ClientData:
             local.clip if clip is None else clip,
             before_step,
             after_step,
-            max(epochs, schedule_over or 0),
+            max(whole, schedule_over or 0),
             beside,
         )
         if beside and resume_from is not None:
@@ -291,6 +310,8 @@ class ClientData:
                 network.params.trainable.floats.mul_(plan.keep)
             trained = self._train(network, start, plan, resume_from)
         trained.architecture = architecture
+        if self._begins:
+            raise FirstEpoch
         return trained
 
     def _train_compacted(

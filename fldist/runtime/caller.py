@@ -46,6 +46,7 @@ _LARGE = (Params, Tensor, dict, Kept)
 """Arguments that may be large."""
 
 
+_NOTHING = ClientReport(0.0, 0.0, 0.0, 0.0, 0.0)
 NOT_WAITED_FOR = "not waited for: too many others are missing"
 
 
@@ -60,6 +61,8 @@ class RoundFacts:
     called: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     missing: dict[int, str] = field(default_factory=dict)
+    unanswered: dict[int, str] = field(default_factory=dict)  # why no answer came of a call of the selector's
+    reports: dict[int, ClientReport] = field(default_factory=dict)  # by client; of several calls the seconds are added
     own: dict[int, Tensor] = field(default_factory=dict)  # by client: what it told of its last training, see `job.OWN`
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
@@ -110,7 +113,6 @@ class Caller:
         self.facts = RoundFacts()
         self.reports: dict[int, ClientReport] = {}
         self._told: dict[int, ClientReport] = {}  # this round's reports
-        self._methods = {m.name: m for m in job.methods.values()}
         self.worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
         self._stage = 0
@@ -249,11 +251,16 @@ class Caller:
             frame.note["verdicts"] = verdicts
         return self.link.post(rank, frame)
 
+    @property
+    def called_s(self) -> float:
+        """Seconds of this round's calls so far."""
+        return self.facts.calls_s
+
     # ---- calls
     def call(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
@@ -268,12 +275,12 @@ class Caller:
     def _make(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
     ) -> Replies:
-        spec = self._method(method)
+        spec = method if isinstance(method, ClientMethod) else self.job.spec_of(method)
         phase = phase or self._default_phase or spec.phase
         self._call += 1
         self._phases[(*self._key, self._call)] = phase
@@ -292,12 +299,15 @@ class Caller:
                     self._sizes[spec.name, name] = as_sent.nbytes if as_sent is not None else accumulator.nbytes
         self._send(running, sorted(ids))
         self.facts.encoded.append((began, time.monotonic()))
-        needed = self._faults.needed(len(ids))
+        needed = (self._faults if spec.of == "algorithm" else Faults()).needed(len(ids))
         self._wait(running, most_missing=len(ids) - needed if self.job.topology == "star" else len(ids))
         self._gather(running)
-        self.facts.missing.update(running.missing)
         replied = sorted(running.replied)
-        self.facts.replied.update(replied)
+        if spec.of == "algorithm":
+            self.facts.missing.update(running.missing)
+            self.facts.replied.update(replied)
+        else:  # it changes no state, and whoever answers is enough
+            self.facts.unanswered.update(running.missing)
         if len(replied) < needed:
             errors = [r for r in running.missing.values() if r.startswith("error") and UNKEPT not in r]
             if errors and len(errors) == len(ids) and spec.name not in self.worked:
@@ -317,18 +327,16 @@ class Caller:
         for client, report in replies.reports.items():
             # a call that did not train tells less
             if not math.isnan(report.loss) or (client not in self.reports and client not in self._told):
-                self._told[client] = report
+                before = self.facts.reports.get(client, _NOTHING)
+                seconds, joules = before.seconds + report.seconds, before.joules + report.joules
+                self._told[client] = report._replace(seconds=seconds, joules=joules)
+                self.facts.reports[client] = self._told[client]
         return replies
-
-    def _method(self, method: Callable[..., Any]) -> ClientMethod:
-        name = getattr(method, "__name__", repr(method))
-        if name not in self._methods or getattr(method, "__self__", None) is not self.job.algorithm:
-            raise ValueError(f"{name} is not a client method of this algorithm; mark it with @on_client")
-        return self._methods[name]
 
     def _send(self, running: Call, ids: list[int]) -> None:
         """Give every host its clients of the call, or the first of them."""
-        self.facts.called.update(ids)
+        if running.spec.of == "algorithm":
+            self.facts.called.update(ids)
         new = self.placement.new(ids)
         placed = self.placement.place(ids) if self.placement.alive else {}
         able = [rank for rank in self.placement.alive if not self._busy(rank)]
@@ -526,7 +534,8 @@ class Caller:
     def _miss(self, running: Call, client: int, reason: str) -> None:
         running.outstanding.pop(client, None)
         running.missing[client] = reason
-        self._broken.add(client)
+        if running.spec.of == "algorithm":
+            self._broken.add(client)
 
     def take_aside(self, event: Event) -> None:
         """Take an event that no call waits for: an acknowledgement, a lost or joined host, a late reply."""
@@ -626,7 +635,7 @@ class Caller:
             running.outstanding.pop(client)
             running.replied.add(client)
             running.seconds[client] = seconds
-            if client not in self._broken:
+            if client not in self._broken and running.spec.of == "algorithm":
                 self._accepted[client] = self._accepted.get(client, 0) + 1
                 if client in wrote:
                     self._wrote[client] = version_of(frame.head)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fldist.algorithm import State
-from fldist.data.client_data import ClientData
+from fldist.data.client_data import ClientData, FirstEpoch, Trained
 from fldist.kinds import HELD, Form, Kind
 from fldist.models.evaluate import evaluate, warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.folding import Folds, folds_told, most_folded, unpacked
-from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.job import ClientMethod, Job, Probed
 from fldist.runtime.once import OnceValues, named
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
-from fldist.seeding import Streams, forked, preserved, reseed
+from fldist.seeding import Streams, derive, forked, preserved, reseed
 from fldist.wire.codec import (
     Expected,
     Frame,
@@ -65,6 +65,9 @@ class Host:
         self.job = job
         self.states = ClientStates(self._first_state, job.algorithm.stateful, job.task.device)
         self._streams: dict[int, Streams] = {}
+        self._selector_seed = derive(job.seed, "selector")
+        self._selector_streams: dict[int, Streams] = {}  # what a selector asks changes nothing of what clients draw
+        self._begun: dict[int, tuple[str, Trained]] = {}  # by client: the method that a probe began, how far it came
         self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method: what a client took at most, lately
@@ -84,12 +87,18 @@ class Host:
     def begin_session(self) -> None:
         """A server, perhaps another one than before, has welcomed this host: no round has begun."""
         self.states.forget()
-        self._streams.clear()
-        self._sent.clear()
-        self._copied = None
+        self._forget_round()
         self._once.clear()
         self._kept.clear()
         self._kept_of = (0, 0, 0)
+
+    def _forget_round(self) -> None:
+        """Another round begins, or the same again."""
+        self._streams.clear()
+        self._selector_streams.clear()
+        self._begun.clear()
+        self._sent.clear()
+        self._copied = None
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -126,9 +135,7 @@ class Host:
         method = self.job.method(head.method)
         assert method is not None  # the codec checked it
         if self.states.begin((head.round, head.attempt)):
-            self._streams.clear()
-            self._sent.clear()
-            self._copied = None
+            self._forget_round()
         to_device(frame, self.job.task.device)
         self._keep_once(method, frame)
         self._keep(method, frame)
@@ -200,7 +207,7 @@ class Host:
         is in its files. An exception becomes the reply's error and stages nothing.
         """
         job, client, round_number = self.job, message.client, frame.head.round
-        streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
+        streams = self._streams_of(method, client, round_number)
         try:
             arguments = self._arguments(method, frame, message)
         except (KeyError, ValueError) as error:
@@ -219,6 +226,8 @@ class Host:
             except Damaged as error:
                 raise ValueError(f"{UNKEPT}read: {error}") from None
             me = self.states.view(client, frame.head.stage)
+            if method.of == "selector":
+                me = ClientView(client, [], State(), may_write=False, stage=frame.head.stage)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
             data = ClientData(
@@ -226,16 +235,24 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.reports(method.name),
-                own=round_number > 0 and job.scores_own(method.name),  # setup belongs to no round that has scores
+                reports=job.reports(method.of_algorithm),
+                own=round_number > 0
+                and job.scores_own(method.of_algorithm),  # setup belongs to no round that has scores
                 clock=job.clock,
+                begins=method.of == "probe",
+                begun=self._take_begun(method, client),
             )
             reseed(job.seed, "client", *streams.next_key("client"))
-            result = method.run(me, data, **arguments)
+            if method.of == "probe":
+                result = self._probe(method, me, data, arguments)
+            else:
+                result = method.run(me, data, **arguments)
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
             scoring = time.monotonic_ns()
-            scores = _own_scores(job, data)  # whatever it draws: the next client's streams are its own
+            scores = (
+                _own_scores(job, data) if method.of == "algorithm" else None
+            )  # whatever it draws: the next client's streams are its own
             scoring_ns = time.monotonic_ns() - scoring
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
@@ -252,6 +269,8 @@ class Host:
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
+        if method.of != "algorithm":  # no state of the client has changed
+            return tuple(result) if result is not None else (), None, False
         try:
             wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
@@ -264,6 +283,37 @@ class Host:
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
+
+    def _streams_of(self, method: ClientMethod, client: int, number: int) -> Streams:
+        """What a client draws from in a call: a probe draws what the call that goes on with it would have drawn."""
+        if method.of == "probe":
+            return Streams(self.job.seed, number, client)
+        if method.of == "selector":
+            return self._selector_streams.setdefault(client, Streams(self._selector_seed, number, client))
+        return self._streams.setdefault(client, Streams(self.job.seed, number, client))
+
+    def _take_begun(self, method: ClientMethod, client: int) -> Trained | None:
+        """The training that a probe has begun for this call, which takes it over."""
+        begun = self._begun.get(client)
+        if method.of != "algorithm" or begun is None or begun[0] != method.name:
+            return None
+        del self._begun[client]
+        return begun[1]
+
+    def _probe(self, method: ClientMethod, me: ClientView, data: ClientData, arguments: dict[str, Any]) -> Probed:
+        """Do a client half up to the end of its first local epoch, and keep that for the call that goes on with it."""
+        began = time.monotonic_ns()
+        try:
+            method.run(me, data, **arguments)
+        except FirstEpoch:
+            assert data.trained is not None
+        else:
+            raise ValueError(
+                "selection.name: this selector has clients begin their training, and in this call they train no model; "
+                "use another selector, such as random"
+            )
+        self._begun[me.client] = (method.of_algorithm, data.trained)
+        return Probed(data.trained.progress.losses[0], (time.monotonic_ns() - began) / 1e9)
 
     def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
         """A message's arguments, with what this host holds of them; masked models are Params.

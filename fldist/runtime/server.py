@@ -92,7 +92,9 @@ class ServerLoop:
         self._keeper = keeper
         resumed = keeper.resumed if keeper is not None else None
         self._lines: list[dict[str, Any]] = output.lines() if resumed is not None else []
-        self._seconds = dict.fromkeys(("total", "compute", "server", "encode", "wire", "wait", "evaluate"), 0.0)
+        self._seconds = dict.fromkeys(
+            ("total", "compute", "server", "encode", "wire", "wait", "evaluate", "select"), 0.0
+        )
         self._best: dict[str, Any] = {}
         self._ran_s = 0.0  # before this process
         self._spent_s = 0.0  # of setup and rounds, evaluation left out
@@ -259,6 +261,8 @@ class ServerLoop:
             with forked(job.seed, "init_server"):
                 state = moved(job.algorithm.init_server(job.task), CPU)
         view = ServerView(job, state, self.observer.warning)
+        if keeper is None or keeper.resumed is None:
+            self._clients.choice.begin(view)
         del state  # it would keep the first model for the whole run
         stages = job.plan()
         self._total = sum(stage.rounds for stage in stages)
@@ -312,7 +316,12 @@ class ServerLoop:
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
         began = time.monotonic()
-        self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")
+
+        def step() -> None:
+            self.job.algorithm.setup(view, self._clients)
+            self._clients.choice.setup(view)
+
+        self._attempt(0, 0, view, step, phase="setup")
         ended = time.monotonic()
         self._spend(ended - began)
         self._ledger.take_round()
@@ -321,6 +330,7 @@ class ServerLoop:
             client, reason = next(iter(sorted(caller.facts.missing.items())))
             more = f" (and {len(caller.facts.missing) - 1} more)" if len(caller.facts.missing) > 1 else ""
             self.observer.warning(f"setup: client {client}'s reply is missing: {reason}{more}")
+        self._warn_of(dict(sorted(caller.facts.unanswered.items())), 0, "did not answer the selector")
         self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
         self._save_shown(0, view)
         self._keep(0, view)
@@ -340,7 +350,7 @@ class ServerLoop:
             self._save(lambda: self.output.hosts(self._hosts.about))  # one may have joined again, from elsewhere
             view.replace(before.copy())
             view.enter(number, job.seed)
-            self._clients.enter(number)
+            self._clients.enter(view, attempt)
             caller.begin_round(number, attempt, stage, phase)
             watch = Watch()
             for name, value in before.values.items():
@@ -421,13 +431,18 @@ class ServerLoop:
         spent = self._spend(evaluated - began)
         self._ended = self._finished_by(number, spent, None, self._lines)
         scores = self._evaluate(number, view, facts.own if committed else {})
+        scored = time.monotonic()
+        head = self._headline(scores)
+        replied = facts.replied - facts.missing.keys() if committed else set()
+        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None)
         ended = time.monotonic()
-        line = self._line(number, attempt, stage, facts, scores, server_s, ended - evaluated, began, committed)
+        server_s += ended - scored
+        line = self._line(number, attempt, stage, facts, scores, server_s, scored - evaluated, began, committed)
         line["spent"] = spent
         self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
         scoring = caller.facts if caller.facts is not facts else None
         self.output.timeline(
-            timeline.line(number, attempt, began, ended, facts, (evaluated, ended), scoring, caller.clocks)
+            timeline.line(number, attempt, began, ended, facts, (evaluated, scored), scoring, caller.clocks)
         )
         if view.logged:
             line["log"] = dict(view.logged)
@@ -438,6 +453,7 @@ class ServerLoop:
             client, reason = next(iter(sorted(refused.items())))
             more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             self.observer.warning(f"round {number}: client {client}'s reply was not used: {reason}{more}")
+        self._warn_of(dict(sorted(facts.unanswered.items())), number, "did not answer the selector")
         self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
@@ -551,6 +567,7 @@ class ServerLoop:
         }
         spent = sum(v for k, v in seconds.items() if k != "total")
         seconds["wait"] = max(0.0, seconds["total"] - spent)
+        seconds["select"] = self._clients.choice.seconds
         for name, value in seconds.items():
             self._seconds[name] += value
         head = self._headline(scores)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fldist.algorithm import Clients, State, client_methods
 from fldist.data.task import Task
-from fldist.kinds import Scalar
 from fldist.params import Params
 
 
@@ -36,10 +35,13 @@ class ClientReport(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What a client tells of its first local epoch to a selector that `probes`, 16 bytes."""
+    """What a client tells of its first local epoch to a selector that `probes`, 16 bytes.
 
-    loss: Scalar  # mean training loss of the epoch
-    seconds: Scalar  # as `ClientReport.seconds`, of the epoch
+    loss: mean training loss of the epoch; seconds: as of `ClientReport`, of the epoch.
+    """
+
+    loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
