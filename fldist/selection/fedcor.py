@@ -1,6 +1,6 @@
-"""FedCor: M. Tang, X. Ning, Y. Wang, J. Sun, Y. Wang, H. Li, Y. Chen, "FedCor: Correlation-Based Active Client Selection
-Strategy for Heterogeneous Federated Learning", CVPR 2022. How the losses of all clients change in a round is a Gaussian
-process, whose covariance tells which clients' training brings down the losses of many.
+"""FedCor: M. Tang, X. Ning, Y. Wang, J. Sun, Y. Wang, H. Li, Y. Chen, "FedCor: Correlation-Based Active Client
+Selection Strategy for Heterogeneous Federated Learning", CVPR 2022. How the losses of all clients change in a round is
+a Gaussian process, whose covariance tells which clients' training brings down the losses of many.
 
     y_e   = l(x') - l(x)                      the N clients' losses after and before a round, in observation e
     mu    = sum_e c_e y_e / sum_e c_e         c_e = gamma^(age of e in rounds)                    `discounted_mean`
@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -84,7 +84,7 @@ def likelihood(x: Tensor, deviations: Tensor, weights: Tensor, noise: float) -> 
 
 def columns(x: Tensor, scale: Tensor) -> Tensor:
     """The X of the normalised variant: sigma_f X_i / |X_i|, so that every Sigma_ii is sigma_f^2 + s^2."""
-    return scale * x / x.norm(dim=0)
+    return x / x.square().sum(dim=0).sqrt() * scale
 
 
 def fit(
@@ -168,8 +168,6 @@ class Trained(NamedTuple):
 @dataclass(frozen=True)
 class FedCor(Selector):
     """Clients whose loss changes go with those of many."""
-
-    wants_accuracy: ClassVar[bool] = False
 
     warmup: Count = 15  # w, observations before the covariance selects; published: 15 and 20
     interval: Count = 10  # Delta, rounds between trial rounds; published: 10 and 50
