@@ -43,6 +43,7 @@ from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
 from fldist.selection import ClientReport
 from fldist.sparse import Kept
+from fldist.units import bandwidth_text
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
 from fldist.wire.network import VARIABLE, chosen_address, interfaces, is_loopback, reachable
@@ -120,6 +121,10 @@ def _field_text(field: Field) -> str:
 
 
 # ---- dry run
+_CLASSES = 6
+"""So many classes of power, and of the slowest devices, are shown."""
+
+
 @dataclasses.dataclass
 class Prediction:
     """Logical bytes of one round, by kind and direction, and what cannot be known before it runs."""
@@ -409,6 +414,7 @@ def dry_run(settings: Settings, nproc: int) -> str:
         when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
         lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
     lines += _who_has_which(job.task) if settings.clients.models else []
+    lines += _devices_lines(job)
     predicted = predict_stages(job)
     first = predicted[0][1]
     guess = "; an estimate, since replies to the setup decide what is sent" if first.before else ""
@@ -440,6 +446,30 @@ def dry_run(settings: Settings, nproc: int) -> str:
         at = f"stage {stage.name}: " if several else ""
         lines += [f"  not predictable: {at}{text}" for text in prediction.unknown]
     return "\n".join(lines)
+
+
+def _devices_lines(job: Job) -> list[str]:
+    """The clients' devices, where they are simulated."""
+    fleet = job.devices
+    if fleet is None:
+        return []
+    epochs = job.task.local.epochs
+    seconds, joules = fleet.profile(epochs)
+    link = {"shared": "shared by the clients of a call", "separate": "one a client", "published": "as Plato shares it"}
+    lines = ["", f"simulated devices: {bandwidth_text(fleet.bandwidth)} in each direction, {link[fleet.link]}"]
+    what = f"a training of {epochs} epoch{'s' if epochs > 1 else ''}"
+    for name, values in (("seconds", seconds), ("joules", joules)):
+        least, middle, most = np.percentile(list(values.values()), [0, 50, 100])
+        lines.append(f"  {name} of {what}: {least:.4g} to {most:.4g}, median {middle:.4g}")
+    classes = sorted(set(fleet.watts))
+    shown = [f"{watts:g} W: {fleet.watts.count(watts)} clients" for watts in classes[:_CLASSES]]
+    more = f" and {len(classes) - _CLASSES} more classes" if len(classes) > _CLASSES else ""
+    lines.append(f"  {', '.join(shown)}{more}; radio {fleet.radio_watts:g} W")
+    if fleet.sleeps:
+        lines.append("  hosts sleep after each epoch, and training is measured: what is said of it is a guess")
+    slowest = sorted(seconds, key=lambda client: (-seconds[client], client))[:_CLASSES]
+    lines.append(f"  slowest: {', '.join(f'client {c} ({seconds[c]:.4g} s)' for c in slowest)}")
+    return lines
 
 
 def _round_lines(prediction: Prediction) -> list[str]:

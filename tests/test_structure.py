@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "selection": {"algorithm", "data", "fold", "kinds", "models", "params", "resolve", "seeding"},
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
+    "generative": {"seeding"},
     "inversion": set(),
     "prototypes": {"data", "fold", "kinds"},
     "on_top": {"algorithm", "data", "fold", "kinds", "params", "resolve"},
@@ -44,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["selection"] |= {"blocks", "generative", "q_learning", "scoring"}
 ALLOWED["q_learning"] = {"algorithm"}
 ALLOWED["generative"] = {"seeding"}
-ALLOWED["scoring"] = {"selection"}
-ALLOWED["devices"] = {"seeding"}
+ALLOWED["scoring"] = {"algorithm", "selection"}
+ALLOWED["devices"] = {"resolve", "seeding", "units"}
 ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}
 ALLOWED["runtime"] |= {"blocks", "clock", "devices", "on_top", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}

@@ -91,7 +91,8 @@ class ClientData:
     sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
     that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide;
     begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in `trained`; begun:
-    such a one, which the first training goes on with.
+    such a one, which the first training goes on with; pause: gets every epoch's length in passes over the samples, when
+    it is over (devices that are slower).
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class ClientData:
         clock: Clock | None = None,
         begins: bool = False,
         begun: Trained | None = None,
+        pause: Callable[[float], None] | None = None,
     ) -> None:
         self.task = task
         self.client = client
@@ -114,6 +116,8 @@ class ClientData:
         self.clock = clock or Measured()
         self.trained: Trained | None = None
         self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
+        self.epochs = 0.0  # that `train` has run, those of `steps` in passes over the samples
+        self._pause = pause
         self._reports = reports
         self._own = own
         self._begins = begins
@@ -352,6 +356,16 @@ class ClientData:
         watched = _Outputs(resume_from)
         cumulative = self.task.evaluation.cumulative_train
 
+        drawn = 0 if resume_from is None else resume_from.progress.samples
+
+        def after_epoch(progress: Progress) -> None:
+            nonlocal drawn
+            passes = 1.0 if progress.order.steps is None else (progress.samples - drawn) / max(1, self.n)
+            drawn = progress.samples
+            self.epochs += passes
+            if self._pause is not None:
+                self._pause(passes)
+
         def before_epoch(number: int) -> None:
             nonlocal lr
             watched.sums = self._reports and number == 0
@@ -406,6 +420,7 @@ class ClientData:
                 before_epoch=before_epoch,
                 before_step=before_step if touched else None,
                 after_step=after_step if hooked else None,
+                after_epoch=after_epoch,
                 resume_from=resume_from.progress if resume_from else None,
             )
         part = start.layout

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fldist.algorithm import TooFewReplies
+from fldist.devices import Cost
 from fldist.fold import FixedPoint, Fold, NoWeight
 from fldist.kinds import Form
 from fldist.params import Params
@@ -66,6 +67,7 @@ class RoundFacts:
     own: dict[int, Tensor] = field(default_factory=dict)  # by client: what it told of its last training, see `job.OWN`
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
+    simulated: Cost = field(default_factory=Cost)  # of its calls, one after the other, where devices are simulated
     encoded: list[tuple[float, float]] = field(default_factory=list)  # from when to when the server packed and folded
     calls: list[tuple[float, float]] = field(default_factory=list)  # from when to when it was in calls
     began_s: float = field(default_factory=time.monotonic)
@@ -324,6 +326,9 @@ class Caller:
         self.facts.encoded.append((began, time.monotonic()))
         self.facts.own.update({c: row for c, row in values.pop(OWN.name, {}).items() if row is not None})
         replies = Replies(values, replied, running.missing, running.seconds)
+        self._simulate(running, len(ids), replies.reports, values["epoch_s"] if spec.of == "probe" else {})
+        if spec.of != "algorithm" or not self.job.selector.wants_reports:
+            return replies
         for client, report in replies.reports.items():
             # a call that did not train tells less
             if not math.isnan(report.loss) or (client not in self.reports and client not in self._told):
@@ -332,6 +337,22 @@ class Caller:
                 self._told[client] = report._replace(seconds=seconds, joules=joules)
                 self.facts.reports[client] = self._told[client]
         return replies
+
+    def _simulate(self, running: Call, called: int, reports: Mapping[int, ClientReport], probed: Any) -> None:
+        """Count what a call has taken on the clients' devices; scoring takes nothing. probed: by client, of a probe."""
+        devices = self.job.devices
+        if devices is None or running.phase == "evaluate":
+            return
+        training_s = {client: reports[client].seconds if client in reports else 0.0 for client in running.replied}
+        training_s.update(probed)
+        for client, seconds in training_s.items():
+            if not 0 <= seconds < math.inf:
+                log.warning(
+                    "round %d: client %d reports %s s of training; none is counted", self._key[0], client, seconds
+                )
+                training_s[client] = 0.0
+        cost = devices.call(training_s, running.down, running.up, called, self.job.per_round)
+        self.facts.simulated = self.facts.simulated.plus(cost)
 
     def _send(self, running: Call, ids: list[int]) -> None:
         """Give every host its clients of the call, or the first of them."""
@@ -439,6 +460,7 @@ class Caller:
         running.first.setdefault(rank, clients[0])
         self.once.sent(rank, running.spec.name, running.once, booked)
         self._posted[frame.head.seq] = booked
+        running.down.update({b.client: b.logical_bytes for b in booked})
         running.outstanding.update(dict.fromkeys(clients, rank))
         running.posted.update(dict.fromkeys(clients, ready_ns))
 
@@ -632,6 +654,7 @@ class Caller:
                 continue
             booked.settle("delivered", event.done_ns)
             running.folded.append(booked)
+            running.up[client] = booked.logical_bytes
             running.outstanding.pop(client)
             running.replied.add(client)
             running.seconds[client] = seconds

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fldist.algorithm import Algorithm, Clients, State
+from fldist.devices import Cost
 from fldist.fold import Fold, Mean, MeanAndEach
 from fldist.kinds import Once
 from fldist.on_top import models_of, trains
@@ -95,8 +96,7 @@ class Choice:
         replied: Iterable[int],
         reports: Mapping[int, ClientReport],
         accuracy: float | None,
-        seconds: float | None = None,
-        joules: float | None = None,
+        simulated: Cost | None,
     ) -> None:
         """Let the selector learn from the round, if it has chosen its clients. replied: whose replies were used."""
         chosen = self._chosen
@@ -106,6 +106,7 @@ class Choice:
         told = {c: r for c, r in reports.items() if c in used}
         models = {c: m for c, m in chosen.models.items() if c in used}
         number = self._number
+        seconds, joules = simulated if simulated is not None else (None, None)
         outcome = Outcome(number, tuple(chosen.members), used, told, accuracy, seconds, joules, models)
 
         def learn(state: State, candidates: Candidates) -> None:
@@ -183,6 +184,8 @@ class Choice:
         assert view is not None
         task = job.task
         services: dict[str, Any] = {}
+        if job.devices is not None:
+            services["seconds"], services["joules"] = job.devices.profile(task.local.epochs)
         if job.algorithm.has_global_model:
             services["model"] = lambda: job.algorithm.model(view)
         return Candidates(

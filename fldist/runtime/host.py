@@ -7,7 +7,8 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from fldist.wire.link import HostLink, How
 from fldist.wire.staging import to_device, to_host
 
 log = logging.getLogger("fldist.host")
+T = TypeVar("T")
 
 FLUSH_BYTES = 1 << 16
 FLUSH_S = 0.05
@@ -235,25 +237,24 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.reports(method.of_algorithm),
-                own=round_number > 0
-                and job.scores_own(method.of_algorithm),  # setup belongs to no round that has scores
+                reports=job.selector.wants_reports and job.reports(method.of_algorithm),
+                own=round_number > 0 and job.scores_own(method.of_algorithm),  # the setup has no scores
                 clock=job.clock,
+                pause=_pause(job, client),
                 begins=method.of == "probe",
                 begun=self._take_begun(method, client),
             )
             reseed(job.seed, "client", *streams.next_key("client"))
+            work = partial(method.run if method.of != "probe" else partial(self._begin, method), me, data, **arguments)
+            result, took_s = _timed(job, method, client, work)
             if method.of == "probe":
-                result = self._probe(method, me, data, arguments)
-            else:
-                result = method.run(me, data, **arguments)
+                assert data.trained is not None
+                result = Probed(data.trained.progress.losses[0], _seconds(job, data, took_s))
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
-            scoring = time.monotonic_ns()
-            scores = (
-                _own_scores(job, data) if method.of == "algorithm" else None
-            )  # whatever it draws: the next client's streams are its own
-            scoring_ns = time.monotonic_ns() - scoring
+            scores = None
+            if method.of == "algorithm":  # whatever scoring draws: the next client's streams are its own
+                scores = _own_scores(job, data)
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -269,17 +270,17 @@ class Host:
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
-        if method.of != "algorithm":  # no state of the client has changed
-            return tuple(result) if result is not None else (), None, False
+        wrote = False
         try:
-            wrote = self.states.stage(client, me.writes, version_of(frame.head))
+            if method.of == "algorithm":  # other calls change no client's state
+                wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
             _fail(reply, f"{UNKEPT}written: {error}")
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
-            told += (_report(data, (time.monotonic_ns() - reply.started_ns - scoring_ns) / 1e9),)
+            told += (_report(job, method, data, took_s),)
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
@@ -300,20 +301,18 @@ class Host:
         del self._begun[client]
         return begun[1]
 
-    def _probe(self, method: ClientMethod, me: ClientView, data: ClientData, arguments: dict[str, Any]) -> Probed:
+    def _begin(self, method: ClientMethod, me: ClientView, data: ClientData, **arguments: Any) -> None:
         """Do a client half up to the end of its first local epoch, and keep that for the call that goes on with it."""
-        began = time.monotonic_ns()
         try:
             method.run(me, data, **arguments)
         except FirstEpoch:
             assert data.trained is not None
+            self._begun[me.client] = (method.of_algorithm, data.trained)
         else:
             raise ValueError(
                 "selection.name: this selector has clients begin their training, and in this call they train no model; "
                 "use another selector, such as random"
             )
-        self._begun[me.client] = (method.of_algorithm, data.trained)
-        return Probed(data.trained.progress.losses[0], (time.monotonic_ns() - began) / 1e9)
 
     def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
         """A message's arguments, with what this host holds of them; masked models are Params.
@@ -394,12 +393,40 @@ class Host:
                 self._sent[client] = self._copied[1]
 
 
-def _report(data: ClientData, seconds: float) -> torch.Tensor:
-    """See `selection.ClientReport`: float64 [5]."""
-    nan = float("nan")
-    trained = data.trained
+def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -> tuple[T, float]:
+    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no reply tells them."""
+    measured = job.devices is None or job.devices.sleeps
+    if not measured or not (job.reports(method.name) or method.of == "probe"):
+        return work(), float("nan")
+    return job.clock.time(f"client {client}", work)
+
+
+def _pause(job: Job, client: int) -> Callable[[float], None] | None:
+    """What makes a client as slow as its device, where hosts really sleep: gets the epochs that it has trained."""
+    pauses_s = job.devices.pauses_s if job.devices is not None else None
+    return None if pauses_s is None else lambda epochs: time.sleep(epochs * pauses_s[client])
+
+
+def _seconds(job: Job, data: ClientData, took_s: float) -> float:
+    """Seconds of a client's training: of its device, where it is simulated, or those by the clock."""
+    devices = job.devices
+    return took_s if devices is None or devices.sleeps else devices.seconds(data.client, data.epochs)
+
+
+def _report(job: Job, method: ClientMethod, data: ClientData, took_s: float) -> torch.Tensor | None:
+    """See `selection.ClientReport`: float64 [5]; None of a selector's client half that has trained nothing.
+
+    took_s: seconds of the method by the clock, if they count.
+    """
+    if method.of == "selector" and not data.epochs:
+        return None
+    nan, trained = float("nan"), data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
-    return torch.tensor([data.n, squares, loss, seconds, nan], dtype=torch.float64)
+    if not job.selector.wants_reports:  # nobody has added them up
+        squares = nan
+    seconds = _seconds(job, data, took_s)
+    joules = nan if job.devices is None else job.devices.joules(data.client, seconds)
+    return torch.tensor([data.n, squares, loss, seconds, joules], dtype=torch.float64)
 
 
 def _once_name(method: ClientMethod, frame: Frame, argument: str) -> str:

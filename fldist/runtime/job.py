@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from fldist.algorithm import Algorithm, ClientScores, Stage
 from fldist.clock import Clock, Measured
 from fldist.data.task import Task
+from fldist.devices import Fleet
 from fldist.fold import Integers
 from fldist.kinds import Field, Form, Kind, Scalar, Schema, call_schema, reply_fields, reply_schema, reply_type
 from fldist.models.evaluate import Evaluation
@@ -22,7 +23,8 @@ from fldist.wire.codec import Expected
 from fldist.wire.link import Limits
 
 REPORT = Field("selector_report", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=64)
-"""What the runtime adds to every reply when the selector wants reports: float64 [5], see `selection.ClientReport`."""
+"""What the runtime adds to every reply when the selector wants reports or devices are simulated, so that selectors
+exchange the same: float64 [5], see `selection.ClientReport`."""
 OWN = Field("own_scores", Kind.REPORT, Form.TENSOR, optional=True, max_bytes=1024)
 """What the runtime adds to the replies of clients that have trained, under `eval.own`: float64 [1 + 2 M], how many
 samples of `eval.split` the client has, then the M metrics of its training and those of the trained model on these."""
@@ -32,7 +34,8 @@ _TAKEN = frozenset({"clients", "missing", "seconds", "reports", *(field.name for
 """What replies have beside their fields: a field of such a name could not be read."""
 
 
-_PROBE = "probe."
+_PROBE, _SELECTOR = "probe.", "selector."
+"""How names of client halves begin that are not the algorithm's."""
 Topology = Literal["star", "collective", "reduce"]
 """How ranks exchange what is large: two by two; all at once, by broadcast and gather; or by broadcast and a reduction
 of what every host has folded of its own clients' replies."""
@@ -94,6 +97,7 @@ class Job:
     faults: Faults = field(default_factory=Faults)
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Measured)
+    devices: Fleet | None = None
     stages: Sequence[str] | None = None
     methods: dict[str, ClientMethod] = field(init=False)
     evaluation: Evaluation = field(init=False)
@@ -172,13 +176,15 @@ class Job:
             schema = reply_schema(method) if reply is None else reply_fields(reply)
             number = len(self.methods) + 1
             made = reply_type(method) if reply is None else reply
+            if self.reports(name):
+                schema = Schema((*schema.fields, REPORT))
             self.methods[name] = ClientMethod(number, name, method, call_schema(method), schema, made, of)
 
         if self.selector.probes:
             for name in sorted(self._training):
                 add(f"{_PROBE}{name}", self.methods[name].run, Probed, "probe")
         for name, method in self.selector.client_methods().items():
-            add(f"selector.{name}", method, None, "selector")
+            add(f"{_SELECTOR}{name}", method, None, "selector")
 
     def spec_of(self, method: Callable[..., Any]) -> ClientMethod:
         """A client half of the algorithm or of the selector, by its method; ValueError where it is neither's."""
@@ -199,8 +205,13 @@ class Job:
         return self._by_number.get(number)
 
     def reports(self, method: str) -> bool:
-        """Whether replies of a client method carry a report for the selector."""
-        return self.selector.wants_reports and method in self._training
+        """Whether replies of a client method carry a report: for the selector, or for the simulated clock.
+
+        A selector's own methods report for the clock alone.
+        """
+        if method in self._training:
+            return self.selector.wants_reports or self.devices is not None
+        return method.startswith(_SELECTOR) and self.devices is not None
 
     def scores_own(self, method: str) -> bool:
         """Whether replies of a client method carry scores of what it has trained."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fldist
 from fldist.algorithm import Books, Stage, State, TooFewReplies
+from fldist.devices import Cost
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime import timeline
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
@@ -98,12 +99,14 @@ class ServerLoop:
         self._best: dict[str, Any] = {}
         self._ran_s = 0.0  # before this process
         self._spent_s = 0.0  # of setup and rounds, evaluation left out
+        self._simulated = Cost()  # of setup and rounds
         self._ended: dict[str, Any] | None = None  # what has finished the run
         totals = None
         if resumed is not None:
             self._seconds.update(resumed.facts["seconds"])
             self._ran_s = float(resumed.facts["run_s"])
             self._spent_s = float(resumed.facts["spent_s"])
+            self._simulated = Cost(*map(float, resumed.facts.get("simulated", Cost())))
             self._best = resumed.facts["best"]
             totals = Totals.of(resumed.facts["bytes"])
         self._ledger = Ledger(output.ledger_path, totals)
@@ -311,7 +314,11 @@ class ServerLoop:
         """What the run has cost so far, these seconds added."""
         self._ledger.flush()
         self._spent_s += seconds
-        return {**self._ledger.totals.spent(), "seconds": round(self._spent_s, 6)}
+        self._simulated = self._simulated.plus(self._caller.facts.simulated)
+        spent = {**self._ledger.totals.spent(), "seconds": round(self._spent_s, 6)}
+        if self.job.devices is not None:
+            spent |= {"simulated_seconds": self._simulated.seconds, "joules": self._simulated.joules}
+        return spent
 
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
@@ -410,6 +417,7 @@ class ServerLoop:
             "seconds": self._seconds,
             "run_s": self._ran_s + time.monotonic() - self._began,
             "spent_s": self._spent_s,
+            "simulated": list(self._simulated),
             "bytes": self._ledger.totals.as_dict(),
         }
         try:
@@ -434,11 +442,17 @@ class ServerLoop:
         scored = time.monotonic()
         head = self._headline(scores)
         replied = facts.replied - facts.missing.keys() if committed else set()
-        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None)
+        cost = facts.simulated if self.job.devices is not None else None
+        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None, cost)
         ended = time.monotonic()
         server_s += ended - scored
         line = self._line(number, attempt, stage, facts, scores, server_s, scored - evaluated, began, committed)
-        line["spent"] = spent
+        self._spent_s += ended - scored
+        line["spent"] = {**spent, "seconds": round(self._spent_s, 6)}
+        if self.job.devices is not None:
+            line["simulated"] = facts.simulated._asdict()
+        if 0 < len(facts.called) < self.job.task.num_clients:
+            line["chosen"] = sorted(facts.called)
         self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
         scoring = caller.facts if caller.facts is not facts else None
         self.output.timeline(
@@ -679,6 +693,7 @@ class ServerLoop:
                 **{k: round(v, 6) for k, v in self._seconds.items()},
                 "run": round(self._ran_s + time.monotonic() - self._began, 6),
             },
+            "simulated": self._simulated._asdict() if job.devices is not None else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "state_hash": state_hash,
             "config_hash": config_hash(self.config),
