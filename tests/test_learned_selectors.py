@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,16 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+import fldist
 from fldist.algorithm import State, TooFewReplies
+from fldist.config import build, load
+from fldist.inspection import predict
 from fldist.params import Layout, Params, Slot
 from fldist.q_learning import Mlp, adam, improved, learner
-from fldist.runtime.checkpoint import read_state, write_state
+from fldist.runner import run_here
+from fldist.runtime.checkpoint import Checkpoints, read_state, write_state
 from fldist.runtime.state import hash_state
 from fldist.selection import Candidates, ClientReport, Outcome, Probe, favor
 from fldist.selection.favor import Favor, double_targets, fit, project, reward, sampled
 from fldist.selection.fedcor import Covariance, FedCor, columns, discounted_mean, likelihood, spared
 from fldist.selection.fedcor import fit as fit_covariance
 from fldist.selection.fedmarl import FedMarl, best_together, decided, filled, known, noted, team_reward, together
+from tests.conftest import Hosts, small
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -809,3 +815,182 @@ def test_one_client_alone_can_be_selected(name: str) -> None:
     state = selector.init(at)
     assert selector.select(state, at) == [3]
     assert selector.propose(state, at, rng()) == [3]
+
+
+# ---- whole runs
+N, K, E = 6, 2, 2
+TWO_MODELS = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [4, 8]}]
+FIELDS: dict[str, dict[str, Any]] = {
+    "favor": {"hidden": [8], "components": 3, "target": 0.9},
+    "fedmarl": {"probed": 5, "hidden": 8},
+    "fedcor": {"warmup": 2, "interval": 2, "dimension": 3, "first_steps": 20, "steps": 10},
+}
+
+
+DEVICES = {"name": "scripted", "epoch_s": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+
+
+def config(name: str, rounds: int = 5, **changes: Any) -> dict[str, Any]:
+    """FedMarl goes by seconds: without devices that are simulated its runs are not repeated."""
+    if name == "fedmarl":
+        changes["devices"] = DEVICES
+    made = small(
+        rounds=rounds,
+        clients={"num_clients": N, "per_round": K},
+        local__epochs=E,
+        selection={"name": name, **FIELDS[name]},
+        **changes,
+    )
+    made["task"]["partition"] = {"name": "dirichlet", "alpha": 0.5}
+    return made
+
+
+def model_bytes(settings: dict[str, Any]) -> int:
+    return 4 * build(load(settings)).task.layout.num_floats
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def kept(run: Path) -> Any:
+    """What the selector keeps, of the last checkpoint."""
+    found = Checkpoints(run / "checkpoints").newest()
+    assert found is not None
+    return found[1]["selector"]
+
+
+def test_bytes_of_favor(tmp_path: Path) -> None:
+    settings = config("favor")
+    result = fldist.run(settings, output=tmp_path / "run")
+    size, phases = model_bytes(settings), result["bytes"]["by_phase"]
+    assert phases["setup"] == {"down": N * size, "up": N * size}
+    assert "select" not in phases
+    assert phases["train"] == {"down": 5 * K * size, "up": 5 * K * (size + 8)}
+    state = kept(tmp_path / "run")
+    assert state.scores.shape == (N + 1, 3)
+    assert state.loadings.shape == (3, size // 4)
+    assert [part.reward for part in state.memory] == [
+        pytest.approx(64 ** (line["accuracy"] - 0.9) - 1) for line in lines(tmp_path / "run")
+    ]
+    prediction = predict(build(load(settings)))
+    assert prediction.before["setup"] == phases["setup"]
+    simulated = fldist.run({**config("favor", rounds=1), "devices": DEVICES}, output=tmp_path / "simulated")
+    assert simulated["bytes"]["by_phase"]["setup"] == {"down": N * size, "up": N * (size + 40)}
+
+
+def test_bytes_and_rewards_of_fedmarl(tmp_path: Path) -> None:
+    settings = config("fedmarl", rounds=6)
+    result = fldist.run(settings, output=tmp_path / "run")
+    size, phases, told = model_bytes(settings), result["bytes"]["by_phase"], lines(tmp_path / "run")
+    going_on = sum(line["selected"] for line in told)
+    assert all(1 <= line["selected"] <= K for line in told)
+    assert phases["select"] == {"down": 6 * 5 * size, "up": 6 * 5 * 16}
+    assert phases["train"] == {"down": 0, "up": going_on * (size + 8 + 40)}
+    state = kept(tmp_path / "run")
+    rounds = [*state.memory, state.pending]
+    accuracies = [line["accuracy"] for line in told]
+    assert len(rounds) == 5
+    for number, part in enumerate(rounds, start=1):
+        probed = part.clients.tolist()
+        went_on = [k for k, yes in zip(probed, part.actions.tolist(), strict=True) if yes]
+        assert len(went_on) == told[number]["selected"]
+        simulated = told[number]["simulated"]["seconds"]
+        training = max(k + 1.0 for k in probed) + max((E - 1) * (k + 1.0) for k in went_on)
+        assert training < simulated < training + 0.1, "the longest probe, the longest rest, and the exchange"
+        gain = accuracies[number] - accuracies[number - 1]
+        want = 10 * gain - 0.2 * simulated / state.unit - 0.1 * len(went_on)
+        assert part.reward == pytest.approx(want, abs=1e-9)
+
+
+def test_bytes_of_fedcor(tmp_path: Path) -> None:
+    """Two rounds of warm-up: losses in rounds 1 to 3; a trial in rounds 5 and 7."""
+    settings = config("fedcor", rounds=7)
+    result = fldist.run(settings, output=tmp_path / "run")
+    size, phases = model_bytes(settings), result["bytes"]["by_phase"]
+    assert phases["select"] == {
+        "down": 3 * N * size + 2 * (K * size + 2 * N * size),
+        "up": 3 * N * 8 + 2 * (K * (size + 8) + 2 * N * 8),
+    }
+    assert phases["train"] == {"down": 7 * K * size, "up": 7 * K * (size + 8)}
+    state = kept(tmp_path / "run")
+    assert state.of_round.tolist() == [2, 3, 5, 7]
+    assert state.fitted == 7
+    assert bool(state.changes.isfinite().all())
+    first = lines(tmp_path / "run")[0]["bytes"]
+    assert first["by_phase"]["select"] == {"down": N * size, "up": N * 8}
+    assert predict(build(load(settings))).phases["select"] == {"down": N * size, "up": N * 8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_run_again_on_several_ranks_and_after_a_resume(name: str, tmp_path: Path, hosts: Hosts) -> None:
+    settings = config(name)
+    alone = fldist.run(settings, output=tmp_path / "alone")
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    assert fldist.run(settings, output=tmp_path / "twice")["state_hash"] == alone["state_hash"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    ranks = run_here(load(settings), nproc=3, output=tmp_path / "ranks", spawn=hosts)
+    assert ranks["state_hash"] == alone["state_hash"]
+    assert ranks["bytes"]["by_phase"] == alone["bytes"]["by_phase"]
+    for done in (2, 4):
+        fldist.run({**settings, "rounds": done}, output=tmp_path / f"from{done}")
+        resumed = fldist.resume(tmp_path / f"from{done}", ["rounds=5"])
+        assert resumed["state_hash"] == alone["state_hash"]
+    other = fldist.run({**settings, "seed": 1}, output=tmp_path / "other")
+    assert other["state_hash"] != alone["state_hash"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("algorithm", ["scaffold", "fednova"])
+def test_other_algorithms(name: str, algorithm: str, tmp_path: Path) -> None:
+    result = fldist.run(config(name, rounds=4, algorithm={"name": algorithm}), output=tmp_path / "run")
+    assert result["status"] == "finished"
+    assert all(line["committed"] for line in lines(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error"),
+    [
+        ("fedmarl", {"local__epochs": 1}, r"local.epochs: 1, but fedmarl stops clients after the first epoch"),
+        ("fedmarl", {"selection__probed": 1}, r"selection.probed: 1, but 2 clients .* use a number from 2 to 6"),
+        ("fedmarl", {"selection__probed": 7}, r"selection.probed: 7, but 2 clients .* use a number from 2 to 6"),
+        ("fedmarl", {"eval__every": 2}, r"eval.every: 2, but this selector goes by every round's accuracy"),
+        ("favor", {"selection__target": 1.5}, r"selection.target: .*less than or equal to 1"),
+        ("favor", {"selection__hidden": []}, r"selection.hidden"),
+        ("favor", {"algorithm__name": "local"}, r"looks at the models .* Local do not"),
+        (
+            "favor",
+            {"clients__models": TWO_MODELS, "algorithm__name": "lg_fedavg"},
+            r"clients.models gives them dif",
+        ),
+        ("fedcor", {"clients__models": TWO_MODELS, "algorithm__name": "lg_fedavg"}, r"clients.models gives them d"),
+        ("fedcor", {"algorithm__name": "local"}, r"this algorithm has no global model, which this selector goes by"),
+        ("fedcor", {"selection__warmup": 0}, r"selection.warmup: .*greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(name: str, changes: dict[str, Any], error: str, tmp_path: Path) -> None:
+    settings = config(name)
+    for key, value in changes.items():
+        section, field = key.split("__")
+        settings.setdefault(section, {})[field] = value
+    with pytest.raises(ValueError, match=error):
+        fldist.run(settings, output=tmp_path / "run")
+
+
+def test_a_pool_of_all_three_proposes_for_fedgcs(tmp_path: Path) -> None:
+    """FAVOR's setup travels; probes and losses do not, and what clients report is learnt from."""
+    settings = config("favor", rounds=4, devices=DEVICES)
+    pool = [{"name": name, **FIELDS[name]} for name in NAMES]
+    fitting = {"hidden": 8, "width": 8, "epochs": 2, "later_epochs": 1}
+    settings["selection"] = {"name": "fedgcs", "pool": pool, "proposals": 4, "fitting": fitting}
+    result = fldist.run(settings, output=tmp_path / "run")
+    size, phases = model_bytes(settings), result["bytes"]["by_phase"]
+    assert phases["setup"] == {"down": N * size, "up": N * (size + 40)}
+    assert "select" not in phases
+    assert phases["train"] == {"down": 4 * K * size, "up": 4 * K * (size + 8 + 40)}
+    of_favor, of_fedmarl, of_fedcor = kept(tmp_path / "run").pool
+    assert len(of_favor.memory) == 4
+    assert of_fedmarl.pending is not None
+    assert not of_fedmarl.loss.isnan().all()
+    assert of_fedcor.fitted == 0

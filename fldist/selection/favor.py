@@ -11,7 +11,7 @@ Learning", INFOCOM 2020. A deep Q-network chooses by what the clients' models lo
 Messages of its own, once, in the phase `setup` (N clients with samples, B_w bytes of a model):
 
     weights  down  N B_w    the initial model
-    weights  up    N B_w    after one epoch as the section `local` has it
+    weights  up    N B_w    after one epoch as the section `local` has it; a report, 40 N, where `devices` simulates
 
 After that it reads what comes back anyway: only the entries of the global model and of those who replied change. The
 training parameters are w, buffers are left out. Before the first round the models of clients that have not answered

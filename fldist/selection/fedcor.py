@@ -18,7 +18,8 @@ Messages of its own, in the phase `select` (N clients with samples, B_w bytes of
                                   global model and the trial's, 2 N B_w
     scalars  up    8 N            with each: the losses on the clients' training samples
     weights  both  2 K B_w        every Delta rounds: K random clients train as the section `local` has it; their mean
-    scalars  up    8 K            with each: n_i, the weights of this mean, which is the trial model
+    scalars  up    8 K            with each: n_i, the weights of this mean, which is the trial model; a report, 40 K,
+                                  where the section `devices` simulates
 
 So w + 1 times N (B_w + 8), the losses of the initial model being the first, and every Delta rounds 2 N (B_w + 8) +
 K (2 B_w + 8); the published count leaves out the losses of the global model, from which the trial's are the change.

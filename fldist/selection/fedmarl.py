@@ -182,8 +182,12 @@ class FedMarl(Selector):
         unit: seconds, None until the first are known; accuracy: of the last round; q: networks [A, P]; deciding: the
         agents of this round, what they saw and did; pending: those of the last one with their reward; memory: earlier
         ones with what was seen next, oldest first."""
-        self._num_probed(candidates)
-        n = candidates.num_clients
+        K, able, n = candidates.count, len(candidates.ids), candidates.num_clients
+        if self.probed is not None and not K <= self.probed <= able:
+            raise ValueError(
+                f"selection.probed: {self.probed}, but {K} clients are selected in a round, of {able} with samples; "
+                f"use a number from {K} to {able}, or leave it out"
+            )
         return State(
             loss=torch.full((n,), math.nan, dtype=torch.float64),
             probe_s=torch.full((n, self.history), math.nan, dtype=torch.float64),
@@ -201,16 +205,9 @@ class FedMarl(Selector):
         return Mlp((4 + 2 * self.history, self.hidden, 2))
 
     def _num_probed(self, candidates: Candidates) -> int:
-        """M; ValueError where it cannot be."""
-        K, able = candidates.count, len(candidates.ids)
-        if self.probed is None:
-            return min(2 * K, able)
-        if not K <= self.probed <= able:
-            raise ValueError(
-                f"selection.probed: {self.probed}, but {K} clients are selected in a round, of {able} with samples; "
-                f"use a number from {K} to {able}, or leave it out"
-            )
-        return self.probed
+        """M."""
+        K = candidates.count
+        return min(max(self.probed or 2 * K, K), len(candidates.ids))
 
     # ---- a round of its own
     def select(self, state: State, candidates: Candidates) -> list[int]:
