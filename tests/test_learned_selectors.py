@@ -281,6 +281,27 @@ def test_favor_learns_whom_accuracy_follows() -> None:
     close(values, [reward(0.9 if k == 4 else 0.4, 0.9) for k in range(6)], 0.15)
 
 
+def test_a_step_of_favor_by_hand() -> None:
+    """Client 1 holds no samples: its value, the largest in the next state, is not what comes next."""
+    selector = favor_at(updates=1, batch_size=1, gamma=0.5, lr=0.01, copy_every=1)
+    at = candidates(ids=[0, 2, 3], num_clients=4, count=1)
+    state = a_favor_state(selector, at)
+    form = Mlp((5 * 3, 16, 4))
+    biases = torch.zeros(form.num_weights)
+    biases[-3] = 100.0
+    state.q = learner(form, rng(5))
+    state.q.weights = state.q.weights + biases
+    state.q.target = form.init(rng(6)) + biases
+    before, after = normal(15, seed=7).float(), normal(15, seed=8).float()
+    state.memory = [State(before=before, after=after, actions=torch.tensor([2]), reward=-0.25)]
+    now, then = form(state.q.weights[0], after[None])[0], form(state.q.target[0], after[None])[0]
+    y = -0.25 + 0.5 * float(then[max((0, 2, 3), key=lambda k: float(now[k]))])
+    want = improved(state.q, lambda w: (y - form(w[0], before[None])[0, 2]) ** 2, 0.01, 1)
+    got = selector._learnt(state, at)
+    close(got.weights, want.weights, 1e-6)
+    assert torch.equal(got.target, got.weights)
+
+
 def test_favor_without_two_models_says_so() -> None:
     told: list[str] = []
     selector = favor_at()
@@ -473,6 +494,40 @@ def test_agents_learn_who_pays(shared: bool) -> None:
     assert greedy.propose(state, candidates(round=51, count=3, task=marl_task()), rng(5)) == [3, 4, 5]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_of_the_agents_by_hand(shared: bool) -> None:
+    """Two rounds of three agents and of two, in one batch."""
+    selector = marl(updates=1, batch_size=40, gamma=0.5, lr=0.01, shared=shared, history=1, hidden=4)
+    at = candidates()
+    state = selector.init(at)
+    form, networks = Mlp((6, 4, 2)), 1 if shared else 6
+    state.q.target = form.init(rng(6), networks)
+    teams = [([0, 2, 5], [1, 0, 1], [1, 2], -0.5), ([1, 3], [0, 1], [0, 3, 4], 0.75)]
+    state.memory = [
+        State(
+            clients=torch.tensor(ids), seen=normal(len(ids), 6, seed=i).float(), actions=torch.tensor(actions),
+            reward=r, next_clients=torch.tensor(later), next_seen=normal(len(later), 6, seed=9 + i).float(),
+        )
+        for i, (ids, actions, later, r) in enumerate(teams)
+    ]  # fmt: skip
+    rows = torch.randint(2, (40,), generator=candidates().rng).tolist()
+
+    def of(weights: Tensor, k: int, seen: Tensor) -> Tensor:
+        return form(weights[0 if shared else k], seen[None])[0]
+
+    def loss(weights: Tensor) -> Tensor:
+        gaps = []
+        for i in rows:
+            part, (ids, actions, later, r) = state.memory[i], teams[i]
+            total = sum(of(weights, k, s)[a] for k, a, s in zip(ids, actions, part.seen, strict=True))
+            best = sum(float(of(state.q.target, k, s).max()) for k, s in zip(later, part.next_seen, strict=True))
+            gaps.append((r + 0.5 * best - total) ** 2)
+        return torch.stack(gaps).mean()
+
+    assert {0, 1} == set(rows)
+    close(selector._learnt(state, at).weights, improved(state.q, loss, 0.01, 10).weights, 1e-5)
+
+
 def test_agents_learn_from_rounds_that_others_have_chosen() -> None:
     selector = marl()
     state = selector.init(candidates())
@@ -579,7 +634,7 @@ def test_clients_are_chosen_as_with_whole_matrices(normalised: bool) -> None:
         sizes = [int(v) for v in torch.randint(1, 50, (9,), generator=rng(seed))]
         at = candidates(ids=ids, sizes=sizes, count=4, num_clients=12, seed=seed)
         state = selector.init(at)
-        state.fitted, state.factors = 1, torch.rand(12, generator=rng(seed), dtype=torch.float64)
+        state.fitted, state.factors = True, torch.rand(12, generator=rng(seed), dtype=torch.float64)
         state.scale = torch.tensor(0.7, dtype=torch.float64)
         x = state.x[:, ids]
         x = columns(x, state.scale) if normalised else x
@@ -592,7 +647,7 @@ def test_independent_clients_are_chosen_by_their_weights() -> None:
     selector = cor()
     at = candidates(n=5, sizes=[30, 50, 10, 40, 20], count=3)
     state = selector.init(at)
-    state.fitted, state.x = 1, torch.zeros_like(state.x)
+    state.fitted, state.x = True, torch.zeros_like(state.x)
     assert selector.select(state, at) == [0, 1, 3]
     state.factors = torch.tensor([1.0, 0.1, 1.0, 1.0, 1.0]).double()
     assert selector.select(state, at) == [0, 3, 4]
@@ -654,7 +709,8 @@ def test_when_fedcor_asks_and_what_it_makes_of_the_answers() -> None:
         asked.append([name for name, _ in clients.calls[begun:]])
         factors.append(state.factors)
         if number == 3:
-            assert state.fitted == 3
+            assert state.fitted
+            assert state.asked == 3
             assert sorted(state.factors.tolist()) == [0.8] * 2 + [1.0] * 4
             assert sorted(k for k in range(6) if state.factors[k] < 1) == selected
     trial = ["trial", "loss", "loss"]
@@ -711,9 +767,12 @@ def test_a_loss_that_is_not_known_is_as_the_others() -> None:
     cor_round(selector, state, 7, clients)
     assert len(state.changes) == 2, "the losses before round 6 are not known"
     cor_round(selector, state, 8, clients)
-    assert state.fitted == 8
-    for number in range(9, 13):
+    assert state.fitted
+    assert state.asked == 8
+    begun = len(mute.calls)
+    for number in range(9, 17):
         cor_round(selector, state, number, mute, warn=told.append)
+    assert [name for name, _ in mute.calls[begun:]] == ["trial"] * 2, "a trial that fails is not tried again at once"
     assert "selection: fedcor's trial round has failed: no reply to trial was accepted" in told
     assert len(state.changes) == 3
 
@@ -915,7 +974,7 @@ def test_bytes_of_fedcor(tmp_path: Path) -> None:
     assert phases["train"] == {"down": 7 * K * size, "up": 7 * K * (size + 8)}
     state = kept(tmp_path / "run")
     assert state.of_round.tolist() == [2, 3, 5, 7]
-    assert state.fitted == 7
+    assert state.asked == 7
     assert bool(state.changes.isfinite().all())
     first = lines(tmp_path / "run")[0]["bytes"]
     assert first["by_phase"]["select"] == {"down": N * size, "up": N * 8}
@@ -993,4 +1052,4 @@ def test_a_pool_of_all_three_proposes_for_fedgcs(tmp_path: Path) -> None:
     assert len(of_favor.memory) == 4
     assert of_fedmarl.pending is not None
     assert not of_fedmarl.loss.isnan().all()
-    assert of_fedcor.fitted == 0
+    assert not of_fedcor.fitted

@@ -205,7 +205,8 @@ class FedCor(Selector):
             of_round=torch.zeros(0, dtype=torch.int64),
             losses=None,
             at=0,
-            fitted=0,
+            fitted=False,
+            asked=0,
             factors=torch.ones(n, dtype=torch.float64),
             missed=torch.zeros(n, dtype=torch.int64),
         )
@@ -240,8 +241,10 @@ class FedCor(Selector):
             self._hear_round(state, candidates)
             if len(state.changes) >= self.warmup:
                 self._fit(state, candidates, self.first_steps)
-        elif candidates.round - state.fitted >= self.interval and self._hear_trial(state, candidates):
-            self._fit(state, candidates, self.steps)
+        elif candidates.round - state.asked >= self.interval:
+            state.asked = candidates.round
+            if self._hear_trial(state, candidates):
+                self._fit(state, candidates, self.steps)
 
     def _hear_round(self, state: State, candidates: Candidates) -> None:
         """The change of the last round, if the losses before it are known as well."""
@@ -288,8 +291,8 @@ class FedCor(Selector):
                 noise=self.noise, steps=steps, lr=self.lr, normalised=self.normalised,
             )  # fmt: skip
             state.x, state.scale = state.x.index_copy(1, ids, x), scale
-        state.factors, state.fitted = torch.ones_like(state.factors), candidates.round
-        state.losses = None
+        state.factors, state.losses = torch.ones_like(state.factors), None
+        state.fitted, state.asked = True, candidates.round
 
     # ---- selection
     def select(self, state: State, candidates: Candidates) -> list[int]:
