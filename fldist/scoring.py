@@ -29,7 +29,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fldist.algorithm import State
-from fldist.selection import Candidates, Outcome
+from fldist.selection import Candidates, Outcome, UtilEpochs
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -273,7 +273,8 @@ class Utility:
     variant: `oort` normalises U to 0..1 and lets the bonus grow with the rounds; `repo` does neither. alpha, beta:
     exponents of the penalties of slow and of hungry devices (0: none); duration, energy: T* seconds and E* joules of a
     client's training, null: 1.2 times the median of those known. untried: what clients that never took part are worth:
-    `optimistic`: as much as the best one, times what their devices are known for; `zero`: nothing.
+    `optimistic`: as much as the best one, times what their devices are known for; `zero`: nothing. epochs: local ones
+    whose losses U is made of; `all` is as published, about sqrt(E) larger, and mixes losses before and after training.
 
     Where the section `devices` simulates nothing, seconds are measured and two runs choose differently, unless alpha is
     0 or the section `clock` is scripted.
@@ -287,6 +288,7 @@ class Utility:
     duration: Positive | None = None  # T*
     energy: Positive | None = None  # E*
     untried: Literal["optimistic", "zero"] = "optimistic"
+    epochs: UtilEpochs = "first"
 
     def learn(self, known: State, outcome: Outcome) -> State:
         """`updated`, without what is not used."""

@@ -1042,6 +1042,25 @@ def test_what_clients_report_decides(tmp_path: Path) -> None:
     assert all(0.1 < float(u) / n < 5 for u, n in zip(known.utility, sizes, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("of_first", "of_all"),
+    [
+        ({"name": "topk"}, {"name": "topk", "utility": {"epochs": "all"}}),
+        ({"name": "oort"}, {"name": "oort", "util_epochs": "all"}),
+    ],
+)
+def test_losses_of_all_epochs_may_be_added_up(tmp_path: Path, of_first: Any, of_all: Any) -> None:
+    """With a learning rate of nearly 0 every epoch adds the same: U is sqrt(3) times as large."""
+    settings = config("topk", local__epochs=3, local__lr=1e-12)
+    known = []
+    for selection in (of_first, of_all):
+        fldist.run({**settings, "rounds": 1, "selection": selection}, output=tmp_path / str(len(known)))
+        known.append(kept(tmp_path / str(len(known))).known.utility)
+    tried = ~known[0].isnan()
+    assert int(tried.sum()) == K
+    assert known[1][tried].tolist() == pytest.approx((known[0][tried] * math.sqrt(3)).tolist(), rel=1e-5)
+
+
 def test_slow_devices_are_chosen_less(tmp_path: Path) -> None:
     """Under simulated devices oort and topk avoid the slowest, and the runs take less simulated time than random."""
     settings = config("topk")

@@ -46,7 +46,7 @@ from fldist import scoring
 from fldist.algorithm import State
 from fldist.data.task import Task
 from fldist.scoring import NonNegative, Positive
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,6 +69,7 @@ class Oort(Selector):
     exploration: Share = 0.9  # share of the places that are explored, at first
     cut_off: Share | None = None  # null: 0.7 (oort), 0.95 (repo)
     alpha: NonNegative = 2.0  # exponent of the penalty of slow clients; 0: none
+    util_epochs: UtilEpochs = "first"  # local epochs whose losses U is made of; published for `repo`: all
     window: Annotated[int, Field(ge=1)] | None = None  # W, rounds of the pacer; null: 20 (oort), 2 (repo)
     # of `oort` alone
     decay: Share | None = None  # of the exploration in each round; null: 0.95
