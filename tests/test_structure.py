@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "selection": {"algorithm", "data", "fold", "kinds", "models", "params", "resolve", "seeding"},
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
-    "generative": {"seeding"},
+    "generative": {"blocks", "seeding"},
     "inversion": set(),
     "prototypes": {"data", "fold", "kinds"},
     "on_top": {"algorithm", "data", "fold", "kinds", "params", "resolve"},

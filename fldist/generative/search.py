@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fldist.generative.networks import Generator, State
+from fldist.generative.networks import Generator
 from fldist.generative.records import members, padded
 
 Ascent = Literal["iterated", "single"]
@@ -143,20 +143,11 @@ def _rows(values: Tensor, at: Tensor) -> Tensor:
     return values.gather(1, at.expand(-1, -1, values.shape[2]))
 
 
-@torch.no_grad()
 def decode_official(net: Generator, e: Tensor, m: Tensor, z: Tensor, length: int) -> list[tuple[int, ...]]:
     """The sets as the published code decodes them: the likeliest token at each of exactly `length` steps, and of these
     every client that occurs anywhere, ascending: repeats make sets small, and what follows an end token counts."""
-    state: State = net.initial_state(z[:, None])
-    last = torch.full((len(z), 1), net.num_clients, device=z.device)
-    steps = []
-    for _ in range(length):
-        logits, state = net.step_logits(last, state, e, m)
-        last = logits.argmax(2)
-        steps.append(last)
-    if not steps:
-        return [()] * len(z)
-    return [tuple(sorted({*row} - {net.num_clients})) for row in torch.cat(steps, dim=1).tolist()]
+    tokens = net.run_freely(e, m, z, length).tolist()
+    return [tuple(sorted({*row} - {net.num_clients})) for row in tokens]
 
 
 # ---- both
@@ -181,7 +172,7 @@ def search(
     Starts are encoded once. `iterated`: `steps` steps of size `step`, each from where the last led; `single`: each
     from the start, of sizes `step`, 2 `step`, ... Every step is decoded: by `beam` (of `width`, all its sequences) or
     `greedy`, within the bounds `low` and `high` of a set's size, or as `official`. Empty sets, those in `known` and
-    repeats are left out; `wanted`: the search ends with so many (None: after the last step).
+    repeats are left out; `wanted`, from 1: the search ends with so many (None: after the last step).
     """
     found: dict[tuple[int, ...], None] = {}
     if not starts:
@@ -190,10 +181,10 @@ def search(
         e, m = net.encode(padded(starts, length, net.num_clients))
         for moved, masks, z in _path(net, e, m, ascent, steps, step, target):
             for ids in _sets(net, moved, masks, z, length, decode, width, low, high):
-                if len(found) == wanted:
-                    return list(found)
                 if ids and ids not in known:
                     found[ids] = None
+                    if len(found) == wanted:
+                        return list(found)
     return list(found)
 
 
