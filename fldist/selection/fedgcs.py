@@ -31,6 +31,7 @@ the default is said at the field; `configs/fedgcs/official.yaml` has the publish
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,13 +49,16 @@ from fldist.generative.records import Records, labels, padded
 from fldist.generative.search import Ascent, Decode, Target, search
 from fldist.params import Params
 from fldist.scoring import Utility
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
 
 POOLS: dict[str, tuple[Any, ...]] = {
     "cheap": ("random", "oort", {"name": "topk"}),
     "paper": ("oort", "fedmarl", "favor"),
 }
 """Pools by name: `cheap` sends nothing; `paper` is what the published main program calls (the figure has TiFL too)."""
+
+ENUMERATED = 10_000
+"""Up to so many sets of K clients all are scored, so that the log tells how near to the best the choice comes."""
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -181,6 +185,11 @@ class FedGCS(Selector):
         object.__setattr__(self, "pool", tuple(same))
 
     # ---- what the pool needs
+    @property
+    def util_epochs(self) -> UtilEpochs:
+        """As the utility says, for the pool's selectors as well."""
+        return self.utility.epochs
+
     @property
     def wants_accuracy(self) -> bool:  # type: ignore[override]
         """Whether a score, or a selector of the pool, goes by it."""
@@ -354,8 +363,8 @@ class FedGCS(Selector):
     def scores(self, sets: Sequence[Sequence[int]], state: State, candidates: Candidates) -> Tensor:
         """y [C] of sets of clients, from what they have reported; not of `measured`, which is known of rounds alone."""
         matrix = torch.zeros(len(sets), candidates.num_clients, dtype=torch.float64)
-        for row, members in enumerate(sets):
-            matrix[row, list(members)] = 1.0
+        at = [row for row, members in enumerate(sets) for _ in members]
+        matrix[at, [client for members in sets for client in members]] = 1.0
         if self.score == "client_sum":
             return scoring.additive_score(matrix, self.utility.of(state.known, candidates))
         worth = self.utility.statistical(state.known, candidates)
@@ -441,8 +450,14 @@ class FedGCS(Selector):
         net: Generator,
         tokens: Records,
     ) -> None:
-        """What the round's line of rounds.jsonl tells of the generator; `best_score` where the best set is known."""
-        rows = padded([members for members, _ in tokens.items()], self._length(candidates), len(candidates.ids))
+        """What the round's line of rounds.jsonl tells of the generator.
+
+        sorted_score: y of the K clients of largest u, which is the most that there is under client_sum, or under group of
+        largest U_i times the penalties of each, which is what a sort can make of it; best_score: the most that there is
+        under group, where all sets of K can be tried.
+        """
+        ids, count = list(candidates.ids), candidates.count
+        rows = padded([members for members, _ in tokens.items()], self._length(candidates), len(ids))
         values = {
             "records": len(records),
             "new_sets": found,
@@ -451,9 +466,14 @@ class FedGCS(Selector):
             "pairwise_accuracy": pairwise_accuracy(targets, _estimates(net, rows).float()),
             "hamming": hamming(net, rows),
         }
-        if self.score == "client_sum" and self.size == "exact":
-            u = self.utility.of(state.known, candidates)[list(candidates.ids)]
-            values["best_score"] = float(u.topk(len(chosen)).values.sum())
+        if self.score != "measured":
+            # a set of one client is worth its u, or its U_i times its penalties
+            alone = self.scores([[c] for c in ids], state, dataclasses.replace(candidates, count=1))
+            largest = [ids[i] for i in alone.topk(count).indices.tolist()]
+            values["sorted_score"] = float(self.scores([largest], state, candidates))
+        if self.score == "group" and math.comb(len(ids), count) <= ENUMERATED:
+            every = list(itertools.combinations(ids, count))
+            values["best_score"] = float(self.scores(every, state, candidates).max())
         candidates.log(**values)
 
 
