@@ -462,7 +462,7 @@ def _devices_lines(job: Job) -> list[str]:
         least, middle, most = np.percentile(list(values.values()), [0, 50, 100])
         lines.append(f"  {name} of {what}: {least:.4g} to {most:.4g}, median {middle:.4g}")
     classes = sorted(set(fleet.watts))
-    shown = [f"{watts:g} W: {fleet.watts.count(watts)} clients" for watts in classes[:_CLASSES]]
+    shown = [f"{watts:g} W: {_clients(fleet.watts.count(watts))}" for watts in classes[:_CLASSES]]
     more = f" and {len(classes) - _CLASSES} more classes" if len(classes) > _CLASSES else ""
     lines.append(f"  {', '.join(shown)}{more}; radio {fleet.radio_watts:g} W")
     if fleet.sleeps:
@@ -470,6 +470,10 @@ def _devices_lines(job: Job) -> list[str]:
     slowest = sorted(seconds, key=lambda client: (-seconds[client], client))[:_CLASSES]
     lines.append(f"  slowest: {', '.join(f'client {c} ({seconds[c]:.4g} s)' for c in slowest)}")
     return lines
+
+
+def _clients(count: int) -> str:
+    return "1 client" if count == 1 else f"{count} clients"
 
 
 def _round_lines(prediction: Prediction) -> list[str]:

@@ -42,9 +42,29 @@ ALGORITHMS = (
     "lg_fedavg",
     "fedktl",
     "fedf2dg",
+    "fedgcs",
 )
 
-OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation", "fedproto")
+SELECTORS: dict[str, dict[str, Any]] = {
+    "fedgcs": {
+        "pool": ["random", "oort", "topk"],
+        "proposals": 5,
+        "score": "group",
+        "fitting": {"hidden": 8, "width": 8, "epochs": 3, "later_epochs": 2},
+        "searching": {"starts": 4, "steps": 2},
+    },
+}
+"""Cases that are FedAvg or SCAFFOLD with a selector, on simulated devices."""
+OTHERS = (
+    "random_mask",
+    "random_pruning",
+    "prunefl",
+    "efl_prune",
+    "lottery_fl",
+    "public_distillation",
+    "fedproto",
+    *(name for name in SELECTORS if name not in ALGORITHMS),
+)
 """These run under MPI as well; their own tests run them on gloo."""
 FIELDS: dict[str, dict[str, Any]] = {
     "autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True},
@@ -67,6 +87,14 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def config(algorithm: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Skewed clients, half of them at a time, BatchNorm with its integers, momentum."""
+    if isinstance(algorithm, str) and algorithm in SELECTORS:
+        changes = {
+            "selection": {"name": algorithm, **SELECTORS[algorithm]},
+            "devices": {"name": "simulated"},
+            "rounds": 3,
+            **changes,
+        }
+        algorithm = "scaffold"
     if isinstance(algorithm, str):
         algorithm = {"name": algorithm, **FIELDS.get(algorithm, {})}
     name = algorithm["name"]
@@ -230,7 +258,7 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl", "fedf2dg"])
+@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl", "fedf2dg", "fedgcs"])
 def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]

@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
-ALLOWED["selection"] |= {"blocks", "generative", "scoring"}
+ALLOWED["selection"] |= {"blocks", "generative", "q_learning", "scoring"}
+ALLOWED["q_learning"] = {"algorithm"}
 ALLOWED["generative"] = {"seeding"}
 ALLOWED["scoring"] = {"algorithm", "selection"}
 ALLOWED["devices"] = {"resolve", "seeding", "units"}

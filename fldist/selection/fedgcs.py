@@ -54,7 +54,7 @@ from fldist.generative.records import Records, labels, padded
 from fldist.generative.search import Ascent, Decode, Target, search
 from fldist.params import Params
 from fldist.scoring import Utility
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
 
 POOLS: dict[str, tuple[str, ...]] = {"cheap": ("random", "oort", "topk"), "paper": ("oort", "fedmarl", "favor")}
 """Pools by name: `cheap` sends nothing; `paper` is what the published main program calls (the figure has TiFL too)."""
@@ -191,6 +191,11 @@ class FedGCS(Selector):
         object.__setattr__(self, "pool", tuple(same))
 
     # ---- what the pool needs
+    @property
+    def util_epochs(self) -> UtilEpochs:
+        """As the utility says, for the pool's selectors as well."""
+        return self.utility.epochs
+
     @property
     def wants_accuracy(self) -> bool:  # type: ignore[override]
         """Whether a score, or a selector of the pool, goes by it."""
