@@ -379,6 +379,21 @@ def bench_fedf2dg(
     typer.echo(measure.told(lambda: fedf2dg.measure(repeats, quick=quick, say=_aside), json_file))
 
 
+@bench_app.command("fedgcs")
+def bench_fedgcs(
+    repeats: Annotated[int | None, typer.Option(help="Turns of both selections (default: 10).")] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Sets of utilities, of each score, for which both choose (default: 1).")
+    ] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """FedGCS's selection against its published formulation: time, and the true score of the chosen set."""
+    from fldist.bench import fedgcs, measure
+
+    typer.echo(measure.told(lambda: fedgcs.measure(repeats, instances, quick=quick, say=_aside), json_file))
+
+
 @bench_app.command("suite")
 def bench_suite(
     suite: Annotated[Path, typer.Argument(help="A suite, e.g. configs/bench/family.yaml.")],

@@ -57,6 +57,7 @@ ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["pretrain"] = {"data", "models", "runtime", "seeding"}
 ALLOWED["bench"] = {
     "algorithms",
+    "generative",
     "directions",
     "distillation",
     "inversion",
