@@ -88,12 +88,12 @@ def resume(
 
 @app.command()
 def describe(
-    algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing, or mine.py:Thing.")],
+    name: Annotated[str, typer.Argument(help="A name such as fedavg or oort, or mypkg.mine:Thing, or mine.py:Thing.")],
 ) -> None:
-    """What an algorithm is, its fields, and what its messages carry."""
+    """What an algorithm or a selector is, its fields, and what its messages carry."""
     from fldist.inspection import describe as show
 
-    typer.echo(show(algorithm))
+    typer.echo(show(name))
 
 
 @app.command()
