@@ -382,7 +382,7 @@ class Algorithm:
 
     def client_methods(self) -> dict[str, Callable[..., Any]]:
         """The client halves by name, in the order that both ends of the wire number them by."""
-        return dict(_client_methods(self))
+        return dict(client_methods(self))
 
 
 def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluation:
@@ -427,7 +427,8 @@ def decide(how: Evaluation, task: Task, algorithm: type[Algorithm]) -> Evaluatio
     return dataclasses.replace(how, where=where, split=split, model=model)
 
 
-def _client_methods(algorithm: Algorithm) -> Iterator[tuple[str, Callable[..., Any]]]:
-    for name in sorted(dir(type(algorithm))):
-        if getattr(getattr(type(algorithm), name, None), "_fldist_on_client", False):
-            yield name, getattr(algorithm, name)
+def client_methods(of: object) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The methods that are marked `@on_client`, by name, in alphabetical order."""
+    for name in sorted(dir(type(of))):
+        if getattr(getattr(type(of), name, None), "_fldist_on_client", False):
+            yield name, getattr(of, name)

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from fldist import clock, models, resolve
+from fldist import clock, devices, models, resolve
 from fldist.algorithm import Algorithm
 from fldist.clock import Clock
 from fldist.data import datasets, partition
@@ -30,6 +30,7 @@ from fldist.data.augment import Augment
 from fldist.data.datasets import Dataset
 from fldist.data.prepare import ClientSplit, Normalize, Preparation, Public, Subset
 from fldist.data.task import Build, Partition, Task, sample_type
+from fldist.devices import Devices, Fleet
 from fldist.fold import Integers
 from fldist.models.evaluate import Evaluation
 from fldist.models.train import LocalTraining
@@ -207,6 +208,7 @@ class Settings(Section):
     faults: Faults = Faults()
     stop: Stop = Stop()
     clock: Named = Component(name="measured")
+    devices: Named = Component(name="none")
     checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
@@ -383,7 +385,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def known_keys() -> list[str]:
-    """Every key that a configuration may have, dotted, the fields of all packaged algorithms included."""
+    """Every key that a configuration may have, dotted, the fields of all packaged algorithms and selectors included."""
     keys = list(_keys_of(Settings, ""))
     for name in resolve.modules_of("fldist.algorithms"):
         component = resolve.from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
@@ -396,9 +398,17 @@ def known_keys() -> list[str]:
         for name in table:
             thing = resolve.from_table(table, name, f"task.{section}.name")
             keys += [f"task.{section}.{f.name}" for f in dataclasses.fields(thing)]
+    for name in resolve.modules_of("fldist.selection"):
+        selector = resolve.from_package("fldist.selection", name, Selector, "selection.name")
+        hints = typing.get_type_hints(selector)
+        for f in dataclasses.fields(selector):
+            keys.append(f"selection.{f.name}")
+            if dataclasses.is_dataclass(hints[f.name]):
+                keys += _keys_of(hints[f.name], f"selection.{f.name}.")
     for name in clock.NAMES:
         thing = resolve.from_table(clock.NAMES, name, "clock.name")
         keys += [f"clock.{f.name}" for f in dataclasses.fields(thing)]
+    keys += [f"devices.{key}" for key in devices.known_fields()]
     return list(dict.fromkeys(keys))
 
 
@@ -455,10 +465,15 @@ def _explain(error: ValidationError, prefix: str = "") -> list[str]:
 
 
 _MEMBER = re.compile(r"\[|^MeanStd$|^constrained-")  # pydantic's names of a union's members
+_BY_CLIENT = "a number of at least 0 for all clients, a list with one a client, or {client: number}"
 UNIONS = {
     "normalize": "unit, symmetric, standard, or {mean: [...], std: [...]} with a number a channel",
     "etf_dim": "classes, least, or a whole number from 1 on",
     "bandwidths": "a list of positive numbers, or median",
+    "epoch_s": _BY_CLIENT,
+    "training_s": _BY_CLIENT,
+    "watts": _BY_CLIENT,
+    "credits": "a number of rounds for all tiers, a list with one a tier, or null for no limit",
 }
 """What is said of keys that take things of several forms."""
 
@@ -497,6 +512,12 @@ def _check(settings: Settings) -> None:
             f"stop.patience: {settings.stop.patience} scored rounds never come, since eval.every is 0; set it to 1 or "
             "more"
         )
+    for rule in ("simulated_seconds", "joules"):
+        limit = getattr(settings.stop, rule)
+        if limit is not None and settings.devices.name == "none":
+            raise ConfigError(
+                f"stop.{rule}: {limit:g} is never reached, since no devices are simulated; set devices=simulated"
+            )
     if settings.topology != "star":
         _check_together(settings)
     public = settings.task.public
@@ -570,6 +591,25 @@ def _clock(given: Component) -> Clock:
     return made
 
 
+def _fleet(settings: Settings) -> Fleet | None:
+    """The devices of the clients that the section `devices` names; None where nothing is simulated."""
+    given = settings.devices
+    made = _from_table(devices.NAMES, given, "devices")
+    if not isinstance(made, Devices):
+        raise ConfigError(
+            f"devices.name: {given.name!r} is no frozen dataclass that is a subclass of fldist.devices.Devices; make "
+            f"it one, or use {', '.join(devices.NAMES)}"
+        )
+    num_clients = settings.clients.num_clients
+    try:
+        fleet = made.fleet(num_clients, settings.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if fleet is not None and fleet.num_clients != num_clients:
+        raise ConfigError(f"devices.name: {given.name} gives {fleet.num_clients} devices for {num_clients} clients")
+    return fleet
+
+
 TriedBuild = Callable[..., nn.Module]
 """Makes a model from (shape, classes) and tries it on two blank samples, of the type `sample` (default float32)."""
 
@@ -581,6 +621,7 @@ class Components:
     algorithm: Algorithm
     selector: Selector
     clock: Clock
+    devices: Fleet | None
     partition: Partition
     load_data: Callable[[], Dataset]
     load_public: Callable[[], Dataset] | None
@@ -599,6 +640,7 @@ def components(settings: Settings) -> Components:
         make_algorithm(settings.algorithm),
         _component(kind, settings.selection, "selection"),
         _clock(settings.clock),
+        _fleet(settings),
         _from_table(partition.NAMES, section.partition, "task.partition"),
         _loader(section.data, "task.data"),
         _loader(public, "task.public.data") if public is not None else None,
@@ -696,5 +738,6 @@ def build(settings: Settings, device: torch.device = CPU) -> Job:
         faults=settings.faults,
         stop=settings.stop,
         clock=chosen.clock,
+        devices=chosen.devices,
         stages=settings.stages,
     )

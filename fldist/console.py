@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fldist.runtime.launch import find_world
 from fldist.runtime.stops import reason_text
-from fldist.units import bytes_text, seconds_text
+from fldist.units import bytes_text, joules_text, seconds_text
 
 
 class Progress:
@@ -61,6 +61,7 @@ class Progress:
             f"round {number:>{len(str(self._rounds))}}/{self._rounds}  {named}{scored}  "
             f"up {bytes_text(logical['up'])}  down {bytes_text(logical['down'])}  "
             f"{line['replied']}/{line['selected']} replies{hosts}  {seconds['total']:.2f} s ({split})"
+            + (f"  simulated {_cost(line['simulated'])}" if "simulated" in line else "")
             + (f"  ETA {seconds_text(left)}" if number < end else "")
             + (f" to the end of {stage}" if stage and number < end else ""),
             markup=False,
@@ -108,5 +109,13 @@ class Progress:
             self._console.print(f"{name} {shown}", markup=False)
         self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")
+        if result["simulated"]:
+            on = result["simulated"]
+            self._console.print(f"simulated {on['seconds']:,.1f} s and {on['joules']:,.1f} J on the clients' devices")
         self._console.print(f"state_hash {result['state_hash']}")
         self._console.print(f"results in {result['directory']}", markup=False)
+
+
+def _cost(simulated: dict[str, float]) -> str:
+    """What devices take, in words."""
+    return f"{seconds_text(simulated['seconds'])}, {joules_text(simulated['joules'])}"

@@ -43,6 +43,7 @@ from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
 from fldist.selection import ClientReport
 from fldist.sparse import Kept
+from fldist.units import bandwidth_text
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
 from fldist.wire.ledger import UNTRAINED_PHASES, costs
 from fldist.wire.network import VARIABLE, chosen_address, interfaces, is_loopback, reachable
@@ -120,6 +121,10 @@ def _field_text(field: Field) -> str:
 
 
 # ---- dry run
+_CLASSES = 6
+"""So many classes of power, and of the slowest devices, are shown."""
+
+
 @dataclasses.dataclass
 class Prediction:
     """Logical bytes of one round, by kind and direction, and what cannot be known before it runs."""
@@ -167,17 +172,21 @@ class _Tracer:
         self.unknown: list[str] = []
         self.at_most: set[str] = set()
         self.reports: dict[int, ClientReport] = {}
-        self._methods = {m.name: m for m in job.methods.values()}
+
+    @property
+    def called_s(self) -> float:
+        """No time is counted."""
+        return 0.0
 
     def call(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
     ) -> Replies:
-        spec = self._methods[method.__name__]
+        spec = method if isinstance(method, ClientMethod) else self.job.spec_of(method)
         phase = phase or self.default_phase or spec.phase
         replies: dict[str, Any] = {}
         up: list[dict[int, Any]] = []  # by field
@@ -295,11 +304,14 @@ def predict_stages(job: Job) -> list[tuple[Stage, Prediction]]:
     job.algorithm.check_server(job.task)
     with forked(job.seed, "init_server"):
         view = ServerView(job, job.algorithm.init_server(job.task))
+    clients = ClientsView(job, tracer)
     object.__setattr__(view, "data", _Untrained(job.task, Streams(job.seed, 1, -1)))
     object.__setattr__(view, "predicting", True)
+    clients.choice.begin(view)
     try:
         with forked(job.seed, "setup"):
-            job.algorithm.setup(view, ClientsView(job, tracer))
+            job.algorithm.setup(view, clients)
+            clients.choice.setup(view)
     except _UnknownSize:
         tracer.unknown[-1] = f"setup: {tracer.unknown[-1]}; the round is predicted as if the setup had decided nothing"
     except Exception as error:  # replies that were made up may lead nowhere
@@ -326,7 +338,7 @@ def _predict(
     """
     view.enter(number, job.seed)
     clients = ClientsView(job, tracer)
-    clients.enter(number)
+    clients.enter(view)
     after = view.state.copy()
     try:
         stage.step(view, clients)
@@ -356,7 +368,7 @@ def _later(job: Job, view: ServerView, stage: Stage, number: int) -> dict[str, d
     tracer = _Tracer(job)
     clients = ClientsView(job, tracer)
     view.enter(number + 1, job.seed)
-    clients.enter(number + 1)
+    clients.enter(view)
     try:
         stage.step(view, clients)
         for name in _new_every_round(job, view, stage.step, number) if tracer.versions else ():
@@ -376,7 +388,7 @@ def _new_every_round(job: Job, view: ServerView, step: Callable[[Any, Any], None
         tracer = _Tracer(job)
         clients = ClientsView(job, tracer)
         view.enter(number, job.seed)
-        clients.enter(number)
+        clients.enter(view)
         step(view, clients)
         seen.append(tracer.versions)
     return [name for name in seen[0] if seen[1].get(name) not in (None, seen[0][name])]
@@ -402,6 +414,7 @@ def dry_run(settings: Settings, nproc: int) -> str:
         when = "for the whole run" if job.algorithm.stateful else "if all were selected; placed anew each round"
         lines.append(f"rank {rank}: {len(mine)} clients, {rows} samples ({when}): {shown}")
     lines += _who_has_which(job.task) if settings.clients.models else []
+    lines += _devices_lines(job)
     predicted = predict_stages(job)
     first = predicted[0][1]
     guess = "; an estimate, since replies to the setup decide what is sent" if first.before else ""
@@ -433,6 +446,34 @@ def dry_run(settings: Settings, nproc: int) -> str:
         at = f"stage {stage.name}: " if several else ""
         lines += [f"  not predictable: {at}{text}" for text in prediction.unknown]
     return "\n".join(lines)
+
+
+def _devices_lines(job: Job) -> list[str]:
+    """The clients' devices, where they are simulated."""
+    fleet = job.devices
+    if fleet is None:
+        return []
+    epochs = job.task.local.epochs
+    seconds, joules = fleet.profile(epochs)
+    link = {"shared": "shared by the clients of a call", "separate": "one a client", "published": "as Plato shares it"}
+    lines = ["", f"simulated devices: {bandwidth_text(fleet.bandwidth)} in each direction, {link[fleet.link]}"]
+    what = f"a training of {epochs} epoch{'s' if epochs > 1 else ''}"
+    for name, values in (("seconds", seconds), ("joules", joules)):
+        least, middle, most = np.percentile(list(values.values()), [0, 50, 100])
+        lines.append(f"  {name} of {what}: {least:.4g} to {most:.4g}, median {middle:.4g}")
+    classes = sorted(set(fleet.watts))
+    shown = [f"{watts:g} W: {_clients(fleet.watts.count(watts))}" for watts in classes[:_CLASSES]]
+    more = f" and {len(classes) - _CLASSES} more classes" if len(classes) > _CLASSES else ""
+    lines.append(f"  {', '.join(shown)}{more}; radio {fleet.radio_watts:g} W")
+    if fleet.sleeps:
+        lines.append("  hosts sleep after each epoch, and training is measured: what is said of it is a guess")
+    slowest = sorted(seconds, key=lambda client: (-seconds[client], client))[:_CLASSES]
+    lines.append(f"  slowest: {', '.join(f'client {c} ({seconds[c]:.4g} s)' for c in slowest)}")
+    return lines
+
+
+def _clients(count: int) -> str:
+    return "1 client" if count == 1 else f"{count} clients"
 
 
 def _round_lines(prediction: Prediction) -> list[str]:

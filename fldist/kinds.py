@@ -206,6 +206,11 @@ def reply_schema(method: Callable[..., Any]) -> Schema:
     reply = reply_type(method)
     if reply is None:
         return Schema(())
+    return reply_fields(reply)
+
+
+def reply_fields(reply: type[tuple[Any, ...]]) -> Schema:
+    """The fields of a NamedTuple of kinds."""
     hints = typing.get_type_hints(reply, include_extras=True)
     return Schema(tuple(_field(reply.__qualname__, n, hints[n]) for n in reply._fields))  # type: ignore[attr-defined]
 

@@ -97,7 +97,7 @@ class _Cohort:
         """Call a client half of the base under the name that it has in `OnTop.client_methods`."""
         watch, on_top = self._watch, self._watch.on_top
         mine = on_top.client_methods()[method.__name__]
-        if not _trains(mine):
+        if not trains(mine):
             return self._cohort.call(mine, fold=fold, phase=phase, **arguments)
         x, mean = arguments["x"], dict(fold or {}).get("y")
         if not isinstance(x, Params) or not isinstance(mean, Mean):
@@ -111,10 +111,7 @@ class _Cohort:
         got = self._cohort.call(mine, fold=fold, phase=phase, **arguments)
         if watch.keeps and watch.server.predicting:
             ys = dict.fromkeys(got.clients, x)
-        numbers = [f.name for f in reply_schema(mine).fields if f.kind is Kind.SCALARS]
-        for k, y in ys.items():
-            reply = types.SimpleNamespace(y=y, **{name: getattr(got, name)[k] for name in numbers})
-            watch.models[k] = on_top.base.local_model(watch.server.task, x, reply)
+        watch.models.update(models_of(on_top.base, watch.server.task, mine, x, ys, got))
         watch.members = sorted({*watch.members, *got.clients})
         return got
 
@@ -129,8 +126,8 @@ class OnTop(Algorithm):
         """Refuse a base whose clients do not send whole models that they have trained from one that they were sent."""
         base, who = self.base, type(self.base).__name__
         base.check(task)
-        trains = any(_trains(method) for method in base.client_methods().values())
-        if not trains or not base.has_global_model or base.heterogeneous or isinstance(base, OnTop):
+        training = any(trains(method) for method in base.client_methods().values())
+        if not training or not base.has_global_model or base.heterogeneous or isinstance(base, OnTop):
             raise ValueError(
                 f"algorithm.base: clients of {who} do not send the server whole models y that they have trained from "
                 "its x; use fedavg, fedprox, scaffold, fednova or moon"
@@ -150,6 +147,10 @@ class OnTop(Algorithm):
         """The base's."""
         return self.base.summary(server, books)
 
+    def local_model(self, task: Task, x: Params, reply: Any) -> Params:
+        """The base's."""
+        return self.base.local_model(task, x, reply)
+
     def client_methods(self) -> dict[str, Callable[..., Any]]:
         """This algorithm's own client halves, and the base's in its name."""
         own = super().client_methods()
@@ -157,14 +158,14 @@ class OnTop(Algorithm):
 
     def _of_base(self, method: Any) -> Callable[..., Any]:
         """A client half of the base, between `before_training` and `after_training` if it is one that trains."""
-        half, trains = method.__func__, _trains(method)
+        half, training = method.__func__, trains(method)
 
         @functools.wraps(half)
         def run(this: OnTop, me: Me, data: ClientData, **arguments: Any) -> Any:
-            if trains:
+            if training:
                 this.before_training(me, data)
             reply = half(this.base, me, data, **arguments)
-            if trains:
+            if training:
                 this.after_training(me, data, this.base.local_model(data.task, arguments["x"], reply))
             return reply
 
@@ -185,7 +186,22 @@ class OnTop(Algorithm):
         return watched
 
 
-def _trains(method: Callable[..., Any]) -> bool:
+def models_of(
+    algorithm: Algorithm, task: Task, method: Callable[..., Any], x: Params, ys: Mapping[int, Params], got: Replies
+) -> dict[int, Params]:
+    """By client: the model that it has trained from x, of its reply to a client half that trains.
+
+    ys: what the mean of the replies' y was of; got: the replies.
+    """
+    numbers = [f.name for f in reply_schema(method).fields if f.kind is Kind.SCALARS]
+    models = {}
+    for k, y in ys.items():
+        reply = types.SimpleNamespace(y=y, **{name: getattr(got, name)[k] for name in numbers})
+        models[k] = algorithm.local_model(task, x, reply)
+    return models
+
+
+def trains(method: Callable[..., Any]) -> bool:
     """Whether a client half is sent a whole model x and answers with one, y."""
 
     def whole(schema: Schema, name: str) -> bool:

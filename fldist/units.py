@@ -28,6 +28,15 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def joules_text(joules: float) -> str:
+    """Joules in decimal units."""
+    for unit in ("J", "kJ", "MJ"):
+        if joules < 1000:
+            return f"{joules:.3g} {unit}"
+        joules /= 1000
+    return f"{joules:.4g} GJ"
+
+
 def to_bytes(value: Any) -> int:
     """`1500000`, `1.5 MB` or `2GiB` in bytes; ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -39,3 +48,29 @@ def to_bytes(value: Any) -> int:
     if not math.isfinite(count):
         raise ValueError("it must be a number of bytes, such as 1500000 or 1.5 MB; this one is too large")
     return round(count)
+
+
+_BITS = {"": 1, "bit/s": 1, "kbit/s": 10**3, "Mbit/s": 10**6, "Gbit/s": 10**9, "kbps": 10**3, "Mbps": 10**6}
+_BITS |= {"bps": 1, "Gbps": 10**9}
+
+
+def to_bits_per_second(value: Any) -> float:
+    """`100000000`, `100 Mbit/s` or `1 Gbps` in bits per second; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("it must be a number of bits per second, such as 100000000 or 100 Mbit/s")
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE]\+?[0-9]+)?)\s*([a-zA-Z/]*)\s*", str(value))
+    if match is None or match[2] not in _BITS:
+        raise ValueError(
+            "it must be a number of bits per second, such as 100000000 or 100 Mbit/s (units: bit/s, kbit/s, Mbit/s, "
+            "Gbit/s, and bps, kbps, Mbps, Gbps)"
+        )
+    return float(match[1]) * _BITS[match[2]]
+
+
+def bandwidth_text(bits: float) -> str:
+    """Bits per second in decimal units."""
+    for unit in ("bit/s", "kbit/s", "Mbit/s"):
+        if bits < 1000:
+            return f"{bits:.4g} {unit}"
+        bits /= 1000
+    return f"{bits:.4g} Gbit/s"

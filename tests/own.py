@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fldist.algorithm import Algorithm, Clients, Me, Server, Stage, State, on_client
@@ -271,7 +271,7 @@ class ByReports(Selector):
 
     wants_reports: ClassVar[bool] = True
 
-    def select(self, candidates: Candidates, rng: Generator) -> list[int]:
+    def select(self, state: State, candidates: Candidates) -> list[int]:
         def key(client: int) -> tuple[int, int]:
             report = candidates.reports.get(client)
             return (int(report.loss * 1e6) % 97 if report is not None else -1, client)

@@ -793,7 +793,7 @@ class Fixed(Selector):
 
     TURNS: ClassVar = ([0, 1], [1, 2], [3, 4])
 
-    def select(self, candidates, rng):
+    def select(self, state, candidates):
         self.told.append((candidates, dict(candidates.reports)))
         return self.TURNS[len(self.told) - 1]
 

@@ -18,6 +18,7 @@ from fldist.data.partition import (
     Classes,
     Dirichlet,
     DirichletClient,
+    DirichletEqual,
     DirichletMin,
     Equal,
     FeatureNoise,
@@ -483,6 +484,48 @@ def test_dirichlet_min_with_a_huge_alpha_gives_nearly_equal_shares():
     assert np.all(abs(got - np.array(counts) / 5) <= 1.01)
 
 
+# ---- dirichlet_equal
+@pytest.mark.parametrize(("counts", "num_clients", "size"), [([20, 30, 10], 4, 7), ([5, 5], 2, 5), ([9], 3, 2)])
+def test_dirichlet_equal_takes_rows_by_their_clocks(counts, num_clients, size):
+    labels = labels_of(counts)
+    parts = DirichletEqual(size, alpha=0.4).split(labels, num_clients, np.random.default_rng(5))
+    rng = np.random.default_rng(5)
+    left = [rng.permutation(rows).tolist() for rows in rows_by_class(labels)]
+    for part in parts:
+        p = rng.dirichlet([0.4] * len(counts))
+        spans = rng.exponential(size=(len(counts), size))
+        clocks = []
+        for c, rows in enumerate(left):
+            now = 0.0
+            for j in range(min(size, len(rows))):
+                now += spans[c, j] / ((len(rows) - j) * p[c])
+                clocks.append((now, c))
+        taken = []
+        for _, c in sorted(clocks)[:size]:
+            taken.append(left[c].pop(0))
+        assert part.tolist() == sorted(taken)
+    assert_no_row_twice(parts, len(labels))
+
+
+def test_dirichlet_equal_follows_its_mixtures():
+    """Of a class with share p among plenty of rows a client has about p size rows."""
+    labels = labels_of([5000] * 4)
+    parts = DirichletEqual(200, alpha=0.5).split(labels, 3, np.random.default_rng(2))
+    rng = np.random.default_rng(2)
+    for _ in range(4):
+        rng.permutation(5000)
+    for part in parts:
+        p = rng.dirichlet([0.5] * 4)
+        rng.exponential(size=(4, 200))
+        assert np.bincount(labels[part], minlength=4) / 200 == pytest.approx(p, abs=0.12)
+    few = DirichletEqual(5, alpha=1e-3).split(labels_of([5, 5]), 2, np.random.default_rng(0))  # mixtures of one class
+    assert sorted(len(part) for part in few) == [5, 5]
+    with pytest.raises(
+        ValueError, match=r"^task\.partition\.size: 6 rows for each of 2 clients are 12, but there are 10"
+    ):
+        DirichletEqual(6).split(labels_of([5, 5]), 2, NoDraws())
+
+
 # ---- dirichlet_client
 def dirichlet_client_by_hand(labels, num_clients, alpha, rng):
     names = sorted(set(labels.tolist()))
@@ -931,6 +974,7 @@ EXAMPLES = {
     "dirichlet": {"alpha": 0.3},
     "dirichlet_min": {"min_size": 2},
     "dirichlet_client": {"alpha": 0.3},
+    "dirichlet_equal": {"size": 5, "alpha": 0.3},
     "classes": {"per_client": 2},
     "mixed": {"alpha": 2.0, "min_size": 2},
     "shards": {"per_client": 2},
@@ -965,7 +1009,7 @@ def test_one_client_of_all_rows_or_of_those_its_law_gives_it(name):
     parts = made(name, **EXAMPLES[name]).split(labels, 1, np.random.default_rng(0))
     assert len(parts) == 1
     assert_no_row_twice(parts, 50)
-    fewer = {"unbalanced": range(47, 50), "equal": [5], "dirichlet_client": range(51)}
+    fewer = {"unbalanced": range(47, 50), "equal": [5], "dirichlet_equal": [5], "dirichlet_client": range(51)}
     assert len(parts[0]) in fewer.get(name, [50])
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import fldist
+from fldist import blocks
 from fldist.algorithm import State
 from fldist.config import ConfigError, load, load_resumed
 from fldist.console import Progress
@@ -112,6 +113,14 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert type(back["flags"][0]) is bool
     assert math.copysign(1.0, back["flags"][4]) == -1.0
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_comes_back_lies_as_what_was_made_does(tmp_path: Path) -> None:
+    """Where a tensor's memory begins decides in which order a product's sums are made: a run that goes on needs it."""
+    sizes = [1, 3, 7, 70, 701, 300_001]
+    write_state(tmp_path / "s", {str(n): torch.arange(float(n)) for n in sizes}, {})
+    back, _ = read_state(tmp_path / "s")
+    assert [back[str(n)].data_ptr() % blocks.ALIGNMENT for n in sizes] == [0] * len(sizes)
 
 
 def test_a_file_that_is_cut_or_changed_anywhere_is_noticed(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": {"blocks", "params"},
     "data": {"clock", "models", "params", "pruning", "seeding", "vision"},
     "algorithm": {"clock", "data", "fold", "kinds", "models", "params", "seeding"},
-    "selection": set(),
+    "selection": {"algorithm", "data", "fold", "kinds", "models", "params", "resolve", "seeding"},
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
     "generative": {"blocks", "seeding"},
@@ -42,8 +42,13 @@ ALLOWED: dict[str, set[str]] = {
     "masked": {"algorithm", "data", "fold", "kinds", "params", "pruning", "sparse"},
     "runtime": {"wire", "algorithm", "data", "models", "selection", "fold", "kinds", "lines", "params", "seeding", ""},
 }
+ALLOWED["selection"] |= {"blocks", "generative", "q_learning", "scoring"}
+ALLOWED["q_learning"] = {"algorithm"}
+ALLOWED["generative"] = {"seeding"}
+ALLOWED["scoring"] = {"algorithm", "selection"}
+ALLOWED["devices"] = {"resolve", "seeding", "units"}
 ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}
-ALLOWED["runtime"] |= {"blocks", "clock", "sparse", "units"}
+ALLOWED["runtime"] |= {"blocks", "clock", "devices", "on_top", "sparse", "units"}
 ALLOWED["config"] = {"runtime", "resolve", *ALLOWED["runtime"]}
 ALLOWED["trackers"] = {"runtime"}
 ALLOWED["runner"] = {"config", "console", "trackers", *ALLOWED["config"]}
@@ -52,6 +57,7 @@ ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["pretrain"] = {"data", "models", "runtime", "seeding"}
 ALLOWED["bench"] = {
     "algorithms",
+    "generative",
     "directions",
     "distillation",
     "inversion",

@@ -45,10 +45,10 @@ class Trained:
     params: the trained model, in the layout of the model that was given; whole: all of it, what does not travel
     included; steps: optimizer steps made, T_i;
     lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
-    last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
-    (0 unless the selector wants reports); outputs: what the model gave for each batch of the last epoch before its
-    step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without `eval.own`); progress:
-    to go on; architecture: of the model, where it is not the client's own.
+    last epoch; squares: sum over the samples of the first epoch, or of all epochs, of their squared cross-entropy
+    before their step (0 unless the selector wants reports); outputs: what the model gave for each batch of the last
+    epoch before its step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without
+    `eval.own`); progress: to go on; architecture: of the model, where it is not the client's own.
     """
 
     params: Params
@@ -81,11 +81,18 @@ class _Plan:
     beside: Sequence[Network]
 
 
+class FirstEpoch(Exception):
+    """A training that was only to be begun has had its first epoch."""
+
+
 class ClientData:
     """One client's samples and services during one call.
 
-    sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
-    that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide.
+    sent: the weights that it was sent last; reports: of which epochs `squares` of a training are wanted, if any; own:
+    whether the model that it has trained is to be scored, and its outputs are wanted; clock: where durations come from
+    that decide; begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in
+    `trained`; begun: such a one, which the first training goes on with; pause: gets every epoch's length in passes over
+    the samples, when it is over (devices that are slower).
     """
 
     def __init__(
@@ -95,9 +102,12 @@ class ClientData:
         streams: Streams,
         *,
         sent: Params | None = None,
-        reports: bool = False,
+        reports: Literal["first", "all"] | None = None,
         own: bool = False,
         clock: Clock | None = None,
+        begins: bool = False,
+        begun: Trained | None = None,
+        pause: Callable[[float], None] | None = None,
     ) -> None:
         self.task = task
         self.client = client
@@ -106,8 +116,12 @@ class ClientData:
         self.clock = clock or Measured()
         self.trained: Trained | None = None
         self.own_model: Params | None = None  # as the last training left it, whatever is done to its outcome
+        self.epochs = 0.0  # that `train` has run, those of `steps` in passes over the samples
+        self._pause = pause
         self._reports = reports
         self._own = own
+        self._begins = begins
+        self._begun = begun
         self._unit: tuple[Tensor, Tensor] | None = None
         self._normal: Tensor | None = None
 
@@ -264,6 +278,15 @@ class ClientData:
         if epochs is None:
             epochs = local.epochs if steps is None else 1
         start = start.to(self.device)
+        whole = epochs
+        if self._begins or self._begun is not None:
+            if beside or compact or resume_from is not None:
+                raise ValueError(
+                    "selection.name: this selector has clients begin their training before it chooses among them, and "
+                    "this algorithm's training cannot be begun (beside, compact or resumed); use another selector"
+                )
+            resume_from, self._begun = self._begun, None
+            epochs = 1 if self._begins else epochs
         plan = _Plan(
             epochs,
             self.order(steps=steps) if resume_from is None else resume_from.progress.order,
@@ -274,7 +297,7 @@ class ClientData:
             local.clip if clip is None else clip,
             before_step,
             after_step,
-            max(epochs, schedule_over or 0),
+            max(whole, schedule_over or 0),
             beside,
         )
         if beside and resume_from is not None:
@@ -291,6 +314,8 @@ class ClientData:
                 network.params.trainable.floats.mul_(plan.keep)
             trained = self._train(network, start, plan, resume_from)
         trained.architecture = architecture
+        if self._begins:
+            raise FirstEpoch
         return trained
 
     def _train_compacted(
@@ -331,9 +356,19 @@ class ClientData:
         watched = _Outputs(resume_from)
         cumulative = self.task.evaluation.cumulative_train
 
+        drawn = 0 if resume_from is None else resume_from.progress.samples
+
+        def after_epoch(progress: Progress) -> None:
+            nonlocal drawn
+            passes = 1.0 if progress.order.steps is None else (progress.samples - drawn) / max(1, self.n)
+            drawn = progress.samples
+            self.epochs += passes
+            if self._pause is not None:
+                self._pause(passes)
+
         def before_epoch(number: int) -> None:
             nonlocal lr
-            watched.sums = self._reports and number == 0
+            watched.sums = self._reports == "all" or (self._reports == "first" and number == 0)
             watched.keeps = self._own and (cumulative or number == epochs - 1)
             if not cumulative:
                 watched.kept.clear()
@@ -374,7 +409,7 @@ class ClientData:
 
         touched = bool(plan.proximal) or any(hook is not None for hook in (keep, plan.before_step))
         hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
-        with watched.watching(network.module, self._reports or self._own):
+        with watched.watching(network.module, self._reports is not None or self._own):
             progress = train(
                 [network, *plan.beside],
                 step_loss,
@@ -385,6 +420,7 @@ class ClientData:
                 before_epoch=before_epoch,
                 before_step=before_step if touched else None,
                 after_step=after_step if hooked else None,
+                after_epoch=after_epoch,
                 resume_from=resume_from.progress if resume_from else None,
             )
         part = start.layout

@@ -24,6 +24,7 @@ NAMES = {
     "dirichlet": "fldist.data.partition:Dirichlet",
     "dirichlet_min": "fldist.data.partition:DirichletMin",
     "dirichlet_client": "fldist.data.partition:DirichletClient",
+    "dirichlet_equal": "fldist.data.partition:DirichletEqual",
     "classes": "fldist.data.partition:Classes",
     "mixed": "fldist.data.partition:Mixed",
     "shards": "fldist.data.partition:Shards",
@@ -304,6 +305,50 @@ class DirichletClient:
             if not short.any():
                 return counts
         return None
+
+
+@dataclass(frozen=True)
+class DirichletEqual:
+    """Label skew in parts of one size: client k draws p ~ Dirichlet(alpha 1) and takes `size` rows by it.
+
+    Client after client takes rows that nobody has yet, one after the other without replacement, a row of class c with
+    probability in proportion to p_c. All other rows are left out.
+
+    Source: the sampler of Plato (Li et al., https://github.com/TL-System/plato), by which clients may have rows in
+    common; here they have none.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    size: Count
+    alpha: Alpha = 1.0
+
+    def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
+        """labels [n] -> K arrays of row numbers, each ascending."""
+        n, wanted = len(labels), num_clients * self.size
+        if wanted > n:
+            raise ValueError(
+                f"task.partition.size: {self.size} rows for each of {num_clients} clients are {wanted}, but "
+                f"there are {n}; lower size or clients.num_clients"
+            )
+        classes = [rng.permutation(rows) for rows in rows_by_class(labels)]
+        left = np.array([len(rows) for rows in classes])
+        owner = np.full(n, -1)
+        for client in range(num_clients):
+            p = rng.dirichlet(np.full(len(left), self.alpha))
+            # A row comes at its exponential clock of rate p_c; of m left in a class the next comes after a time of rate
+            # m p_c. In logarithms, since p_c may be 1e-300, or 0.
+            spans = rng.exponential(size=(len(left), self.size))
+            there = np.maximum(left[:, None] - np.arange(self.size), 0)
+            with np.errstate(divide="ignore"):
+                clocks = np.log(np.cumsum(spans / np.maximum(there, 1), axis=1)) - np.log(p)[:, None]
+            clocks[there == 0] = np.nan  # sorts last: there is no such row
+            first = np.argsort(clocks, axis=None, kind="stable")[: self.size]
+            for c, count in enumerate(np.bincount(first // self.size, minlength=len(left)).tolist()):
+                start = len(classes[c]) - left[c]
+                owner[classes[c][start : start + count]] = client
+                left[c] -= count
+        return _parts(owner, num_clients)
 
 
 # ---- a few classes a client

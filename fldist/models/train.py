@@ -225,6 +225,7 @@ def train(
     before_epoch: Callable[[int], None] | None = None,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
+    after_epoch: Callable[[Progress], None] | None = None,
     resume_from: Progress | None = None,
 ) -> Progress:
     """Run epochs of: zero gradients, loss of a batch, backward, clip, optimizer steps.
@@ -233,6 +234,7 @@ def train(
     scalar loss (mean over the batch). clip: largest norm of the gradient of all networks together, or one number
     for each network; 0 clips nothing. before_epoch: gets the epoch's number from 0 (schedules). before_step:
     after backward and before clipping (add to or mask gradients). after_step: after the optimizers (drift, masks).
+    after_epoch: gets how far it came.
     epochs: the total, counted from the beginning also when resumed. resume_from: a former call's progress, whose
     optimizers and order go on where they stopped; the arguments `optimizers` and `order` are then not used.
     """
@@ -274,6 +276,8 @@ def train(
             progress.losses.append(float(values @ torch.tensor(counts, dtype=torch.float64)) / sum(counts))
         else:
             progress.losses.append(float("nan"))
+        if after_epoch is not None:
+            after_epoch(progress)
     return progress
 
 

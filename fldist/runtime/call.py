@@ -39,6 +39,8 @@ class Call:
     folded: list[Booked] = field(default_factory=list)  # replies that were accepted
     first: dict[int, int] = field(default_factory=dict)  # by host: the first client it was given
     posted: dict[int, int] = field(default_factory=dict)  # client -> when its message was handed to the link, in ns
+    down: dict[int, int] = field(default_factory=dict)  # client -> logical bytes of its message
+    up: dict[int, int] = field(default_factory=dict)  # and of its reply
 
     @property
     def open(self) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fldist.algorithm import TooFewReplies
+from fldist.devices import Cost
 from fldist.fold import FixedPoint, Fold, NoWeight
 from fldist.kinds import Form
 from fldist.params import Params
@@ -46,6 +47,7 @@ _LARGE = (Params, Tensor, dict, Kept)
 """Arguments that may be large."""
 
 
+_NOTHING = ClientReport(0.0, 0.0, 0.0, 0.0, 0.0)
 NOT_WAITED_FOR = "not waited for: too many others are missing"
 
 
@@ -60,9 +62,12 @@ class RoundFacts:
     called: set[int] = field(default_factory=set)
     replied: set[int] = field(default_factory=set)
     missing: dict[int, str] = field(default_factory=dict)
+    unanswered: dict[int, str] = field(default_factory=dict)  # why no answer came of a call of the selector's
+    reports: dict[int, ClientReport] = field(default_factory=dict)  # by client; of several calls the seconds are added
     own: dict[int, Tensor] = field(default_factory=dict)  # by client: what it told of its last training, see `job.OWN`
     compute_s: dict[int, float] = field(default_factory=dict)  # by rank
     wire_s: dict[int, float] = field(default_factory=dict)  # by rank
+    simulated: Cost = field(default_factory=Cost)  # of its calls, one after the other, where devices are simulated
     encoded: list[tuple[float, float]] = field(default_factory=list)  # from when to when the server packed and folded
     calls: list[tuple[float, float]] = field(default_factory=list)  # from when to when it was in calls
     began_s: float = field(default_factory=time.monotonic)
@@ -110,7 +115,6 @@ class Caller:
         self.facts = RoundFacts()
         self.reports: dict[int, ClientReport] = {}
         self._told: dict[int, ClientReport] = {}  # this round's reports
-        self._methods = {m.name: m for m in job.methods.values()}
         self.worked: set[str] = set()  # methods that some client has answered
         self._key = (0, 0)
         self._stage = 0
@@ -249,11 +253,16 @@ class Caller:
             frame.note["verdicts"] = verdicts
         return self.link.post(rank, frame)
 
+    @property
+    def called_s(self) -> float:
+        """Seconds of this round's calls so far."""
+        return self.facts.calls_s
+
     # ---- calls
     def call(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
@@ -268,12 +277,12 @@ class Caller:
     def _make(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],
     ) -> Replies:
-        spec = self._method(method)
+        spec = method if isinstance(method, ClientMethod) else self.job.spec_of(method)
         phase = phase or self._default_phase or spec.phase
         self._call += 1
         self._phases[(*self._key, self._call)] = phase
@@ -292,12 +301,15 @@ class Caller:
                     self._sizes[spec.name, name] = as_sent.nbytes if as_sent is not None else accumulator.nbytes
         self._send(running, sorted(ids))
         self.facts.encoded.append((began, time.monotonic()))
-        needed = self._faults.needed(len(ids))
+        needed = (self._faults if spec.of == "algorithm" else Faults()).needed(len(ids))
         self._wait(running, most_missing=len(ids) - needed if self.job.topology == "star" else len(ids))
         self._gather(running)
-        self.facts.missing.update(running.missing)
         replied = sorted(running.replied)
-        self.facts.replied.update(replied)
+        if spec.of == "algorithm":
+            self.facts.missing.update(running.missing)
+            self.facts.replied.update(replied)
+        else:  # it changes no state, and whoever answers is enough
+            self.facts.unanswered.update(running.missing)
         if len(replied) < needed:
             errors = [r for r in running.missing.values() if r.startswith("error") and UNKEPT not in r]
             if errors and len(errors) == len(ids) and spec.name not in self.worked:
@@ -314,21 +326,38 @@ class Caller:
         self.facts.encoded.append((began, time.monotonic()))
         self.facts.own.update({c: row for c, row in values.pop(OWN.name, {}).items() if row is not None})
         replies = Replies(values, replied, running.missing, running.seconds)
+        self._simulate(running, len(ids), replies.reports, values["epoch_s"] if spec.of == "probe" else {})
+        if spec.of != "algorithm" or not self.job.selector.wants_reports:
+            return replies
         for client, report in replies.reports.items():
             # a call that did not train tells less
             if not math.isnan(report.loss) or (client not in self.reports and client not in self._told):
-                self._told[client] = report
+                before = self.facts.reports.get(client, _NOTHING)
+                seconds, joules = before.seconds + report.seconds, before.joules + report.joules
+                self._told[client] = report._replace(seconds=seconds, joules=joules)
+                self.facts.reports[client] = self._told[client]
         return replies
 
-    def _method(self, method: Callable[..., Any]) -> ClientMethod:
-        name = getattr(method, "__name__", repr(method))
-        if name not in self._methods or getattr(method, "__self__", None) is not self.job.algorithm:
-            raise ValueError(f"{name} is not a client method of this algorithm; mark it with @on_client")
-        return self._methods[name]
+    def _simulate(self, running: Call, called: int, reports: Mapping[int, ClientReport], probed: Any) -> None:
+        """Count what a call has taken on the clients' devices; scoring takes nothing. probed: by client, of a probe."""
+        devices = self.job.devices
+        if devices is None or running.phase == "evaluate":
+            return
+        training_s = {client: reports[client].seconds if client in reports else 0.0 for client in running.replied}
+        training_s.update(probed)
+        for client, seconds in training_s.items():
+            if not 0 <= seconds < math.inf:
+                log.warning(
+                    "round %d: client %d reports %s s of training; none is counted", self._key[0], client, seconds
+                )
+                training_s[client] = 0.0
+        cost = devices.call(training_s, running.down, running.up, called, self.job.per_round)
+        self.facts.simulated = self.facts.simulated.plus(cost)
 
     def _send(self, running: Call, ids: list[int]) -> None:
         """Give every host its clients of the call, or the first of them."""
-        self.facts.called.update(ids)
+        if running.spec.of == "algorithm":
+            self.facts.called.update(ids)
         new = self.placement.new(ids)
         placed = self.placement.place(ids) if self.placement.alive else {}
         able = [rank for rank in self.placement.alive if not self._busy(rank)]
@@ -431,6 +460,7 @@ class Caller:
         running.first.setdefault(rank, clients[0])
         self.once.sent(rank, running.spec.name, running.once, booked)
         self._posted[frame.head.seq] = booked
+        running.down.update({b.client: b.logical_bytes for b in booked})
         running.outstanding.update(dict.fromkeys(clients, rank))
         running.posted.update(dict.fromkeys(clients, ready_ns))
 
@@ -526,7 +556,8 @@ class Caller:
     def _miss(self, running: Call, client: int, reason: str) -> None:
         running.outstanding.pop(client, None)
         running.missing[client] = reason
-        self._broken.add(client)
+        if running.spec.of == "algorithm":
+            self._broken.add(client)
 
     def take_aside(self, event: Event) -> None:
         """Take an event that no call waits for: an acknowledgement, a lost or joined host, a late reply."""
@@ -623,10 +654,11 @@ class Caller:
                 continue
             booked.settle("delivered", event.done_ns)
             running.folded.append(booked)
+            running.up[client] = booked.logical_bytes
             running.outstanding.pop(client)
             running.replied.add(client)
             running.seconds[client] = seconds
-            if client not in self._broken:
+            if client not in self._broken and running.spec.of == "algorithm":
                 self._accepted[client] = self._accepted.get(client, 0) + 1
                 if client in wrote:
                     self._wrote[client] = version_of(frame.head)

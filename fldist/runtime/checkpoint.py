@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fldist import blocks
 from fldist.algorithm import State
 from fldist.data.cache import sync
 from fldist.params import Layout, Params, Slot
@@ -67,12 +68,14 @@ def write_state(path: Path, values: Mapping[str, Any], facts: Mapping[str, Any],
 def read_state(path: Path, layouts: Iterable[Layout] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values and facts of a file; Damaged says why they cannot be had, FileNotFoundError that there is none.
 
-    layouts: those already known; equal ones are taken from here, so that a comparison of Params costs nothing.
+    layouts: those already known; equal ones are taken from here, so that a comparison of Params costs nothing. Every
+    tensor lies in memory of its own that begins at a multiple of `blocks.ALIGNMENT`.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # at a block's boundary, as they were made: where memory begins decides the order of sums, and so bits
+            tensors = {name: blocks.copy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
         text = metadata["about"]
         if f"{_crc(text, tensors):08x}" != metadata["crc"]:
             raise Damaged(f"{path} is damaged: its checksum is wrong")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fldist.fold import Fold
-from fldist.runtime.job import REPORT
+from fldist.runtime.job import REPORT, ClientMethod
 from fldist.selection import ClientReport
 
 
@@ -42,10 +42,14 @@ class CallsClients(Protocol):
     reports: dict[int, ClientReport]
     """The latest report of every client that has given one, where the selector wants reports."""
 
+    @property
+    def called_s(self) -> float:
+        """Seconds of this round's calls so far."""
+
     def call(
         self,
         ids: Sequence[int],
-        method: Callable[..., Any],
+        method: Callable[..., Any] | ClientMethod,
         fold: dict[str, Fold],
         phase: str | None,
         arguments: dict[str, Any],

@@ -7,23 +7,25 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fldist.algorithm import State
-from fldist.data.client_data import ClientData
+from fldist.data.client_data import ClientData, FirstEpoch, Trained
 from fldist.kinds import HELD, Form, Kind
 from fldist.models.evaluate import evaluate, warm_up_metrics
 from fldist.models.train import warm_up
 from fldist.params import Layout, Params
 from fldist.runtime.checkpoint import Damaged
 from fldist.runtime.folding import Folds, folds_told, most_folded, unpacked
-from fldist.runtime.job import ClientMethod, Job
+from fldist.runtime.job import ClientMethod, Job, Probed
 from fldist.runtime.once import OnceValues, named
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
-from fldist.seeding import Streams, forked, preserved, reseed
+from fldist.seeding import Streams, derive, forked, preserved, reseed
+from fldist.selection import UtilEpochs
 from fldist.wire.codec import (
     Expected,
     Frame,
@@ -41,6 +43,7 @@ from fldist.wire.link import HostLink, How
 from fldist.wire.staging import to_device, to_host
 
 log = logging.getLogger("fldist.host")
+T = TypeVar("T")
 
 FLUSH_BYTES = 1 << 16
 FLUSH_S = 0.05
@@ -65,6 +68,9 @@ class Host:
         self.job = job
         self.states = ClientStates(self._first_state, job.algorithm.stateful, job.task.device)
         self._streams: dict[int, Streams] = {}
+        self._selector_seed = derive(job.seed, "selector")
+        self._selector_streams: dict[int, Streams] = {}  # what a selector asks changes nothing of what clients draw
+        self._begun: dict[int, tuple[str, Trained]] = {}  # by client: the method that a probe began, how far it came
         self._once = OnceValues()
         self._spoilt: dict[int, str] = {}  # clients whose committed state was changed in place
         self._longest_s: dict[int, float] = {}  # by method: what a client took at most, lately
@@ -84,12 +90,18 @@ class Host:
     def begin_session(self) -> None:
         """A server, perhaps another one than before, has welcomed this host: no round has begun."""
         self.states.forget()
-        self._streams.clear()
-        self._sent.clear()
-        self._copied = None
+        self._forget_round()
         self._once.clear()
         self._kept.clear()
         self._kept_of = (0, 0, 0)
+
+    def _forget_round(self) -> None:
+        """Another round begins, or the same again."""
+        self._streams.clear()
+        self._selector_streams.clear()
+        self._begun.clear()
+        self._sent.clear()
+        self._copied = None
 
     def serve(self, frame: Frame, obsolete: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Answer a frame with frames, one after the other as the work proceeds."""
@@ -126,9 +138,7 @@ class Host:
         method = self.job.method(head.method)
         assert method is not None  # the codec checked it
         if self.states.begin((head.round, head.attempt)):
-            self._streams.clear()
-            self._sent.clear()
-            self._copied = None
+            self._forget_round()
         to_device(frame, self.job.task.device)
         self._keep_once(method, frame)
         self._keep(method, frame)
@@ -200,7 +210,7 @@ class Host:
         is in its files. An exception becomes the reply's error and stages nothing.
         """
         job, client, round_number = self.job, message.client, frame.head.round
-        streams = self._streams.setdefault(client, Streams(job.seed, round_number, client))
+        streams = self._streams_of(method, client, round_number)
         try:
             arguments = self._arguments(method, frame, message)
         except (KeyError, ValueError) as error:
@@ -219,6 +229,8 @@ class Host:
             except Damaged as error:
                 raise ValueError(f"{UNKEPT}read: {error}") from None
             me = self.states.view(client, frame.head.stage)
+            if method.of == "selector":
+                me = ClientView(client, [], State(), may_write=False, stage=frame.head.stage)
             if client in self._spoilt:
                 raise ValueError(self._spoilt[client])
             data = ClientData(
@@ -226,17 +238,24 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.reports(method.name),
-                own=round_number > 0 and job.scores_own(method.name),  # setup belongs to no round that has scores
+                reports=_squares(job, method),
+                own=round_number > 0 and job.scores_own(method.of_algorithm),  # the setup has no scores
                 clock=job.clock,
+                pause=_pause(job, client),
+                begins=method.of == "probe",
+                begun=self._take_begun(method, client),
             )
             reseed(job.seed, "client", *streams.next_key("client"))
-            result = method.run(me, data, **arguments)
+            work = partial(method.run if method.of != "probe" else partial(self._begin, method), me, data, **arguments)
+            result, took_s = _timed(job, method, client, work)
+            if method.of == "probe":
+                assert data.trained is not None
+                result = Probed(data.trained.progress.losses[0], _seconds(job, data, took_s))
             if method.reply_type is not None and not isinstance(result, method.reply_type):
                 raise ValueError(f"returned {type(result).__name__}, not {method.reply_type.__name__}")
-            scoring = time.monotonic_ns()
-            scores = _own_scores(job, data)  # whatever it draws: the next client's streams are its own
-            scoring_ns = time.monotonic_ns() - scoring
+            scores = None
+            if method.of == "algorithm":  # whatever scoring draws: the next client's streams are its own
+                scores = _own_scores(job, data)
         except Exception as error:
             log.exception("round %d: client %d: %s failed", round_number, client, method.name)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -252,18 +271,49 @@ class Host:
             _fail(reply, f"{changed}; all clients share it: work on a clone()")
         if reply.status is Status.ERROR or me is None:
             return (), changed, False
+        wrote = False
         try:
-            wrote = self.states.stage(client, me.writes, version_of(frame.head))
+            if method.of == "algorithm":  # other calls change no client's state
+                wrote = self.states.stage(client, me.writes, version_of(frame.head))
         except OSError as error:  # a full disk costs this client's reply, not the host
             log.exception("round %d: client %d: its state cannot be written", round_number, client)
             _fail(reply, f"{UNKEPT}written: {error}")
             return (), None, False
         told = tuple(result) if result is not None else ()
         if job.reports(method.name):
-            told += (_report(data, (time.monotonic_ns() - reply.started_ns - scoring_ns) / 1e9),)
+            told += (_report(job, method, data, took_s),)
         if job.scores_own(method.name):
             told += (scores,)
         return told, None, wrote
+
+    def _streams_of(self, method: ClientMethod, client: int, number: int) -> Streams:
+        """What a client draws from in a call: a probe draws what the call that goes on with it would have drawn."""
+        if method.of == "probe":
+            return Streams(self.job.seed, number, client)
+        if method.of == "selector":
+            return self._selector_streams.setdefault(client, Streams(self._selector_seed, number, client))
+        return self._streams.setdefault(client, Streams(self.job.seed, number, client))
+
+    def _take_begun(self, method: ClientMethod, client: int) -> Trained | None:
+        """The training that a probe has begun for this call, which takes it over."""
+        begun = self._begun.get(client)
+        if method.of != "algorithm" or begun is None or begun[0] != method.name:
+            return None
+        del self._begun[client]
+        return begun[1]
+
+    def _begin(self, method: ClientMethod, me: ClientView, data: ClientData, **arguments: Any) -> None:
+        """Do a client half up to the end of its first local epoch, and keep that for the call that goes on with it."""
+        try:
+            method.run(me, data, **arguments)
+        except FirstEpoch:
+            assert data.trained is not None
+            self._begun[me.client] = (method.of_algorithm, data.trained)
+        else:
+            raise ValueError(
+                "selection.name: this selector has clients begin their training, and in this call they train no model; "
+                "use another selector, such as random"
+            )
 
     def _arguments(self, method: ClientMethod, frame: Frame, message: Message) -> dict[str, Any]:
         """A message's arguments, with what this host holds of them; masked models are Params.
@@ -344,12 +394,46 @@ class Host:
                 self._sent[client] = self._copied[1]
 
 
-def _report(data: ClientData, seconds: float) -> torch.Tensor:
-    """See `selection.ClientReport`: float64 [5]."""
-    nan = float("nan")
-    trained = data.trained
+def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -> tuple[T, float]:
+    """Do a client's work; its value, and the seconds that the clock gives it, NaN where no reply tells them."""
+    measured = job.devices is None or job.devices.sleeps
+    if not measured or not (job.reports(method.name) or method.of == "probe"):
+        return work(), float("nan")
+    return job.clock.time(f"client {client}", work)
+
+
+def _squares(job: Job, method: ClientMethod) -> UtilEpochs | None:
+    """Of which epochs a client's training is to sum up squared losses, if any."""
+    wanted = job.selector.wants_reports and job.reports(method.of_algorithm)
+    return job.selector.util_epochs if wanted else None
+
+
+def _pause(job: Job, client: int) -> Callable[[float], None] | None:
+    """What makes a client as slow as its device, where hosts really sleep: gets the epochs that it has trained."""
+    pauses_s = job.devices.pauses_s if job.devices is not None else None
+    return None if pauses_s is None else lambda epochs: time.sleep(epochs * pauses_s[client])
+
+
+def _seconds(job: Job, data: ClientData, took_s: float) -> float:
+    """Seconds of a client's training: of its device, where it is simulated, or those by the clock."""
+    devices = job.devices
+    return took_s if devices is None or devices.sleeps else devices.seconds(data.client, data.epochs)
+
+
+def _report(job: Job, method: ClientMethod, data: ClientData, took_s: float) -> torch.Tensor | None:
+    """See `selection.ClientReport`: float64 [5]; None of a selector's client half that has trained nothing.
+
+    took_s: seconds of the method by the clock, if they count.
+    """
+    if method.of == "selector" and not data.epochs:
+        return None
+    nan, trained = float("nan"), data.trained
     squares, loss = (trained.squares, trained.progress.losses[0]) if trained and trained.progress.losses else (nan, nan)
-    return torch.tensor([data.n, squares, loss, seconds, nan], dtype=torch.float64)
+    if not job.selector.wants_reports:  # nobody has added them up
+        squares = nan
+    seconds = _seconds(job, data, took_s)
+    joules = nan if job.devices is None else job.devices.joules(data.client, seconds)
+    return torch.tensor([data.n, squares, loss, seconds, joules], dtype=torch.float64)
 
 
 def _once_name(method: ClientMethod, frame: Frame, argument: str) -> str:

@@ -270,6 +270,10 @@ class Output:
             for name in ("uplink_bytes", "downlink_bytes", "wire_uplink_bytes", "wire_downlink_bytes"):
                 group[f"spent_{name}"] = np.array([r["spent"][name] for r in rounds], dtype=np.int64)
             group["spent_seconds"] = np.array([r["spent"]["seconds"] for r in rounds], dtype=np.float64)
+            if all("simulated" in r for r in rounds):
+                for name, key in (("simulated_seconds", "seconds"), ("joules", "joules")):
+                    group[name] = np.array([r["simulated"][key] for r in rounds], dtype=np.float64)
+                    group[f"spent_{name}"] = np.array([r["spent"][name] for r in rounds], dtype=np.float64)
             for name in ("total", "compute", "server", "encode", "wire", "wait", "evaluate"):
                 group[f"{name}_s"] = np.array([r["seconds"][name] for r in rounds], dtype=np.float64)
         return data.getvalue()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fldist
 from fldist.algorithm import Books, Stage, State, TooFewReplies
+from fldist.devices import Cost
 from fldist.models.evaluate import Scores, warm_up_metrics
 from fldist.runtime import timeline
 from fldist.runtime.caller import NOT_WAITED_FOR, Caller, RoundFacts
@@ -92,16 +93,20 @@ class ServerLoop:
         self._keeper = keeper
         resumed = keeper.resumed if keeper is not None else None
         self._lines: list[dict[str, Any]] = output.lines() if resumed is not None else []
-        self._seconds = dict.fromkeys(("total", "compute", "server", "encode", "wire", "wait", "evaluate"), 0.0)
+        self._seconds = dict.fromkeys(
+            ("total", "compute", "server", "encode", "wire", "wait", "evaluate", "select"), 0.0
+        )
         self._best: dict[str, Any] = {}
         self._ran_s = 0.0  # before this process
         self._spent_s = 0.0  # of setup and rounds, evaluation left out
+        self._simulated = Cost()  # of setup and rounds
         self._ended: dict[str, Any] | None = None  # what has finished the run
         totals = None
         if resumed is not None:
             self._seconds.update(resumed.facts["seconds"])
             self._ran_s = float(resumed.facts["run_s"])
             self._spent_s = float(resumed.facts["spent_s"])
+            self._simulated = Cost(*map(float, resumed.facts.get("simulated", Cost())))
             self._best = resumed.facts["best"]
             totals = Totals.of(resumed.facts["bytes"])
         self._ledger = Ledger(output.ledger_path, totals)
@@ -259,6 +264,8 @@ class ServerLoop:
             with forked(job.seed, "init_server"):
                 state = moved(job.algorithm.init_server(job.task), CPU)
         view = ServerView(job, state, self.observer.warning)
+        if keeper is None or keeper.resumed is None:
+            self._clients.choice.begin(view)
         del state  # it would keep the first model for the whole run
         stages = job.plan()
         self._total = sum(stage.rounds for stage in stages)
@@ -307,12 +314,21 @@ class ServerLoop:
         """What the run has cost so far, these seconds added."""
         self._ledger.flush()
         self._spent_s += seconds
-        return {**self._ledger.totals.spent(), "seconds": round(self._spent_s, 6)}
+        self._simulated = self._simulated.plus(self._caller.facts.simulated)
+        spent = {**self._ledger.totals.spent(), "seconds": round(self._spent_s, 6)}
+        if self.job.devices is not None:
+            spent |= {"simulated_seconds": self._simulated.seconds, "joules": self._simulated.joules}
+        return spent
 
     def _setup(self, view: ServerView) -> None:
         """What an algorithm does once before round 1."""
         began = time.monotonic()
-        self._attempt(0, 0, view, lambda: self.job.algorithm.setup(view, self._clients), phase="setup")
+
+        def step() -> None:
+            self.job.algorithm.setup(view, self._clients)
+            self._clients.choice.setup(view)
+
+        self._attempt(0, 0, view, step, phase="setup")
         ended = time.monotonic()
         self._spend(ended - began)
         self._ledger.take_round()
@@ -321,6 +337,7 @@ class ServerLoop:
             client, reason = next(iter(sorted(caller.facts.missing.items())))
             more = f" (and {len(caller.facts.missing) - 1} more)" if len(caller.facts.missing) > 1 else ""
             self.observer.warning(f"setup: client {client}'s reply is missing: {reason}{more}")
+        self._warn_of(dict(sorted(caller.facts.unanswered.items())), 0, "did not answer the selector")
         self.output.timeline(timeline.line(0, 0, began, ended, caller.facts, None, None, caller.clocks))
         self._save_shown(0, view)
         self._keep(0, view)
@@ -340,7 +357,7 @@ class ServerLoop:
             self._save(lambda: self.output.hosts(self._hosts.about))  # one may have joined again, from elsewhere
             view.replace(before.copy())
             view.enter(number, job.seed)
-            self._clients.enter(number)
+            self._clients.enter(view, attempt)
             caller.begin_round(number, attempt, stage, phase)
             watch = Watch()
             for name, value in before.values.items():
@@ -400,6 +417,7 @@ class ServerLoop:
             "seconds": self._seconds,
             "run_s": self._ran_s + time.monotonic() - self._began,
             "spent_s": self._spent_s,
+            "simulated": list(self._simulated),
             "bytes": self._ledger.totals.as_dict(),
         }
         try:
@@ -421,13 +439,24 @@ class ServerLoop:
         spent = self._spend(evaluated - began)
         self._ended = self._finished_by(number, spent, None, self._lines)
         scores = self._evaluate(number, view, facts.own if committed else {})
+        scored = time.monotonic()
+        head = self._headline(scores)
+        replied = facts.replied - facts.missing.keys() if committed else set()
+        cost = facts.simulated if self.job.devices is not None else None
+        self._clients.choice.observe(replied, facts.reports, head["accuracy"] if head else None, cost)
         ended = time.monotonic()
-        line = self._line(number, attempt, stage, facts, scores, server_s, ended - evaluated, began, committed)
-        line["spent"] = spent
+        server_s += ended - scored
+        line = self._line(number, attempt, stage, facts, scores, server_s, scored - evaluated, began, committed)
+        self._spent_s += ended - scored
+        line["spent"] = {**spent, "seconds": round(self._spent_s, 6)}
+        if self.job.devices is not None:
+            line["simulated"] = facts.simulated._asdict()
+        if 0 < len(facts.called) < self.job.task.num_clients:
+            line["chosen"] = sorted(facts.called)
         self._ended = self._ended or self._finished_by(number, spent, line["accuracy"], self._lines)
         scoring = caller.facts if caller.facts is not facts else None
         self.output.timeline(
-            timeline.line(number, attempt, began, ended, facts, (evaluated, ended), scoring, caller.clocks)
+            timeline.line(number, attempt, began, ended, facts, (evaluated, scored), scoring, caller.clocks)
         )
         if view.logged:
             line["log"] = dict(view.logged)
@@ -438,6 +467,7 @@ class ServerLoop:
             client, reason = next(iter(sorted(refused.items())))
             more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             self.observer.warning(f"round {number}: client {client}'s reply was not used: {reason}{more}")
+        self._warn_of(dict(sorted(facts.unanswered.items())), number, "did not answer the selector")
         self._committed = view.state
         self._lines.append(line)
         self.output.round(line)
@@ -551,6 +581,7 @@ class ServerLoop:
         }
         spent = sum(v for k, v in seconds.items() if k != "total")
         seconds["wait"] = max(0.0, seconds["total"] - spent)
+        seconds["select"] = self._clients.choice.seconds
         for name, value in seconds.items():
             self._seconds[name] += value
         head = self._headline(scores)
@@ -662,6 +693,7 @@ class ServerLoop:
                 **{k: round(v, 6) for k, v in self._seconds.items()},
                 "run": round(self._ran_s + time.monotonic() - self._began, 6),
             },
+            "simulated": self._simulated._asdict() if job.devices is not None else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "state_hash": state_hash,
             "config_hash": config_hash(self.config),

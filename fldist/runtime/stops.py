@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from fldist.units import bytes_text, seconds_text, to_bytes
+from fldist.units import bytes_text, joules_text, seconds_text, to_bytes
 
 Bytes = Annotated[int, BeforeValidator(to_bytes), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,17 @@ class Stop:
 
     rounds: as `rounds`, but without changing what stages and schedules make of `rounds`; uplink_bytes, total_bytes:
     encoded bytes of what was delivered, to the server, and both ways (`1.5 MB` may be written); seconds: of setup and
-    rounds. Neither bytes nor seconds contain evaluation. accuracy: the round's, so scores are needed. patience: so
-    many scored rounds in a row were not better than the best one before them.
+    rounds; simulated_seconds, joules: what these took on the clients' devices, where the section `devices` simulates
+    them. None of these contains evaluation. accuracy: the round's, so scores are needed. patience: so many scored
+    rounds in a row were not better than the best one before them.
     """
 
     rounds: Annotated[int, Field(ge=1)] | None = None
     uplink_bytes: Bytes | None = None
     total_bytes: Bytes | None = None
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seconds: Positive | None = None
+    simulated_seconds: Positive | None = None
+    joules: Positive | None = None
     accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
 
@@ -38,14 +42,17 @@ class Stop:
     ) -> dict[str, Any] | None:
         """What ends the run after round `number`: `rule, limit, value, round`; None when nothing does.
 
-        spent: `uplink_bytes, downlink_bytes, seconds` so far; accuracy: the round's, None where it was not scored;
-        before: those of the earlier rounds that were scored, in order.
+        spent: `uplink_bytes, downlink_bytes, seconds` so far, and `simulated_seconds, joules` where they are simulated;
+        accuracy: the round's, None where it was not scored; before: those of the earlier rounds that were scored, in
+        order.
         """
         values = {
             "rounds": number,
             "uplink_bytes": spent["uplink_bytes"],
             "total_bytes": spent["uplink_bytes"] + spent["downlink_bytes"],
             "seconds": spent["seconds"],
+            "simulated_seconds": spent.get("simulated_seconds"),
+            "joules": spent.get("joules"),
             "accuracy": accuracy,
             "patience": None if accuracy is None else since_best([*before, accuracy]),
         }
@@ -75,5 +82,12 @@ def reason_text(stop: Mapping[str, Any]) -> str:
     if rule == "patience":
         rounds = "1 scored round" if value == 1 else f"{value} scored rounds"
         return f"no better accuracy in {rounds} up to round {stop['round']} (stop.patience: {limit})"
-    text = seconds_text if rule == "seconds" else bytes_text
+    text = _TEXTS.get(rule, bytes_text)
     return f"{text(value)} spent after round {stop['round']} (stop.{rule}: {text(limit)})"
+
+
+_TEXTS = {
+    "seconds": seconds_text,
+    "simulated_seconds": lambda seconds: f"{seconds_text(seconds)} of devices",
+    "joules": joules_text,
+}

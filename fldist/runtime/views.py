@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from fldist.algorithm import State
 from fldist.data.client_data import PooledData
+from fldist.runtime.choice import KEY, Choice
 from fldist.runtime.cohort import CallsClients, Cohort
 from fldist.runtime.device import CPU
 from fldist.runtime.job import Job
@@ -17,14 +17,13 @@ from fldist.runtime.pictures import grid
 from fldist.runtime.state import check_value, moved
 from fldist.runtime.tables import csv_text
 from fldist.seeding import Streams, generator
-from fldist.selection import Candidates
 
 
 class ServerView:
     """The server half's view of a run; see `fldist.algorithm.Server`. Its state is on the CPU, whatever is set."""
 
     _RESERVED = frozenset(
-        {"task", "data", "clock", "round", "rng", "log", "images", "table", "warn", "state", "predicting"}
+        {"task", "data", "clock", "round", "rng", "log", "images", "table", "warn", "state", "predicting", KEY}
     )
 
     def __init__(self, job: Job, state: State, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -87,31 +86,22 @@ class ServerView:
 
 
 class ClientsView:
-    """All clients of a run; see `fldist.algorithm.Clients`."""
+    """All clients of a run; see `fldist.algorithm.Clients`. choice: the selector's business."""
 
     def __init__(self, job: Job, caller: CallsClients) -> None:
         self.num = job.task.num_clients
+        self.choice = Choice(job, caller, self)
         self._job = job
         self._caller = caller
-        self._round = 0
-        self._choice: list[int] | None = None
         self._able = [c for c in range(self.num) if job.task.sizes[c] > 0]
 
-    def enter(self, number: int) -> None:
-        """Begin a round: nobody is selected yet."""
-        self._round = number
-        self._choice = None
+    def enter(self, view: ServerView, attempt: int = 0) -> None:
+        """Begin the view's round, or do it again: nobody is selected yet."""
+        self.choice.enter(view, attempt)
 
     def selected(self) -> Cohort:
         """The selector's choice for this round, the same whenever it is asked for."""
-        if self._choice is None:
-            job = self._job
-            count = min(job.per_round, len(self._able))
-            sizes = [job.task.sizes[c] for c in self._able]
-            candidates = Candidates(self._able, sizes, count, MappingProxyType(self._caller.reports))
-            rng = generator(job.seed, "select", self._round)
-            self._choice = job.selector.select(candidates, rng)
-        return Cohort(self._caller, self._choice)
+        return self.choice.selected()
 
     def all(self) -> Cohort:
         """Every client that holds samples."""

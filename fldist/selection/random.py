@@ -1,4 +1,4 @@
-"""Uniform selection without replacement, as in FedAvg."""
+"""Uniform selection without replacement, as in FedAvg (McMahan et al., AISTATS 2017). No message of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fldist.algorithm import State
 from fldist.selection import Candidates, Selector
 
 
@@ -13,7 +14,11 @@ from fldist.selection import Candidates, Selector
 class Random(Selector):
     """Every set of `count` clients is equally likely."""
 
-    def select(self, candidates: Candidates, rng: torch.Generator) -> list[int]:
+    def select(self, state: State, candidates: Candidates) -> list[int]:
         """Draw without replacement; ids ascending."""
+        return self.propose(state, candidates, candidates.rng)
+
+    def propose(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
+        """The same, from `rng`."""
         order = torch.randperm(len(candidates.ids), generator=rng)[: candidates.count]
         return sorted(candidates.ids[i] for i in order.tolist())
