@@ -313,7 +313,7 @@ def test_the_gradients_norm_is_bounded() -> None:
     one = torch.optim.SGD(net.parameters(), lr=1.0)
     how = {"trade_off": 0.5, "copies": 0, "length": 5, "online": False, "rng": rng()}
     fit(net, one, SETS, y, epochs=1, batch=1024, clip=1e-3, **how)
-    moved = math.sqrt(sum(float(((p - b) ** 2).sum()) for p, b in zip(net.parameters(), before, strict=True)))
+    moved = math.sqrt(sum(((p - b) ** 2).sum().item() for p, b in zip(net.parameters(), before, strict=True)))
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
