@@ -44,7 +44,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["selection"] |= {"blocks", "generative", "q_learning", "scoring"}
 ALLOWED["q_learning"] = {"algorithm"}
-ALLOWED["generative"] = {"seeding"}
 ALLOWED["scoring"] = {"algorithm", "selection"}
 ALLOWED["devices"] = {"resolve", "seeding", "units"}
 ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}

@@ -96,9 +96,10 @@ def decode_beam(
     """The `width` sequences of highest probability that a beam search finds for each of the embeddings.
 
     e: [B, T, H]; m: bool [B, T]; z: [B, H]. Returns tokens [B, width, length], padded with N from the end token on, and
-    their log-probabilities [B, width], descending; -inf where there are fewer sequences than beams. The end token has
-    probability 0 until `low` clients are out, and 1 when `high` are; with `forbid_repeats` a client that is out has 0.
-    The others share what these leave. ValueError for bounds that no sequence can keep.
+    their log-probabilities [B, width], descending; a beam for which there is no sequence is empty, at -inf.
+    The end token has probability 0 until `low` clients are out, and 1 when `high` are; with `forbid_repeats`, a client
+    that is out has 0. The other tokens share what these leave. Networks whose parameters are not finite give empty
+    beams. ValueError for bounds that no sequence can keep.
     """
     end, batch = net.num_clients, len(z)
     most = min(length, end) if forbid_repeats else length
@@ -135,7 +136,7 @@ def decode_beam(
             break
         if forbid_repeats:
             out.scatter_(2, last[:, :, None], True)
-    return tokens, scores
+    return tokens.masked_fill_(~scores.isfinite()[:, :, None], end), scores
 
 
 def _rows(values: Tensor, at: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from torch import Tensor
 from fldist import resolve, scoring
 from fldist.algorithm import State
 from fldist.data.task import Task
-from fldist.generative.networks import Generator, fit, hamming, load_state, net_state, pairwise_accuracy
+from fldist.generative.networks import Generator, adam, fit, hamming, load_state, net_state, pairwise_accuracy
 from fldist.generative.records import Records, labels, padded
 from fldist.generative.search import Ascent, Decode, Target, search
 from fldist.params import Params
@@ -467,7 +467,7 @@ class FedGCS(Selector):
         """The networks, fitted to the records where it is time; None where they have come to nothing."""
         how, number, draws = self.fitting, candidates.round, self._draws(rng)
         net = Generator(len(candidates.ids), how.hidden, how.width, how.layers, how.mask_padding, rng=draws)
-        optimizer = torch.optim.Adam(net.parameters(), lr=how.lr)
+        optimizer = adam(net, how.lr)
         sets = [members for members, _ in records.items()]
         targets = labels(torch.tensor([score for _, score in records.items()], dtype=torch.float64)).float()
         held = bool(state.networks)
