@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fldist.devices import energy, pareto, training_seconds, transfer_seconds
-from fldist.generative import networks, search
+from fldist.generative import search
 from fldist.generative.networks import (
     Generator,
     fit,
@@ -197,7 +197,7 @@ def allowed(logits: np.ndarray, out: Sequence[int], forbid: bool, low: int, high
     return logits
 
 
-def made(n: int = 6, hidden: int = 5, width: int = 7, layers: int = 2, mask: bool = True, seed: int = 0) -> Generator:
+def made(n: int = 6, hidden: int = 5, width: int = 9, layers: int = 2, mask: bool = True, seed: int = 0) -> Generator:
     """A float64 generator with weights large enough that its outputs differ."""
     net = Generator(n, hidden, width, layers, mask, rng=gen(seed)).double()
     with torch.no_grad():
@@ -225,8 +225,8 @@ def test_a_record_is_a_set_and_the_newest_score_replaces_the_old_one() -> None:
     records.add((1, 3), 2.0)
     records.add((0, 4), 5.0)
     records.add((3, 1), 7.0)
-    assert [(tuple(s), y) for s, y in records.items()] == [((1, 3), 7.0), ((0, 4), 5.0)]
-    assert [tuple(s) for s, _ in records.best(1)] == [(1, 3)]
+    assert records.items() == [((1, 3), 7.0), ((0, 4), 5.0)]
+    assert records.best(1) == [(1, 3)]
 
 
 def test_the_first_score_stays_where_the_official_code_is_followed() -> None:
@@ -234,15 +234,15 @@ def test_the_first_score_stays_where_the_official_code_is_followed() -> None:
     records.add((1, 3), 2.0)
     records.add((0, 4), 5.0)
     records.add((3, 1), 7.0)
-    assert [(tuple(s), y) for s, y in records.items()] == [((1, 3), 2.0), ((0, 4), 5.0)]
-    assert [tuple(s) for s, _ in records.best(1)] == [(0, 4)]
+    assert records.items() == [((1, 3), 2.0), ((0, 4), 5.0)]
+    assert records.best(1) == [(0, 4)]
 
 
 def test_the_best_records_come_first_ties_in_the_order_of_arrival_and_no_more_than_there_are() -> None:
     records = Records("newest")
     for s, y in [((5, 6), 1.0), ((0, 1), 3.0), ((2, 9), 3.0), ((3,), 2.0), ((1, 2), 3.0)]:
         records.add(s, y)
-    assert [tuple(s) for s, _ in records.best(4)] == [(0, 1), (2, 9), (1, 2), (3,)]
+    assert records.best(4) == [(0, 1), (2, 9), (1, 2), (3,)]
     assert len(records.best(100)) == 5
     assert (9, 2) in records
     assert (2,) not in records
@@ -254,22 +254,22 @@ def test_sets_of_more_than_a_thousand_clients_that_differ_in_one_are_two_records
     records = Records("newest")
     for left_out in (700, 701, 702):
         records.add([i for i in range(0, 1500) if i != left_out], float(left_out))
-    assert len(list(records.items())) == 3
+    assert len(records) == len(records.items()) == 3
 
 
 def test_labels_reach_both_ends_in_the_order_of_the_scores() -> None:
-    close(labels([3.0, -1.0, 1.0, 7.0]), [0.5, 0.0, 0.25, 1.0])
+    close(labels(torch.tensor([3.0, -1.0, 1.0, 7.0], dtype=F64)), [0.5, 0.0, 0.25, 1.0])
 
 
 @pytest.mark.parametrize("scores", [[2.0, 2.0, 2.0], [4.0], [0.0, 0.0]])
 def test_labels_of_equal_scores_are_one_half(scores: list[float]) -> None:
-    close(labels(scores), [0.5] * len(scores))
+    close(labels(torch.tensor(scores, dtype=F64)), [0.5] * len(scores))
 
 
 @settings(max_examples=25, deadline=None, database=None)
 @given(scores=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
 def test_labels_lie_between_nought_and_one(scores: list[float]) -> None:
-    got = np.asarray(labels(scores))
+    got = labels(torch.tensor(scores, dtype=F64)).numpy()
     assert np.isfinite(got).all()
     assert got.min() >= 0
     assert got.max() <= 1
@@ -319,15 +319,10 @@ def test_the_decoders_input_is_the_start_token_and_the_row_without_its_last() ->
     assert rows.tolist() == ROWS
 
 
-def test_the_members_of_a_row_are_its_clients_once_each_up_to_the_last_client() -> None:
-    assert tuple(members([5, 0, 6, 6], 6)) == (0, 5)
-    assert tuple(members([6, 6, 6], 6)) == ()
-    assert tuple(members([2, 2, 1], 6)) == (1, 2)
-    assert tuple(members([5], 6)) == (5,)
-
-
-def test_the_official_set_is_every_client_that_occurs_also_after_an_end_token() -> None:
-    assert tuple(members([3, 6, 1, 3, 6], 6)) == (1, 3)
+def test_the_members_of_a_row_are_its_clients_before_the_first_end_token_once_each_ascending() -> None:
+    for row, want in [([5, 0, 6, 6], (0, 5)), ([6, 6], ()), ([2, 2, 1], (1, 2)), ([5], (5,)), ([3, 6, 1], (3,))]:
+        assert members(row, 6) == want
+        assert members(torch.tensor(row), 6) == want
 
 
 # ---- networks and joint loss (4.4)
@@ -412,8 +407,8 @@ def test_teacher_forcing_is_the_formula_and_step_by_step_decoding_equals_the_bat
         at_once = net.log_probs(inputs, h, m, z)
         state, one_by_one = net.initial_state(z), []
         for t in range(inputs.shape[1]):
-            logits, state = net.step(inputs[:, t], state, h, m)
-            one_by_one.append(logits.log_softmax(dim=-1))
+            logs, state = net.step(inputs[:, t], state, h, m)
+            one_by_one.append(logs)
     close(torch.stack(one_by_one, dim=1), at_once)
     close(at_once.exp().sum(dim=-1), np.ones(inputs.shape))
     for k, row in enumerate(ROWS):
@@ -456,7 +451,7 @@ def norms(net: Generator, a: float) -> dict[str, float]:
 
 @each_mask
 def test_each_loss_reaches_its_own_network_and_both_reach_the_encoder(mask: bool) -> None:
-    net = made(mask=mask, width=9)
+    net = made(mask=mask)
     score, sequence, both = norms(net, 1.0), norms(net, 0.0), norms(net, 0.8)
     assert score["decoder"] == 0
     assert sequence["evaluator"] == 0
@@ -654,8 +649,7 @@ def test_a_few_records_are_learnt_by_heart() -> None:
     every = [s for k in range(1, 5) for s in itertools.combinations(range(6), k)]
     sets = draw.sample(every, 12)
     assert {len(s) for s in sets} == {1, 2, 3, 4}
-    y = labels([draw.random() for _ in sets])
-    y = torch.as_tensor(y, dtype=torch.float32)
+    y = labels(torch.tensor([draw.random() for _ in sets]))
     net = Generator(6, 8, 16, 2, True, rng=gen(0))
     settings_ = {**FIT, "epochs": 500, "copies": 3, "length": 5}
     fit(net, adam(net, 0.01), sets, y, **settings_, rng=gen(1))
@@ -860,15 +854,15 @@ def test_official_decoding_takes_exactly_t_steps_of_argmax_and_goes_on_after_an_
     seen = {"after an end": False, "a repeat": False}
     for seed in range(12):
         net, ref, e, m, z = moved(mask, seed)
-        got = decode_official(net, e, m, z, 8).tolist()
+        got = decode_official(net, e, m, z, 8)
         for k, row in enumerate(ROWS):
             state, token, want = ref.start(z[k].numpy()), 6, []
             for _ in range(8):
                 logits, state = ref.step(token, state, e[k].numpy(), ref.present(row))
                 token = int(logits.argmax())
                 want.append(token)
-            assert got[k] == want
             clients = [t for t in want if t < 6]
+            assert got[k] == tuple(sorted(set(clients)))
             seen["after an end"] |= 6 in want and any(t < 6 for t in want[want.index(6) :])
             seen["a repeat"] |= len(set(clients)) < len(clients)
     assert all(seen.values()), seen
@@ -915,7 +909,7 @@ def test_the_search_decodes_after_each_step_and_keeps_new_sets_in_their_order(
             decode="greedy", width=1, low=3, high=3, wanted=wanted,
         )  # fmt: skip
         want = found_by_hand(net, known, ascent, 6, 3, wanted, target)
-        assert [tuple(s) for s in got] == want
+        assert got == want
         some |= len(want) > 1
     assert some
 
@@ -938,11 +932,11 @@ def test_a_search_from_one_start_or_one_that_finds_nothing_new_is_no_error(decod
             net, starts, known, length=4, ascent="iterated", steps=3, step=1.0, target="logit",
             decode=decode, width=3, low=2, high=3, wanted=50,
         )  # fmt: skip
-        assert not set(map(tuple, got)) & known
+        assert not set(got) & known
         if decode != "official":
             assert all(2 <= len(s) <= 3 for s in got)
-        assert () not in [tuple(s) for s in got]
-    assert list(got) == []
+        assert () not in got
+    assert got == []
 
 
 def test_all_finished_beams_become_candidates_not_only_the_best() -> None:
@@ -951,7 +945,7 @@ def test_all_finished_beams_become_candidates_not_only_the_best() -> None:
             made(seed=seed), STARTS, set(STARTS), length=4, ascent="iterated", steps=1, step=1.0, target="logit",
             decode="beam", width=width, low=3, high=3, wanted=1000,
         )  # fmt: skip
-        return {tuple(s) for s in got}
+        return set(got)
 
     for seed in range(3):
         net = made(seed=seed)
@@ -971,12 +965,12 @@ records = Records("newest")
 for k, s in enumerate([(0, 2, 5), (1, 3, 4), (1, 2, 5), (0, 3, 4), (2, 3, 4)]):
     records.add(s, float(k % 3))
 net = Generator(6, 5, 7, 2, True, rng=torch.Generator().manual_seed(0))
-sets = [tuple(s) for s, _ in records.items()]
+sets = [s for s, _ in records.items()]
 fit(net, torch.optim.Adam(net.parameters(), lr=0.02), sets, torch.linspace(0, 1, 5), epochs=5, batch=4,
     trade_off=0.8, clip=5.0, copies=2, length=4, online=True, rng=torch.Generator().manual_seed(1))
-got = search(net, [tuple(s) for s, _ in records.best(3)], set(sets), length=4, ascent="iterated", steps=5, step=1.0,
+got = search(net, records.best(3), set(sets), length=4, ascent="iterated", steps=5, step=1.0,
     target="logit", decode="beam", width=3, low=3, high=3, wanted=50)
-print(sorted(map(sum, got)) and [tuple(s) for s in got])
+print(got)
 """
 
 
@@ -1098,14 +1092,11 @@ def test_the_measured_score_is_the_gain_under_the_penalties() -> None:
 
 # ---- devices (4.7)
 def test_extra_seconds_are_pareto_and_capped() -> None:
-    assert float(pareto(0.0, 1.0, 60.0)) == 0
-    close(pareto(0.5, 1.0, 60.0), 1.0)
-    close(pareto(0.75, 1.0, 60.0), 3.0)
-    close(pareto(0.75, 2.0, 60.0), 1.0)
-    close(pareto(0.75, 0.5, 60.0), 15.0)
-    assert float(pareto(0.999, 1.0, 60.0)) == 60
-    u = np.linspace(0, 1, 1000, endpoint=False)
-    got = np.array([float(pareto(float(x), 1.0, 60.0)) for x in u])
+    u = np.array([0.0, 0.5, 0.75, 0.999])
+    close(pareto(u, 1.0, 60.0), [0.0, 1.0, 3.0, 60.0])
+    close(pareto(u, 2.0, 60.0)[:3], [0.0, math.sqrt(2) - 1, 1.0])
+    close(pareto(u, 0.5, 60.0), [0.0, 3.0, 15.0, 60.0])
+    got = pareto(np.linspace(0, 1, 1000, endpoint=False), 1.0, 60.0)
     assert (np.diff(got) >= 0).all()
     close(np.median(got), 1.0, 0.01)
     assert (got == 60).mean() == pytest.approx(1 / 61, abs=0.002)
@@ -1123,5 +1114,6 @@ def test_a_shared_link_is_divided_by_the_clients_and_a_separate_one_is_not() -> 
 
 
 def test_joules_are_the_class_power_while_training_and_one_watt_on_the_radio() -> None:
-    close(energy(6.0, 65.0, 2.5), 392.5)
-    close(energy(2.0, 0.0, 2.5), 2.5)
+    close(energy(6.0, 65.0, 1.0, 2.5), 392.5)
+    close(energy(2.0, 0.0, 1.0, 2.5), 2.5)
+    close(energy(2.0, 10.0, 0.0, 2.5), 20.0)
