@@ -1,5 +1,5 @@
-"""The generative selection's equations against what they are by definition, written out in plain loops over numpy arrays:
-records, networks, joint loss, ascent, decoding, scores of clients and sets, devices. Selectors: `test_selection_equations.py`."""
+"""The generative selection's equations against what they are by definition, in plain loops over numpy arrays: records,
+networks, joint loss, ascent, decoding, scores, devices. Selectors are in `test_selection_equations.py`."""
 
 from __future__ import annotations
 
@@ -161,7 +161,15 @@ class ByHand:
         return best
 
     def beam(
-        self, e: np.ndarray, m: Sequence[bool], z: np.ndarray, length: int, width: int, forbid: bool, low: int, high: int
+        self,
+        e: np.ndarray,
+        m: Sequence[bool],
+        z: np.ndarray,
+        length: int,
+        width: int,
+        forbid: bool,
+        low: int,
+        high: int,
     ) -> tuple[list[list[int]], list[float]]:
         end = self.v - 1
         alive: list[tuple[float, list[int], bool, Any]] = [(0.0, [], False, self.start(z))]
@@ -297,7 +305,7 @@ def test_row_nought_is_ascending_and_the_copies_are_permutations_padded_with_the
 def test_the_copies_are_independent_and_uniform() -> None:
     rows = augment([(0, 1, 2)] * 2, 3000, 4, 5, gen(0)).reshape(2, 3001, 4)[:, 1:, :3].tolist()
     for its in rows:
-        counts = {order: 0 for order in itertools.permutations(range(3))}
+        counts = dict.fromkeys(itertools.permutations(range(3)), 0)
         for row in its:
             counts[tuple(row)] += 1
         assert all(abs(c - 500) < 100 for c in counts.values()), counts
@@ -445,9 +453,7 @@ def parts(net: Generator) -> dict[str, list[nn.Parameter]]:
 def norms(net: Generator, a: float) -> dict[str, float]:
     net.zero_grad()
     joint_loss(net, torch.tensor(ROWS), torch.tensor(LABELS, dtype=F64), a).total.backward()
-    return {
-        name: sum(float(p.grad.abs().sum()) for p in ps if p.grad is not None) for name, ps in parts(net).items()
-    }
+    return {name: sum(float(p.grad.abs().sum()) for p in ps if p.grad is not None) for name, ps in parts(net).items()}
 
 
 @each_mask
@@ -608,7 +614,14 @@ def test_the_total_gradient_norm_is_clipped_before_the_step() -> None:
     net = made()
     before = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
     settings_ = {**FIT, "epochs": 1, "copies": 0, "clip": 1e-3}
-    fit(net, torch.optim.SGD(net.parameters(), lr=1.0), SETS, torch.rand(4, dtype=F64, generator=gen(2)), **settings_, rng=gen(1))
+    fit(
+        net,
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        SETS,
+        torch.rand(4, dtype=F64, generator=gen(2)),
+        **settings_,
+        rng=gen(1),
+    )
     moved = torch.cat([p.detach().flatten() for p in net.parameters()]) - before
     close(moved.norm(), 1e-3, 1e-7)
 
@@ -653,7 +666,7 @@ def test_each_epoch_goes_through_all_rows_with_the_label_of_their_set_in_shuffle
     batches = rows_of_a_fit(batch=5, online=online, copies=3)
     assert [len(b) for b in batches] == [5, 5, 5, 1] * 3
     score = dict(zip(SETS, [0.0, 0.4, 1.0, 0.7], strict=True))
-    epochs = [sum(batches[at : at + 4], []) for at in (0, 4, 8)]
+    epochs = [list(itertools.chain(*batches[at : at + 4])) for at in (0, 4, 8)]
     for epoch in epochs:
         for row, y in epoch:
             close(y, score[tuple(sorted(t for t in row if t < 6))])
@@ -872,7 +885,11 @@ def test_more_beams_than_there_are_sequences_find_each_once_and_nothing_else(
         h, m, _ = embedded(net, [[*range(high), n]])
         e, z = ascend(net, h, m, 1.0, "logit")
         tokens, scores = decode_beam(net, e, m, z, high + 1, width, forbid_repeats=True, low=low, high=high)
-        real = [tuple(t for t in row if t < n) for row, y in zip(tokens[0].tolist(), scores[0].tolist(), strict=True) if y > -math.inf]
+        real = [
+            tuple(t for t in row if t < n)
+            for row, y in zip(tokens[0].tolist(), scores[0].tolist(), strict=True)
+            if y > -math.inf
+        ]
         assert sorted(real) == sorted(every)
         close(scores[0].exp().sum(), 1.0, 1e-9)
         got = search.search(
@@ -914,7 +931,12 @@ def test_every_client_also_the_last_can_be_decoded() -> None:
     for client in range(6):
         with torch.no_grad():
             for layer in net.modules():
-                if isinstance(layer, nn.Linear) and layer.out_features == 7 and layer.in_features == 5 and layer.bias is not None:
+                if (
+                    isinstance(layer, nn.Linear)
+                    and layer.out_features == 7
+                    and layer.in_features == 5
+                    and layer.bias is not None
+                ):
                     layer.bias.zero_()
                     layer.bias[client] = 100.0
         got = decode_greedy(net, e, m, z, 3, forbid_repeats=True, low=2, high=2)
@@ -1008,7 +1030,11 @@ def test_the_step_size_scales_each_step(ascent: str) -> None:
     g = gradient(net, h, m, "logit")
     e, want = h, []
     for k in (1, 2, 3):
-        moved = nn.functional.normalize(h + 0.7 * k * g, dim=2) if ascent == "single" else ascend(net, e, m, 0.7, "logit")[0]
+        moved = (
+            nn.functional.normalize(h + 0.7 * k * g, dim=2)
+            if ascent == "single"
+            else ascend(net, e, m, 0.7, "logit")[0]
+        )
         e = moved
         tokens = decode_greedy(net, e, m, net.pool(e, m), 4, low=0, high=3)
         want += [members(row, 6) for row in tokens]
@@ -1090,9 +1116,7 @@ def test_the_penalty(value: float, preferred: float, exponent: float, want: floa
     close(penalty(value, preferred, exponent), want)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "factor"), [(40.0, 1.0), (50.0, 1.0), (100.0, 0.25)]
-)
+@pytest.mark.parametrize(("seconds", "factor"), [(40.0, 1.0), (50.0, 1.0), (100.0, 0.25)])
 @pytest.mark.parametrize("r", [1, 2, 30])
 def test_the_utility_of_the_repository(seconds: float, factor: float, r: int) -> None:
     want = (7.5 + math.sqrt(0.1 * math.log(r) / r)) * factor
@@ -1100,7 +1124,12 @@ def test_the_utility_of_the_repository(seconds: float, factor: float, r: int) ->
 
 
 def oort_by_hand(
-    rewards: Sequence[float], tried: Sequence[bool], last: Sequence[int], seconds: Sequence[float], preferred: float, r: int
+    rewards: Sequence[float],
+    tried: Sequence[bool],
+    last: Sequence[int],
+    seconds: Sequence[float],
+    preferred: float,
+    r: int,
 ) -> list[float]:
     """u_i of each client that was tried, NaN of the others, whose rewards are their sizes."""
     positive = sorted(x for x in rewards if x > 0)
@@ -1144,7 +1173,9 @@ def reports_of(utility: Sequence[float], seconds: Sequence[float], joules: Seque
 
 @pytest.mark.parametrize("variant", ["oort", "repo"])
 @pytest.mark.parametrize("untried", ["optimistic", "zero"])
-def test_a_clients_worth_has_both_penalties_and_who_was_never_tried_is_worth_the_best(variant: str, untried: str) -> None:
+def test_a_clients_worth_has_both_penalties_and_who_was_never_tried_is_worth_the_best(
+    variant: str, untried: str
+) -> None:
     """T* and E* are 1.2 times the medians of what is known."""
     u, t, e = [9.0, 4.0, 6.5, 8.0], [20.0, 22.0, 50.0, 24.0, 21.0, 90.0], [60.0, 90.0, 50.0, 200.0, 70.0, 80.0]
     of = Utility(variant=variant, untried=untried)
