@@ -88,12 +88,12 @@ def resume(
 
 @app.command()
 def describe(
-    algorithm: Annotated[str, typer.Argument(help="A name such as fedavg, or mypkg.mine:Thing, or mine.py:Thing.")],
+    name: Annotated[str, typer.Argument(help="A name such as fedavg or oort, or mypkg.mine:Thing, or mine.py:Thing.")],
 ) -> None:
-    """What an algorithm is, its fields, and what its messages carry."""
+    """What an algorithm or a selector is, its fields, and what its messages carry."""
     from fldist.inspection import describe as show
 
-    typer.echo(show(algorithm))
+    typer.echo(show(name))
 
 
 @app.command()
@@ -121,7 +121,7 @@ def compare(
         str | None, typer.Option(help="What to compare with: a method's label (default: fedavg, else the first).")
     ] = None,
     at: Annotated[
-        list[str] | None, typer.Option(help="A budget, such as rounds=20, uplink_bytes=5MB, seconds=60; repeatable.")
+        list[str] | None, typer.Option(help="A budget, such as rounds=20, uplink_bytes=5MB, joules=900; repeatable.")
     ] = None,
     to: Annotated[list[float] | None, typer.Option(help="An accuracy to reach, such as 0.8; repeatable.")] = None,
     last: Annotated[int, typer.Option(help="Final accuracy is each run's mean over so many last scored rounds.")] = 1,
@@ -132,11 +132,12 @@ def compare(
         list[str] | None,
         typer.Option(help="What to draw accuracy against (default: total_bytes); repeatable: panels side by side."),
     ] = None,
+    chosen: Annotated[bool, typer.Option("--chosen", help="Draw how often clients were chosen, too.")] = False,
 ) -> None:
     """Compare runs: at equal budgets, to an accuracy, in pairs of seeds against a baseline; a task at a time."""
     from fldist.analysis import plot as drawing
     from fldist.analysis import tables
-    from fldist.analysis.compare import Final, axis_of, check_last, check_target, gather, parse_budget, split
+    from fldist.analysis.compare import Final, axis_of, check_last, check_target, gather, parse_budget, require, split
 
     budgets = [parse_budget(text) for text in at or []]
     targets = sorted({check_target(target) for target in to or []})
@@ -147,16 +148,21 @@ def compare(
     for option, path in (("--csv", csv), ("--plot", plot)):
         if path is not None:
             tables.require_directory(option, path)
+    if chosen and plot is None:
+        raise ValueError("--chosen: it is drawn into the file that --plot names; name one")
     if plot is not None:
         drawing.require_ending(plot)
     usable, left_out = gather(runs)
     tasks = split(usable)
+    for option, wanted in (("--at", [budget.axis for budget in budgets]), ("--against", axes)):
+        for axis in wanted:
+            require(tasks, axis, option)
     typer.echo(tables.text_of(tasks, baseline, budgets, targets, left_out, final))
     if csv is not None:
         tables.write_csv(csv, tasks, baseline, budgets, targets, final)
         typer.echo(f"figures in {csv}")
     if plot is not None:
-        drawing.draw(tasks, plot, axes)
+        drawing.draw(tasks, plot, axes, chosen)
         typer.echo(f"drawn in {plot}")
 
 
@@ -371,6 +377,21 @@ def bench_fedf2dg(
     from fldist.bench import fedf2dg, measure
 
     typer.echo(measure.told(lambda: fedf2dg.measure(repeats, quick=quick, say=_aside), json_file))
+
+
+@bench_app.command("fedgcs")
+def bench_fedgcs(
+    repeats: Annotated[int | None, typer.Option(help="Turns of both selections (default: 10).")] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Sets of utilities, of each score, for which both choose (default: 1).")
+    ] = None,
+    json_file: Json = None,
+    quick: Quick = False,
+) -> None:
+    """FedGCS's selection against its published formulation: time, and the true score of the chosen set."""
+    from fldist.bench import fedgcs, measure
+
+    typer.echo(measure.told(lambda: fedgcs.measure(repeats, instances, quick=quick, say=_aside), json_file))
 
 
 @bench_app.command("suite")

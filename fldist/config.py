@@ -385,7 +385,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def known_keys() -> list[str]:
-    """Every key that a configuration may have, dotted, the fields of all packaged algorithms included."""
+    """Every key that a configuration may have, dotted, the fields of all packaged algorithms and selectors included."""
     keys = list(_keys_of(Settings, ""))
     for name in resolve.modules_of("fldist.algorithms"):
         component = resolve.from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
@@ -398,6 +398,13 @@ def known_keys() -> list[str]:
         for name in table:
             thing = resolve.from_table(table, name, f"task.{section}.name")
             keys += [f"task.{section}.{f.name}" for f in dataclasses.fields(thing)]
+    for name in resolve.modules_of("fldist.selection"):
+        selector = resolve.from_package("fldist.selection", name, Selector, "selection.name")
+        hints = typing.get_type_hints(selector)
+        for f in dataclasses.fields(selector):
+            keys.append(f"selection.{f.name}")
+            if dataclasses.is_dataclass(hints[f.name]):
+                keys += _keys_of(hints[f.name], f"selection.{f.name}.")
     for name in clock.NAMES:
         thing = resolve.from_table(clock.NAMES, name, "clock.name")
         keys += [f"clock.{f.name}" for f in dataclasses.fields(thing)]

@@ -110,7 +110,8 @@ class Progress:
         self._console.print(f"finished: {reason_text(result['stop'])}")
         self._console.print(f"seconds {seconds['total']:.2f} in rounds ({split}), {seconds['run']:.2f} in all")
         if result["simulated"]:
-            self._console.print(f"simulated {_cost(result['simulated'])} on the clients' devices")
+            on = result["simulated"]
+            self._console.print(f"simulated {on['seconds']:,.1f} s and {on['joules']:,.1f} J on the clients' devices")
         self._console.print(f"state_hash {result['state_hash']}")
         self._console.print(f"results in {result['directory']}", markup=False)
 

@@ -31,7 +31,7 @@ from fldist.kinds import HELD, Field, Form, Kind, Once, Schema, Sparse, call_sch
 from fldist.models import FAMILIES
 from fldist.models.train import Order, Progress
 from fldist.params import Params
-from fldist.resolve import from_package
+from fldist.resolve import from_package, modules_of
 from fldist.runtime.cohort import Replies
 from fldist.runtime.folding import argument_for, plain
 from fldist.runtime.job import OWN, REPORT, ClientMethod, Job
@@ -41,7 +41,7 @@ from fldist.runtime.output import nccl_version
 from fldist.runtime.placement import Placement
 from fldist.runtime.views import ClientsView, ServerView
 from fldist.seeding import Streams, forked
-from fldist.selection import ClientReport
+from fldist.selection import ClientReport, Selector
 from fldist.sparse import Kept
 from fldist.units import bandwidth_text
 from fldist.wire.codec import FrameBuilder, FrameType, Head, Message
@@ -51,40 +51,67 @@ from fldist.wire.network import VARIABLE, chosen_address, interfaces, is_loopbac
 
 # ---- describe
 def describe(name: str) -> str:
-    """An algorithm's docstring, fields with defaults, and the schema of each client method."""
+    """The docstring, the fields with defaults, and the schema of each client method of an algorithm or a selector."""
+    if name in modules_of("fldist.selection") and name not in modules_of("fldist.algorithms"):
+        selector: type[Selector] = from_package("fldist.selection", name, Selector, "selection.name")
+        return "\n".join([*_opening(selector, Selector), *_fields(selector, Selector, "selection"), *_calls(selector)])
     kind: type[Algorithm] = from_package("fldist.algorithms", name, Algorithm, "algorithm.name")
-    module = inspect.getmodule(kind)
-    lines = [f"{kind.__name__} ({inspect.getsourcefile(kind)})", ""]
-    lines += [inspect.cleandoc((module.__doc__ if module else None) or kind.__doc__ or "").strip(), ""]
-    for base in kind.__mro__[1:]:
-        shared = inspect.getmodule(base)
-        if issubclass(base, Algorithm) and base is not Algorithm and shared is not None and shared is not module:
-            lines += [f"It builds on {base.__name__} ({inspect.getsourcefile(base)})", ""]
-            lines += [inspect.cleandoc(shared.__doc__ or "").strip(), ""]
-    lines.append("Fields (section `algorithm`):")
-    hints, comments = get_type_hints(kind), _comments(kind)
-    for item in dataclasses.fields(kind):
-        value = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        default = "required" if value is dataclasses.MISSING else f"default {value!r}"
-        said = f"; {comments[item.name]}" if item.name in comments else ""
-        lines.append(f"  {item.name}: {_type_name(hints[item.name])}, {default}{said}")
-    if not dataclasses.fields(kind):
-        lines.append("  none")
+    lines = [*_opening(kind, Algorithm), *_fields(kind, Algorithm, "algorithm")]
     stateful = kind.init_client is not Algorithm.init_client
-    lines += ["", f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds."]
+    lines += [f"Clients {'keep a state of their own' if stateful else 'keep no state'} between rounds."]
     if kind.heterogeneous:
         families = ", ".join(FAMILIES)
         lines.append(f"Clients may have models of different architectures (clients.models: a list, or {families}).")
     if not kind.has_global_model:
         lines.append("There is no global model: clients score their own.")
-    lines.append("")
+    return "\n".join([*lines, "", *_calls(kind)])
+
+
+def _opening(kind: type, root: type) -> list[str]:
+    """What the file of an algorithm or a selector opens with, and those of what it builds on, up to `root`."""
+    module = inspect.getmodule(kind)
+    lines = [f"{kind.__name__} ({inspect.getsourcefile(kind)})", ""]
+    lines += [inspect.cleandoc((module.__doc__ if module else None) or kind.__doc__ or "").strip(), ""]
+    for base in kind.__mro__[1:]:
+        shared = inspect.getmodule(base)
+        if issubclass(base, root) and base is not root and shared is not None and shared is not module:
+            lines += [f"It builds on {base.__name__} ({inspect.getsourcefile(base)})", ""]
+            lines += [inspect.cleandoc(shared.__doc__ or "").strip(), ""]
+    return lines
+
+
+def _fields(kind: type, root: type, section: str) -> list[str]:
+    """The fields with defaults, those of dataclasses in them as well, and what the source says of them."""
+
+    def listed(of: type, root: type, indent: str) -> list[str]:
+        lines = []
+        hints, comments = get_type_hints(of), _comments(of, root)
+        for item in dataclasses.fields(of):
+            value = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+            said = f"; {comments[item.name]}" if item.name in comments else ""
+            options = type(value) if dataclasses.is_dataclass(value) and section == "selection" else None
+            default = "required" if value is dataclasses.MISSING else f"default {value!r}"
+            if options is not None:
+                lines.append(f"{indent}{item.name}{said}:")
+                lines += [f"{indent}  {line}".rstrip() for line in inspect.cleandoc(options.__doc__ or "").splitlines()]
+                lines += listed(options, options, f"{indent}  ")
+            else:
+                lines.append(f"{indent}{item.name}: {_type_name(hints[item.name])}, {default}{said}")
+        return lines
+
+    return [f"Fields (section `{section}`):", *(listed(kind, root, "  ") or ["  none"]), ""]
+
+
+def _calls(kind: type) -> list[str]:
+    """What the messages of each client method carry."""
+    lines = []
     for attribute in sorted(dir(kind)):
         method = getattr(kind, attribute)
         if getattr(method, "_fldist_on_client", False):
             lines.append(f"On the client: {attribute}")
             lines += [f"  down  {_field_text(f)}" for f in call_schema(method).fields]
             lines += [f"  up    {_field_text(f)}" for f in reply_schema(method).fields]
-    return "\n".join(lines)
+    return lines
 
 
 def _type_name(hint: Any) -> str:
@@ -95,11 +122,11 @@ def _type_name(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def _comments(kind: type[Algorithm]) -> dict[str, str]:
-    """What the source says of an algorithm's fields, at the end of their lines."""
+def _comments(kind: type, root: type) -> dict[str, str]:
+    """What the source says of a dataclass's fields, at the end of their lines."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, Algorithm):
+        if issubclass(base, root):
             found |= dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(base), re.M))
     return found
 
@@ -462,7 +489,7 @@ def _devices_lines(job: Job) -> list[str]:
         least, middle, most = np.percentile(list(values.values()), [0, 50, 100])
         lines.append(f"  {name} of {what}: {least:.4g} to {most:.4g}, median {middle:.4g}")
     classes = sorted(set(fleet.watts))
-    shown = [f"{watts:g} W: {fleet.watts.count(watts)} clients" for watts in classes[:_CLASSES]]
+    shown = [f"{watts:g} W: {_clients(fleet.watts.count(watts))}" for watts in classes[:_CLASSES]]
     more = f" and {len(classes) - _CLASSES} more classes" if len(classes) > _CLASSES else ""
     lines.append(f"  {', '.join(shown)}{more}; radio {fleet.radio_watts:g} W")
     if fleet.sleeps:
@@ -470,6 +497,10 @@ def _devices_lines(job: Job) -> list[str]:
     slowest = sorted(seconds, key=lambda client: (-seconds[client], client))[:_CLASSES]
     lines.append(f"  slowest: {', '.join(f'client {c} ({seconds[c]:.4g} s)' for c in slowest)}")
     return lines
+
+
+def _clients(count: int) -> str:
+    return "1 client" if count == 1 else f"{count} clients"
 
 
 def _round_lines(prediction: Prediction) -> list[str]:

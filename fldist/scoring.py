@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -28,7 +29,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fldist.algorithm import State
-from fldist.selection import Candidates, Outcome
+from fldist.selection import Candidates, Outcome, UtilEpochs
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -201,9 +202,9 @@ def draw(weights: Tensor, count: int, rng: torch.Generator) -> list[int]:
     # the first of exponential clocks whose rates are the weights; an entry that is infinite would be a tie
     rates = weights / weights.max().clamp(min=torch.finfo(torch.float64).tiny) if len(weights) else weights
     running = rates > 0
-    times = torch.where(running, waits / torch.where(running, rates, 1.0), waits).tolist()
-    ahead = running.tolist()
-    return sorted(range(len(times)), key=lambda i: (not ahead[i], times[i]))[:count]
+    times = torch.where(running, waits / torch.where(running, rates, 1.0), waits)
+    ranks = list(zip((~running).tolist(), times.tolist(), strict=True))
+    return sorted(range(len(ranks)), key=ranks.__getitem__)[:count]
 
 
 def largest(values: Tensor, count: int, rng: torch.Generator) -> list[int]:
@@ -258,6 +259,8 @@ def trust(silent: Tensor) -> Tensor:
 
 def filled(by_client: Mapping[int, float], told: Tensor) -> Tensor:
     """A number for every client [N]: what it has told, else what is known of its device, else NaN."""
+    if not by_client:
+        return told
     of_device = torch.full_like(told, math.nan)
     of_device[list(by_client)] = _floats(list(by_client.values()))
     return torch.where(told.isnan(), of_device, told)
@@ -270,7 +273,8 @@ class Utility:
     variant: `oort` normalises U to 0..1 and lets the bonus grow with the rounds; `repo` does neither. alpha, beta:
     exponents of the penalties of slow and of hungry devices (0: none); duration, energy: T* seconds and E* joules of a
     client's training, null: 1.2 times the median of those known. untried: what clients that never took part are worth:
-    `optimistic`: as much as the best one, times what their devices are known for; `zero`: nothing.
+    `optimistic`: as much as the best one, times what their devices are known for; `zero`: nothing. epochs: local ones
+    whose losses U is made of; `all` is as published, about sqrt(E) larger, and mixes losses before and after training.
 
     Where the section `devices` simulates nothing, seconds are measured and two runs choose differently, unless alpha is
     0 or the section `clock` is scripted.
@@ -284,6 +288,7 @@ class Utility:
     duration: Positive | None = None  # T*
     energy: Positive | None = None  # E*
     untried: Literal["optimistic", "zero"] = "optimistic"
+    epochs: UtilEpochs = "first"
 
     def learn(self, known: State, outcome: Outcome) -> State:
         """`updated`, without what is not used."""
@@ -296,7 +301,10 @@ class Utility:
     def preferred(self, known: State, candidates: Candidates) -> tuple[float, float]:
         """T* and E* of a client's training; NaN where nothing is known to take them from."""
         ids = list(candidates.ids)
-        seconds, joules = (cost[ids] for cost in self.costs(known, candidates))
+        seconds, joules = self.costs(known, candidates)
+        return self._preferred(seconds[ids], joules[ids])
+
+    def _preferred(self, seconds: Tensor, joules: Tensor) -> tuple[float, float]:
         return (
             _typical(seconds) if self.duration is None else self.duration,
             _typical(joules) if self.energy is None else self.energy,
@@ -319,7 +327,7 @@ class Utility:
         """
         ids = list(candidates.ids)
         seconds, joules = (cost[ids] for cost in self.costs(known, candidates))
-        preferred_s, preferred_joules = self.preferred(known, candidates)
+        preferred_s, preferred_joules = self._preferred(seconds, joules)
         utility, last = known.utility[ids], known.last[ids]
         tried = ~utility.isnan()
         if self.variant == "oort":
@@ -339,7 +347,8 @@ class Utility:
 
 def _typical(values: Tensor) -> float:
     """1.2 times the median of what is known; NaN where nothing is."""
-    return SLACK * float(values.nanquantile(0.5)) if len(values) else math.nan
+    known = [value for value in values.tolist() if not math.isnan(value)]
+    return SLACK * median(known) if known else math.nan
 
 
 def _spread(values: Tensor, ids: Sequence[int], num_clients: int) -> Tensor:

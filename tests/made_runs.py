@@ -23,7 +23,8 @@ MS = 1_000_000
 
 @dataclass
 class Made:
-    """What a made run is like. ranks: 1 is one process; lost: share of the replies; changes: of the configuration."""
+    """What a made run is like. ranks: 1 is one process; lost: share of the replies; changes: of the configuration;
+    simulated: it tells of devices, whatever the configuration says."""
 
     algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
     seed: int = 0
@@ -39,6 +40,7 @@ class Made:
     alpha: float = 0.3
     finished: bool = True
     every: int = 1
+    simulated: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -140,7 +142,14 @@ class Made:
         sums["by_phase_and_kind"] = {f"train.{kind}": ways for kind, ways in by_kind.items()}
         sums["wasted"] = {"lost": {"up": len(gone) * MODEL_BYTES, "down": 0}} if gone else {}
         total = (timed["ended_ns"] - timed["began_ns"]) / 1e9
+        devices: dict[str, Any] = {}
+        if self.simulated:
+            devices = {"simulated": {"seconds": 20.0 + self.seed, "joules": 90.0 * len(called)}}
+        if len(called) < self.clients:
+            devices["chosen"] = called
+        so_far = {"simulated_seconds": number * (20.0 + self.seed), "joules": number * 90.0 * len(called)}
         return {
+            **devices,
             "round": number,
             "attempt": 0,
             "stage": "train",
@@ -159,6 +168,7 @@ class Made:
                 "wire_uplink_bytes": spent["wire_up"],
                 "wire_downlink_bytes": spent["wire_down"],
                 "seconds": (timed["ended_ns"] - BOOT_NS) / 1e9,
+                **(so_far if self.simulated else {}),
             },
         }
 

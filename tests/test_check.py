@@ -51,6 +51,39 @@ def test_the_files_of_a_run_agree(whole):
     assert "DIFFERS" not in text
 
 
+@pytest.fixture
+def simulated(tmp_path) -> Path:
+    run(small(rounds=3, devices="simulated"), output=tmp_path / "run")
+    found = check(tmp_path / "run")
+    assert found.failed == []
+    assert "simulated seconds and joules of the rounds add up to what is spent" in found.passed
+    return tmp_path / "run"
+
+
+def test_a_simulated_clock_that_does_not_add_up_is_found(simulated):
+    def edit(lines):
+        lines[1]["simulated"]["joules"] += 1.0
+
+    edit_lines(simulated / "rounds.jsonl", edit)
+    (line,) = [line for line in check(simulated).failed if "simulated" in line]
+    assert line == "rounds.jsonl: simulated costs do not add up to what is spent (rounds 2)"
+
+
+def test_a_simulated_clock_that_is_told_otherwise_in_the_end_is_found(simulated):
+    result = json.loads((simulated / "result.json").read_text())
+    result["simulated"]["seconds"] -= 1.0
+    (simulated / "result.json").write_text(json.dumps(result))
+    assert any(line.startswith("result.json: simulated is {'seconds'") for line in check(simulated).failed)
+
+
+def test_joules_that_shrink_are_found(simulated):
+    def edit(lines):
+        lines[1]["spent"]["joules"] = 1e9
+
+    edit_lines(simulated / "rounds.jsonl", edit)
+    assert any("less is spent after a round than before it (3)" in line for line in check(simulated).failed)
+
+
 @pytest.mark.parametrize("topology", ["star", "collective", "reduce"])
 def test_the_files_of_runs_of_several_ranks_agree(tmp_path, hosts: Hosts, topology):
     config = small(rounds=3, topology=topology, algorithm={"name": "scaffold"}, eval={"where": "both"})

@@ -1235,5 +1235,5 @@ def test_the_page_explains_every_measure_and_option() -> None:
     for name in (*tables.COLUMNS, "final_accuracy", "accuracy_at_", "_to_accuracy", "_to_accuracy_ratio"):
         assert f"`{name}`" in page or f"{name}AXIS" in page or f"AXIS{name}" in page, name
     assert "`figure_NAME`" in page
-    for option in ("--baseline", "--at", "--to", "--last", "--best", "--csv", "--plot", "--against"):
+    for option in ("--baseline", "--at", "--to", "--last", "--best", "--csv", "--plot", "--against", "--chosen"):
         assert f"`{option}" in page, option

@@ -312,6 +312,13 @@ def test_describe_and_doctor(cli: Cli) -> None:
     assert "mu: " in out
     assert "default 0.01" in out
     assert "down  x: weights" in out
+    code, out, _ = cli("describe", "power_of_choice")
+    assert code == 0
+    assert "Fields (section `selection`):" in out
+    assert "On the client: " in out
+    code, out, _ = cli("describe", "topk")
+    assert "  utility:" in out
+    assert "    alpha: float, default 2.0" in out
     code, _, err = cli("describe", "nothing")
     assert code == 2
     assert "unknown name 'nothing'" in err

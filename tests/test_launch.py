@@ -42,10 +42,38 @@ ALGORITHMS = (
     "lg_fedavg",
     "fedktl",
     "fedf2dg",
+    "fedgcs",
 )
 
-OTHERS = ("random_mask", "random_pruning", "prunefl", "efl_prune", "lottery_fl", "public_distillation", "fedproto")
+SELECTORS: dict[str, dict[str, Any]] = {
+    "fedgcs": {
+        "pool": ["random", "oort", "topk"],
+        "proposals": 5,
+        "score": "group",
+        "fitting": {"hidden": 8, "width": 8, "epochs": 3, "later_epochs": 2},
+        "searching": {"starts": 4, "steps": 2},
+    },
+    "topk": {},
+    "oort": {"variant": "repo"},
+    "afl": {"initial": "evaluate"},
+    "power_of_choice": {"d": 6},
+    "tifl": {"tiers": 2, "interval": 1},
+    "favor": {"hidden": [8]},
+    "fedmarl": {"hidden": 8},
+    "fedcor": {"warmup": 1, "interval": 1, "first_steps": 5, "steps": 5},
+}
+"""Cases that are FedAvg or SCAFFOLD with a selector, on simulated devices."""
+OTHERS = (
+    "random_mask",
+    "random_pruning",
+    "prunefl",
+    "efl_prune",
+    "lottery_fl",
+    "public_distillation",
+    "fedproto",
+)
 """These run under MPI as well; their own tests run them on gloo."""
+CHOSEN_BY = tuple(name for name in SELECTORS if name not in ALGORITHMS)
 FIELDS: dict[str, dict[str, Any]] = {
     "autoflip": {"T": 0.5, "explore_epochs": 2, "compact": True},
     "prunefl": {"initial_passes": 4, "reconfigure_every": 2},
@@ -67,6 +95,15 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def config(algorithm: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Skewed clients, half of them at a time, BatchNorm with its integers, momentum."""
+    if isinstance(algorithm, str) and algorithm in SELECTORS:
+        changes = {
+            "selection": {"name": algorithm, **SELECTORS[algorithm]},
+            "devices": {"name": "simulated"},
+            "rounds": 3,
+            "local__epochs": 2,
+            **changes,
+        }
+        algorithm = "scaffold"
     if isinstance(algorithm, str):
         algorithm = {"name": algorithm, **FIELDS.get(algorithm, {})}
     name = algorithm["name"]
@@ -113,7 +150,7 @@ def ledger(directory: str | Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     base = tmp_path_factory.mktemp("alone")
-    return {name: fldist.run(config(name), output=base / name) for name in (*ALGORITHMS, *OTHERS)}
+    return {name: fldist.run(config(name), output=base / name) for name in (*ALGORITHMS, *OTHERS, *CHOSEN_BY)}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -125,6 +162,15 @@ def test_gloo_gives_the_same_bits_and_ledger(
     assert outcome(result) == outcome(alone[algorithm])
     assert ledger(tmp_path / "run") == ledger(alone[algorithm]["directory"])
     assert (result["backend"], result["world_size"]) == ("gloo", nproc)
+
+
+@pytest.mark.parametrize("selector", CHOSEN_BY)
+def test_a_selector_chooses_alike_on_gloo(
+    alone: dict[str, dict[str, Any]], tmp_path: Path, hosts: Hosts, selector: str
+) -> None:
+    result = run_here(load(config(selector)), nproc=3, output=tmp_path / "run", spawn=hosts)
+    assert outcome(result) == outcome(alone[selector])
+    assert ledger(tmp_path / "run") == ledger(alone[selector]["directory"])
 
 
 def test_a_network_that_the_server_holds_open_is_not_the_clients(tmp_path: Path, hosts: Hosts) -> None:
@@ -176,7 +222,7 @@ def _messages(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_mpi_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    names = (*ALGORITHMS, *OTHERS)
+    names = (*ALGORITHMS, *OTHERS, *CHOSEN_BY)
     jobs = [{"config": config(name), "output": str(tmp_path / name)} for name in names]
     resumed = ("fedavg", "scaffold", "moon")
     for name in resumed:  # begun in one process, ended under MPI
@@ -230,7 +276,7 @@ def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl", "fedf2dg"])
+@pytest.mark.parametrize("name", ["scaffold", "autoflip", "fedzge", "fedktl", "fedf2dg", "fedgcs"])
 def test_torchrun_gives_the_same_bits_and_ledger(alone: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     path = write(tmp_path, config(name))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "4", "-m", "fldist"]

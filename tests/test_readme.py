@@ -58,6 +58,7 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
     run = tmp_path / "run"
     scoring = {"own": True, "clients": "unselected"}
     asked = small(algorithm=f"{mine}:Stepped", eval=scoring, clients__per_round=3, task__split={"test": 0.2})
+    asked["devices"] = "simulated"
     result = fldist.run(asked, output=run)
     text = (ROOT / "docs" / "results.md").read_text()
     explained = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
@@ -69,7 +70,7 @@ def test_every_column_of_a_runs_files_is_explained(tmp_path: Path) -> None:
         for line in (run / file).read_text().splitlines():
             names |= set(json.loads(line))
     lines = (run / "rounds.jsonl").read_text().splitlines()
-    names |= set(json.loads(lines[0])["spent"])
+    names |= set(json.loads(lines[0])["spent"]) | set(json.loads(lines[0])["simulated"])
     scores = json.loads(lines[-1])["scores"]
     names |= set(scores) | set(scores["clients"]) | set(scores["gap"])
     assert set(scores) == {"global", "clients", "own", "own_train", "gap"}

@@ -114,20 +114,34 @@ def test_means_are_over_rounds_that_all_have_scored(tmp_path):
 
 
 def test_the_page_has_every_axis_in_full(tmp_path):
-    paths = made(tmp_path, a={"lost": 0.3}, b={"seed": 1})
+    paths = made(tmp_path, a={"lost": 0.3}, b={"seed": 1}, c={"seed": 2, "simulated": True})
     report.write(paths, tmp_path / "report.html")
     data = data_of(tmp_path / "report.html")
+    assert [axis["key"] for axis in data["axes"]] == list(AXES)
     for path, of in zip(paths, data["runs"], strict=True):
         run = read(path)
         for axis in AXES:
+            if not run.has(axis):
+                assert set(of["curve"][axis]) == {None}
+                assert of[axis] is None
+                continue
             assert of["curve"][axis] == pytest.approx(run.spent(axis).tolist(), rel=1e-11)
         assert of["curve"]["accuracy"] == pytest.approx(run.accuracy.tolist(), rel=1e-11)
         last = run.rounds[-1]
         assert of["uplink_bytes"] == last["spent"]["uplink_bytes"]
         assert of["downlink_bytes"] == last["spent"]["downlink_bytes"]
         assert of["seconds"] == last["spent"]["seconds"]
+        assert of["joules"] == last["spent"].get("joules")
         assert of["accuracy"] == run.result["final"]["accuracy"]
         assert of["state_hash"] == run.result["state_hash"]
+
+
+def test_axes_that_no_run_has_are_not_there(tmp_path):
+    report.write(made(tmp_path, a={}), tmp_path / "r.html")
+    axes = data_of(tmp_path / "r.html")["axes"]
+    assert [(axis["key"], axis["unit"]) for axis in axes] == [
+        ("rounds", "rounds"), ("uplink_bytes", "B"), ("total_bytes", "B"), ("wire_bytes", "B"), ("seconds", "s"),
+    ]  # fmt: skip
 
 
 def test_long_curves_are_thinned_and_keep_their_ends(tmp_path, monkeypatch):

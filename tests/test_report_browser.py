@@ -55,8 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """A page about runs of several methods, tasks and sizes, and where these are."""
     root = tmp_path_factory.mktemp("report")
     runs = [
-        Made(seed=0, rounds=6, clients=8, lost=0.2).write(root / "fedavg-0"),
-        Made(seed=1, rounds=6, clients=8).write(root / "fedavg-1"),
+        Made(seed=0, rounds=6, clients=8, lost=0.2, simulated=True).write(root / "fedavg-0"),
+        Made(seed=1, rounds=6, clients=8, simulated=True).write(root / "fedavg-1"),
         Made(algorithm={"name": "fedprox", "mu": 0.1}, rounds=6, clients=8, best=0.7, ranks=5).write(root / "fedprox"),
         Made(rounds=5, clients=5, ranks=1, name="<b>bold</b> %{x}").write(root / HOSTILE),
         Made(rounds=4, clients=6, data="mnist", environment={"hostname": "other"}).write(root / "mnist"),
@@ -150,7 +150,7 @@ def axis_label(axis: str) -> str:
 def test_the_table_has_the_numbers_of_the_runs_files(page, made):
     head, *rows = cells(page, "runs-table")
     assert head == ["Run", "Method", "Task", "Seed", "Status", "Rounds", "Accuracy", "Uplink bytes", "Downlink bytes",
-                    "Seconds", "state_hash"]  # fmt: skip
+                    "Seconds", "Simulated seconds", "Joules (simulated)", "state_hash"]  # fmt: skip
     assert [row[0] for row in rows] == [path.name for path in made[1]]
     for path, row in zip(made[1], rows, strict=True):
         run = read(path)
@@ -160,6 +160,8 @@ def test_the_table_has_the_numbers_of_the_runs_files(page, made):
         assert of["Uplink bytes"] == f"{spent['uplink_bytes']:,}"
         assert of["Downlink bytes"] == f"{spent['downlink_bytes']:,}"
         assert of["Seconds"] == f"{spent['seconds']:.2f}"
+        simulated = [f"{spent[name]:.1f}" if name in spent else "" for name in ("simulated_seconds", "joules")]
+        assert [of["Simulated seconds"], of["Joules (simulated)"]] == simulated
         assert of["Rounds"] == str(run.rounds[-1]["round"])
         assert of["Status"] == run.status
         assert of["state_hash"] == (run.result["state_hash"][:12] if run.result else "")
@@ -198,6 +200,18 @@ def test_the_axis_of_costs_has_the_runs_values(page, made):
         for run, trace in zip(runs, lines, strict=True):
             assert trace["x"] == pytest.approx(run.spent(axis).tolist(), rel=1e-11)
             assert trace["y"] == pytest.approx(run.accuracy.tolist(), rel=1e-11)
+
+
+def test_methods_without_simulated_devices_are_not_drawn_against_them(page):
+    choose_task(page, " 8 clients")
+    choose(page, "curves-x", axis_label("joules"))
+    assert {trace["legendgroup"] for trace in drawn(page, "curves")} == {"fedavg (3 ranks)"}
+    line = next(trace for trace in drawn(page, "curves") if trace["name"] != "band")
+    assert f"{axis_label('joules')}: 720 J" in line["hovertext"][0]
+    assert f"moon (3 ranks): not all of its runs have {axis_label('joules')}" in page.inner_text("#curves-notes")
+    choose(page, "curves-x", axis_label("total_bytes"))
+    assert len({trace["legendgroup"] for trace in drawn(page, "curves")}) == 3
+    assert "not all of its runs" not in page.inner_text("#curves-notes")
 
 
 def test_means_bands_loss_and_logarithms(page, made):

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "selection": {"algorithm", "data", "fold", "kinds", "models", "params", "resolve", "seeding"},
     "algorithms": {"algorithm", "data", "models", "fold", "kinds", "masked", "params", "pruning", "sparse", "seeding"},
     "distillation": {"algorithm", "data", "kinds", "models", "params"},
-    "generative": {"seeding"},
+    "generative": {"blocks", "seeding"},
     "inversion": set(),
     "prototypes": {"data", "fold", "kinds"},
     "on_top": {"algorithm", "data", "fold", "kinds", "params", "resolve"},
@@ -44,7 +44,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["selection"] |= {"blocks", "generative", "q_learning", "scoring"}
 ALLOWED["q_learning"] = {"algorithm"}
-ALLOWED["generative"] = {"seeding"}
 ALLOWED["scoring"] = {"algorithm", "selection"}
 ALLOWED["devices"] = {"resolve", "seeding", "units"}
 ALLOWED["algorithms"] |= {"blocks", "directions", "distillation", "inversion", "on_top", "prototypes"}
@@ -57,6 +56,7 @@ ALLOWED["inspection"] = {"config", "runner", *ALLOWED["config"]}
 ALLOWED["pretrain"] = {"data", "models", "runtime", "seeding"}
 ALLOWED["bench"] = {
     "algorithms",
+    "generative",
     "directions",
     "distillation",
     "inversion",

@@ -386,7 +386,7 @@ def test_squares_are_those_of_every_sample_before_its_step_in_the_first_epoch():
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
-    wanted = ClientData(task, 0, Streams(SEED, 1, 0), reports=True)
+    wanted = ClientData(task, 0, Streams(SEED, 1, 0), reports="first")
     trained = wanted.train(start, epochs=2)
     assert trained.squares == pytest.approx(expected, rel=1e-5)
     assert wanted.trained is trained
@@ -397,7 +397,7 @@ def test_squares_are_those_of_every_sample_before_its_step_in_the_first_epoch():
         return 2.0 * cross_entropy(module(batch.x), batch.y)
 
     halved = make_task(batch_size=8, lr=0.25)
-    other = ClientData(halved, 0, Streams(SEED, 1, 0), reports=True).train(start, epochs=1, loss=own)
+    other = ClientData(halved, 0, Streams(SEED, 1, 0), reports="first").train(start, epochs=1, loss=own)
     assert other.squares == pytest.approx(expected, rel=1e-5)
 
 

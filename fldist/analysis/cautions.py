@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fldist.analysis.compare import Interval, Method, Task, differing
-from fldist.analysis.runs import Run
+from fldist.analysis.runs import SIMULATED, Run
 
 _NAMED = 6
 """So many are named of what there may be many of."""
@@ -17,7 +17,7 @@ _NAMED = 6
 def cautions(task: Task) -> list[str]:
     """Everything about a task's runs that makes its figures less, or other, than they seem."""
     found = [*_seeds(task), *task.notes, *_unlike_methods(task), *_scores(task), *_lengths(task), *_rounds_lost(task)]
-    return [*found, *_made_elsewhere(task)]
+    return [*found, *_simulated(task), *_made_elsewhere(task)]
 
 
 def of_intervals(intervals: Sequence[Interval]) -> list[str]:
@@ -126,6 +126,28 @@ def _rounds_lost(task: Task) -> list[str]:
         if any(lost.values()):
             told = ", ".join(f"{count} with seed {seed}" for seed, count in lost.items() if count)
             found.append(f"{method.label}: in some rounds no reply was used, and they changed nothing ({told}).")
+    return found
+
+
+def _simulated(task: Task) -> list[str]:
+    have = [method for method in task.methods if any(method.has(axis) for axis in SIMULATED)]
+    if not have:
+        return []
+    found = [
+        "Simulated seconds and joules are those of the devices that the section `devices` describes, not of this "
+        "machine: they are as good as that section is, and no measured second is in them."
+    ]
+    if len(have) < len(task.methods):
+        without = [method.label for method in task.methods if method not in have]
+        found.append(
+            f"No devices are simulated in runs of {few(without)}: they have no simulated seconds and no joules."
+        )
+    slept = [method.label for method in have if method.facts.get("devices.mode") == "sleep"]
+    if slept:
+        found.append(
+            f"Hosts slept in runs of {few(slept)}, and their training was measured: simulated seconds are partly those "
+            "of this machine."
+        )
     return found
 
 

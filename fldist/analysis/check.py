@@ -12,11 +12,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from fldist.analysis.runs import SPENT, Run, json_lines, messages, read
+from fldist.analysis.runs import SIMULATED, SPENT, Run, json_lines, messages, read
 
 _UNTRAINED = frozenset({"setup", "select", "evaluate"})
 _TABLES = ("by_kind", "by_phase", "wasted", "encoded_by_phase", "wire_by_phase", "by_phase_and_kind")
@@ -158,6 +158,7 @@ def _check_rounds(run: Run, found: Checked) -> None:
         line["round"]
         for before, line in zip(run.rounds, run.rounds[1:], strict=False)
         if any(line["spent"][name] < before["spent"][name] for name in SPENT)
+        or any(line["spent"].get(name, 0) < before["spent"].get(name, 0) for name in SIMULATED)
     ]
     if shrinking:
         found.failed.append(f"rounds.jsonl: less is spent after a round than before it ({_some(shrinking)})")
@@ -165,6 +166,8 @@ def _check_rounds(run: Run, found: Checked) -> None:
     if result is None:
         found.unknown.append("result: the run was cut off, or is still going: there is no result.json")
         return
+    if any("simulated" in line for line in run.rounds):
+        _check_simulated(run, result, found)
     scored = [line for line in run.rounds if line["accuracy"] is not None]
     final = {name: scored[-1][name] if scored else None for name in ("accuracy", "loss")}
     told = {name: result["final"][name] for name in ("accuracy", "loss")}
@@ -177,6 +180,27 @@ def _check_rounds(run: Run, found: Checked) -> None:
             found.passed.append(f"result.json: {what} ({own})")
         else:
             found.failed.append(f"result.json: {what} is {other}, rounds.jsonl says {own}")
+
+
+def _check_simulated(run: Run, result: Mapping[str, Any], found: Checked) -> None:
+    """What the devices have spent grows by what each round says, and ends where the result says."""
+    lines = run.rounds
+    bad = [
+        line["round"]
+        for before, line in pairwise(lines)
+        if line["round"] == before["round"] + 1
+        and any(
+            line["spent"][name] != before["spent"][name] + line["simulated"][name.removeprefix("simulated_")]
+            for name in SIMULATED
+        )
+    ]
+    if bad:
+        found.failed.append(f"rounds.jsonl: simulated costs do not add up to what is spent (rounds {_some(bad)})")
+    told = {name.removeprefix("simulated_"): lines[-1]["spent"][name] for name in SIMULATED}
+    if result.get("simulated") != told and run.status == "finished":
+        found.failed.append(f"result.json: simulated is {result.get('simulated')}, rounds.jsonl says {told}")
+    elif not bad:
+        found.passed.append("simulated seconds and joules of the rounds add up to what is spent")
 
 
 def _check_bytes(run: Run, found: Checked) -> None:

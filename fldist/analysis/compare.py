@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fldist.analysis.runs import AXES, Axis, Floats, Run, UnreadableRun, find, read
+from fldist.analysis.runs import AXES, SIMULATED, Axis, Floats, Run, UnreadableRun, find, read
 from fldist.units import to_bytes
 
 COSTS: tuple[Axis, ...] = ("rounds", "uplink_bytes", "total_bytes", "seconds")
-"""What is compared unless more is asked for."""
+"""What is compared unless more is asked for; and `SIMULATED` where there are runs that have it."""
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -193,8 +193,12 @@ class Method:
         """The seeds of its runs, ascending."""
         return tuple(run.seed for run in self.runs)
 
+    def has(self, axis: Axis) -> bool:
+        """Whether all its runs say what they cost on an axis."""
+        return all(run.has(axis) for run in self.runs)
+
     def exchanges_nothing(self, axis: Axis) -> bool:
-        """Whether a run of it spends none of an axis of bytes, as `exchanges_nothing`."""
+        """Whether a run of it spends none of an axis, as `exchanges_nothing`."""
         return any(exchanges_nothing(run, axis) for run in self.runs)
 
     @property
@@ -294,6 +298,8 @@ def _of_method(run: Run) -> dict[str, str]:
         facts |= {key: value for key, value in _public_beside(flat).items() if key not in _FOLDERS}
     if facts.get("clock.name") == "measured":  # as in runs of versions that had no other
         del facts["clock.name"]
+    if facts.get("devices.name") == "none":  # the same
+        del facts["devices.name"]
     if flat.get("eval.own") == "true":  # then replies are longer, and clients compute more
         facts["eval.own"] = "true"
     for name in _PLACE:
@@ -453,8 +459,13 @@ class Reached:
 
 
 def exchanges_nothing(run: Run, axis: Axis) -> bool:
-    """Whether the run spends none of an axis of bytes; on the wire even calls that carry nothing are some."""
-    return axis.endswith("_bytes") and run.spent("total_bytes" if axis == "wire_bytes" else axis)[-1] == 0
+    """Whether the run spends none of an axis of bytes, or of one that is simulated, since it calls no client.
+
+    On the wire even calls that carry nothing are some.
+    """
+    if not axis.endswith("_bytes") and axis not in SIMULATED:
+        return False
+    return bool(run.spent("total_bytes" if axis == "wire_bytes" else axis)[-1] == 0)
 
 
 def spent_when_scored(run: Run, axis: Axis) -> float:
@@ -495,6 +506,24 @@ def axis_of(name: str, option: str) -> Axis:
     raise ValueError(f"{option}: {name!r} is no axis; there are {', '.join(AXES)}")
 
 
+def require(tasks: Sequence[Task], axis: Axis, option: str) -> None:
+    """ValueError for an axis that no method has."""
+    if not any(method.has(axis) for task in tasks for method in task.methods):
+        raise ValueError(
+            f"{option}: no run here says what it cost in {axis}; run with devices=simulated, or leave it out"
+        )
+
+
+def axes_of(methods: Sequence[Method], asked: Iterable[Budget]) -> list[Axis]:
+    """The usual axes, those that are simulated for any of the methods, and those that were asked for."""
+    wanted = {budget.axis for budget in asked}
+    return [
+        axis
+        for axis in AXES
+        if axis in COSTS or axis in wanted or (axis in SIMULATED and any(method.has(axis) for method in methods))
+    ]
+
+
 def check_target(target: float) -> float:
     """The target itself, an accuracy above 0 and at most 1; ValueError for anything else."""
     if not 0 < target <= 1:
@@ -512,15 +541,17 @@ def check_last(last: int) -> int:
 def budgets_of(task: Task, asked: Sequence[Budget]) -> list[Budget]:
     """The budgets that were asked for; for other axes the largest that every run has reached with a scored round.
 
-    Runs that exchange nothing decide about no budget of bytes; where no run exchanges anything there is none.
+    Runs that exchange nothing decide about no budget of bytes; where no run exchanges anything there is none. So it is
+    with what is simulated and methods that do not have it.
     """
     budgets = []
     for axis in AXES:
         mine = [budget for budget in asked if budget.axis == axis]
-        if not mine and axis in COSTS:
+        if not mine and (axis in COSTS or axis in SIMULATED):
             ends = [
                 (spent_when_scored(run, axis), f"{method.label}, seed {run.seed}")
                 for method in task.methods
+                if method.has(axis)
                 for run in method.runs
                 if not exchanges_nothing(run, axis)
             ]
@@ -537,9 +568,14 @@ def _smallest(axis: Axis, ends: Sequence[tuple[float, str]]) -> Budget:
 
 
 def reached(method: Method, budget: Budget | Final) -> Reached:
-    """A method's accuracy at a budget, or in the end. A run that exchanges nothing is within every budget of bytes."""
+    """A method's accuracy at a budget, or in the end. A run that exchanges nothing is within every budget of bytes.
+
+    Without values where the method does not say what it cost.
+    """
     if isinstance(budget, Final):
         return Reached({run.seed: budget.of(run.accuracy) for run in method.runs})
+    if not method.has(budget.axis):
+        return Reached({})
     values, ended, unscored = {}, [], []
     for run in method.runs:
         cost = run.spent(budget.axis)
@@ -595,7 +631,9 @@ class Needed:
 
 
 def needed(method: Method, axis: Axis, target: float) -> Needed:
-    """What a method needed to reach an accuracy for the first time."""
+    """What a method needed to reach an accuracy for the first time; without values where it does not say."""
+    if not method.has(axis):
+        return Needed({}, {})
     return Needed(
         {run.seed: cost_to(run.spent(axis), run.accuracy, target) for run in method.runs},
         {run.seed: spent_when_scored(run, axis) for run in method.runs},
@@ -603,8 +641,9 @@ def needed(method: Method, axis: Axis, target: float) -> Needed:
 
 
 def ratio(method: Method, baseline: Method, axis: Axis, target: float) -> Interval:
-    """A method's cost of an accuracy as `ratio_of` a baseline's; all NaN where one of them exchanges nothing."""
-    if method.exchanges_nothing(axis) or baseline.exchanges_nothing(axis):
+    """A method's cost of an accuracy as `ratio_of` a baseline's; all NaN where one of them exchanges nothing, or does
+    not say what it cost."""
+    if any(each.exchanges_nothing(axis) or not each.has(axis) for each in (method, baseline)):
         return interval({})
     return ratio_of(needed(method, axis, target).values, needed(baseline, axis, target).values)
 
@@ -651,6 +690,62 @@ def figures_of(methods: Iterable[Method]) -> list[str]:
     return list(dict.fromkeys(name for method in methods for run in method.runs for name in run.summary))
 
 
+# ---- who was chosen
+@dataclass(frozen=True)
+class Chosen:
+    """How often a method's runs called the clients, by seed.
+
+    least, median, most: rounds of a client; never: clients that were called in none; jain: Jain's index of fairness,
+    (sum c)^2 / (N sum c^2) over the N clients' rounds c: 1 where all are called equally often, 1/N where it is always
+    the same one (Jain, Chiu, Hawe, DEC-TR-301, 1984).
+    """
+
+    least: dict[int, float]
+    median: dict[int, float]
+    most: dict[int, float]
+    never: dict[int, float]
+    jain: dict[int, float]
+
+
+def jain(times: Sequence[float] | NDArray[np.int64]) -> float:
+    """Jain's index of numbers of at least 0; NaN where all are 0."""
+    of = np.asarray(times, dtype=np.float64)
+    squares = float((of**2).sum())
+    return float(of.sum()) ** 2 / (len(of) * squares) if squares else math.nan
+
+
+def chosen(method: Method) -> Chosen | None:
+    """How often a method called clients; None where a run does not say, or nobody was ever called."""
+    by_seed = {run.seed: run.times_called for run in method.runs}
+    times = {seed: each for seed, each in by_seed.items() if each is not None and each.any()}
+    if len(times) < len(by_seed):
+        return None
+    return Chosen(
+        {seed: float(each.min()) for seed, each in times.items()},
+        {seed: float(np.median(each)) for seed, each in times.items()},
+        {seed: float(each.max()) for seed, each in times.items()},
+        {seed: float((each == 0).sum()) for seed, each in times.items()},
+        {seed: jain(each) for seed, each in times.items()},
+    )
+
+
+def chooses(method: Method) -> bool:
+    """Whether a method does not call everybody equally often, so that it says something how often it does."""
+    found = chosen(method)
+    return found is not None and any(found.most[seed] > found.least[seed] for seed in found.most)
+
+
+def shares_chosen(method: Method) -> Floats | None:
+    """In which share of a run's rounds clients were called, most often first, mean over seeds; None as of `chosen`.
+
+    [clients].
+    """
+    if chosen(method) is None:
+        return None
+    each = [np.sort(run.times_called)[::-1] / len(run.rounds) for run in method.runs if run.times_called is not None]
+    return np.asarray(np.mean(each, axis=0), dtype=np.float64)
+
+
 # ---- mean curves
 @dataclass(frozen=True)
 class Curve:
@@ -694,13 +789,14 @@ class Stretch:
 def front(task: Task, axis: Axis) -> list[Stretch]:
     """The Pareto front of all methods' mean curves, told as stretches of one method each, in order of cost.
 
-    Methods that exchange nothing are not on fronts of bytes: there they would be compared with at no cost.
+    Methods that exchange nothing are not on fronts of bytes: there they would be compared with at no cost. Nor are
+    those on a front that do not say what they cost.
     """
     labels: list[str] = []
     costs: list[Floats] = []
     accuracies: list[Floats] = []
     for method in task.methods:
-        if method.exchanges_nothing(axis):
+        if method.exchanges_nothing(axis) or not method.has(axis):
             continue
         curve = mean_curve(method, axis)
         labels += [method.label] * len(curve.cost)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fldist.analysis.compare import Task, mean_curve, natural
+from fldist.analysis.compare import Task, mean_curve, natural, shares_chosen
 from fldist.analysis.runs import Axis
 from fldist.analysis.tables import scale
 
@@ -37,6 +37,8 @@ LABELS: dict[Axis, str] = {
     "total_bytes": "encoded bytes up and down",
     "wire_bytes": "bytes on the wire, up and down",
     "seconds": "seconds of setup and rounds, without evaluation",
+    "simulated_seconds": "simulated seconds on the clients' devices",
+    "joules": "simulated energy of the clients' devices",
 }
 
 
@@ -46,10 +48,11 @@ def require_ending(path: Path) -> None:
         raise ValueError(f"--plot: {path} must end in {', '.join(ENDINGS)}; got {path.suffix or 'no ending'!r}")
 
 
-def draw(tasks: Sequence[Task], path: Path, axes: Sequence[Axis]) -> None:
+def draw(tasks: Sequence[Task], path: Path, axes: Sequence[Axis], how_often: bool = False) -> None:
     """Draw mean accuracy and a band of one sample standard deviation, at rounds scored for all of a method's seeds.
 
-    Several axes: a row per task and a column per axis; one axis: tasks beside each other.
+    Several axes: a row per task and a column per axis; one axis: tasks beside each other. how_often: a column more, of
+    how often clients were chosen.
     """
     import matplotlib
 
@@ -57,8 +60,9 @@ def draw(tasks: Sequence[Task], path: Path, axes: Sequence[Axis]) -> None:
     from matplotlib import pyplot
 
     labels = {method.label for task in tasks for method in task.methods}
-    columns = len(axes) if len(axes) > 1 else min(_COLUMNS, len(tasks))
-    rows = len(tasks) if len(axes) > 1 else math.ceil(len(tasks) / columns)
+    wanted: list[Axis | None] = [*axes, None] if how_often else [*axes]
+    columns = len(wanted) if len(wanted) > 1 else min(_COLUMNS, len(tasks))
+    rows = len(tasks) if len(wanted) > 1 else math.ceil(len(tasks) / columns)
     styles = styles_of(tasks)
     height = max(3.4 * rows, 0.24 * len(labels)) + 0.4  # inches; the legend needs its own
     figure, grid = pyplot.subplots(
@@ -66,9 +70,12 @@ def draw(tasks: Sequence[Task], path: Path, axes: Sequence[Axis]) -> None:
     )
     try:
         panels = [panel for row in grid for panel in row]
-        for panel, (task, axis) in zip(panels, [(task, axis) for task in tasks for axis in axes], strict=False):
-            draw_panel(panel, task, axis, styles)
-        for panel in panels[len(tasks) * len(axes) :]:
+        for panel, (task, axis) in zip(panels, [(task, axis) for task in tasks for axis in wanted], strict=False):
+            if axis is None:
+                draw_chosen(panel, task, styles)
+            else:
+                draw_panel(panel, task, axis, styles)
+        for panel in panels[len(tasks) * len(wanted) :]:
             panel.set_axis_off()
         handles = {label: line for panel in panels for line, label in zip(*_legend(panel), strict=True)}
         ordered = sorted(handles, key=natural)
@@ -102,11 +109,17 @@ def styles_of(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
 
 def draw_panel(panel: Axes, task: Task, axis: Axis, styles: dict[str, dict[str, Any]]) -> None:
     """Draw one task against one axis; styles as of `styles_of`."""
-    curves = {method.label: mean_curve(method, axis) for method in task.methods if not method.exchanges_nothing(axis)}
+    curves = {
+        method.label: mean_curve(method, axis)
+        for method in task.methods
+        if method.has(axis) and not method.exchanges_nothing(axis)
+    }
     most = max((float(curve.cost[-1]) for curve in curves.values() if len(curve.cost)), default=1.0)
     factor, unit = scale(axis, most)
     for number, method in enumerate(task.methods):
         style = {**styles[method.label], "linewidth": 1.4, "markeredgewidth": 0.5, "markeredgecolor": "white"}
+        if not method.has(axis):
+            continue
         if method.label not in curves:
             final = float(np.mean(list(method.final.values())))
             across = panel.get_yaxis_transform()  # x from the left edge to the right one, whatever the axis shows
@@ -122,5 +135,23 @@ def draw_panel(panel: Axes, task: Task, axis: Axis, styles: dict[str, dict[str, 
     panel.set_xlim(left=0)
     panel.set_xlabel(f"{LABELS[axis]} ({unit})" if unit else LABELS[axis])
     panel.set_ylabel("accuracy (share of samples)")
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.set_title("\n".join(textwrap.wrap(task.title, 50)), fontsize=9)
+
+
+def draw_chosen(panel: Axes, task: Task, styles: dict[str, dict[str, Any]]) -> None:
+    """Draw in which share of the rounds clients were chosen, the most often chosen first; styles as of `styles_of`."""
+    from matplotlib.ticker import MaxNLocator
+
+    for method in task.methods:
+        shares = shares_chosen(method)
+        if shares is not None:
+            style = {**styles[method.label], "linewidth": 1.4, "markeredgewidth": 0.5, "markeredgecolor": "white"}
+            every = max(1, math.ceil(len(shares) / _NUM_MARKERS))
+            panel.plot(np.arange(1, len(shares) + 1), shares, label=method.label, markevery=every, **style)
+    panel.set_ylim(0, 1.03)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlabel("clients, the most often chosen first")
+    panel.set_ylabel("share of the rounds in which it was chosen")
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.set_title("\n".join(textwrap.wrap(task.title, 50)), fontsize=9)

@@ -24,7 +24,8 @@ from fldist.analysis.grouping import Group, group
 from fldist.analysis.html import html
 from fldist.analysis.participation import Participation
 from fldist.analysis.pictures import pictures
-from fldist.analysis.runs import AXES, Axis, Floats, Run, UnreadableRun, find, messages, read
+from fldist.analysis.runs import AXES, SIMULATED, Axis, Floats, Run, UnreadableRun, find, messages, read
+from fldist.analysis.tables import UNITS
 from fldist.analysis.timeline import TraceFile, events, host_names, lines, timeline
 
 AXIS_LABELS: dict[Axis, str] = {
@@ -33,6 +34,8 @@ AXIS_LABELS: dict[Axis, str] = {
     "total_bytes": "uplink and downlink bytes (encoded)",
     "wire_bytes": "wire bytes, up and down",
     "seconds": "seconds of setup and rounds",
+    "simulated_seconds": "simulated seconds on the clients' devices",
+    "joules": "simulated joules of the clients' devices",
 }
 POINTS = 1000
 """Points of a curve in the page; of more rounds some are left out, evenly."""
@@ -175,6 +178,7 @@ class _Shown:
             "uplink_bytes": spent["uplink_bytes"],
             "downlink_bytes": spent["downlink_bytes"],
             "seconds": spent["seconds"],
+            **{name: spent.get(name) for name in SIMULATED},
             "state_hash": result.get("state_hash"),
             "notes": self.notes,
             "curve": _thinned(series(run)),
@@ -311,7 +315,11 @@ def _page(shown: Sequence[_Shown], unread: Sequence[str]) -> dict[str, Any]:
         "title": f"fldist report: {runs[0].name if len(runs) == 1 else count}",
         "made": f"{count}, read on {datetime.now(UTC):%d %B %Y at %H:%M} UTC",
         "notes": [f"not read: {text}" for text in unread],
-        "axes": [{"key": axis, "label": AXIS_LABELS[axis], "bytes": "bytes" in axis} for axis in AXES],
+        "axes": [
+            {"key": axis, "label": AXIS_LABELS[axis], "unit": UNITS[axis]}
+            for axis in AXES
+            if any(run.has(axis) for run in runs)
+        ],
         "tasks": [{"label": label, "notes": notes} for label, notes in of_tasks],
         "methods": of_methods,
         "runs": in_page,

@@ -17,13 +17,17 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-Axis = Literal["rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds"]
-AXES: tuple[Axis, ...] = ("rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds")
+Axis = Literal["rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds", "simulated_seconds", "joules"]
+SIMULATED: tuple[Axis, ...] = ("simulated_seconds", "joules")
+"""What rounds took on the clients' devices, of runs that simulate these; nothing that was measured is in it."""
+
+AXES: tuple[Axis, ...] = ("rounds", "uplink_bytes", "total_bytes", "wire_bytes", "seconds", *SIMULATED)
 """What a run's accuracy is looked at against. Bytes are encoded ones, `wire_bytes` what was handed to the transport, up
-and down; neither they nor seconds contain evaluation."""
+and down; `seconds` are measured. None of these contains evaluation."""
 
 Floats = NDArray[np.float64]
 
+_MOST_CLIENTS = 10**7
 _NAMED_LINES = 5
 """So many damaged lines are named; of the others their number is said."""
 
@@ -81,8 +85,32 @@ class Run:
         return _column(self.rounds, lambda line: line["loss"])
 
     def spent(self, axis: Axis) -> Floats:
-        """What the run had cost after every round. [rounds]."""
+        """What the run had cost after every round, NaN where it does not say. [rounds]."""
         return self._spent[axis]
+
+    def has(self, axis: Axis) -> bool:
+        """Whether the run says of every round what it had cost."""
+        return not bool(np.isnan(self.spent(axis)).any())
+
+    @cached_property
+    def times_called(self) -> NDArray[np.int64] | None:
+        """In how many rounds each client was called, but for scoring and by the selector; None where it does not say.
+
+        [clients].
+        """
+        count = self.config.get("clients", {}).get("num_clients")
+        if type(count) is not int or not 0 < count <= _MOST_CLIENTS:
+            return None
+        times = np.zeros(count, dtype=np.int64)
+        for line in self.rounds:
+            chosen, selected = line.get("chosen"), line.get("selected")
+            if chosen is None and selected in (0, count):  # nobody, or everybody
+                times += 1 if selected else 0
+            elif isinstance(chosen, list) and all(type(c) is int and 0 <= c < count for c in chosen):
+                times[chosen] += 1
+            else:
+                return None
+        return times
 
     @cached_property
     def _spent(self) -> dict[Axis, Floats]:
@@ -119,7 +147,7 @@ def _spent(line: dict[str, Any], axis: Axis) -> float:
         return float(spent["uplink_bytes"] + spent["downlink_bytes"])
     if axis == "wire_bytes":
         return float(spent["wire_uplink_bytes"] + spent["wire_downlink_bytes"])
-    return float(spent[axis])
+    return float(spent.get(axis, math.nan) if axis in SIMULATED else spent[axis])
 
 
 # ---- finding
@@ -231,7 +259,7 @@ def messages(run: Run, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 SPENT = ("uplink_bytes", "downlink_bytes", "wire_uplink_bytes", "wire_downlink_bytes", "seconds")
-"""What `spent` of a round says."""
+"""What `spent` of a round says; where devices are simulated `SIMULATED` as well."""
 
 
 def _is_round(line: Any, path: Path) -> bool:
@@ -248,6 +276,7 @@ def _is_round(line: Any, path: Path) -> bool:
         and isinstance(line.get("scores"), dict | None)
         and isinstance(spent, dict)
         and all(_is_number(spent.get(name)) and spent[name] >= 0 for name in SPENT)
+        and all(name not in spent or (_is_number(spent[name]) and spent[name] >= 0) for name in SIMULATED)
     )
 
 

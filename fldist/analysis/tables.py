@@ -15,8 +15,8 @@ import numpy as np
 
 from fldist.analysis.cautions import cautions, few, of_intervals
 from fldist.analysis.compare import (
-    COSTS,
     Budget,
+    Chosen,
     Figure,
     Final,
     Interval,
@@ -24,8 +24,11 @@ from fldist.analysis.compare import (
     Needed,
     Reached,
     Task,
+    axes_of,
     baseline_of,
     budgets_of,
+    chooses,
+    chosen,
     default_targets,
     figure,
     figures_of,
@@ -37,7 +40,7 @@ from fldist.analysis.compare import (
     reasons,
     spread,
 )
-from fldist.analysis.runs import AXES, Axis
+from fldist.analysis.runs import AXES, SIMULATED, Axis
 
 WIDTH = 118
 NAMES: dict[Axis, str] = {
@@ -46,8 +49,11 @@ NAMES: dict[Axis, str] = {
     "total_bytes": "total",
     "wire_bytes": "wire",
     "seconds": "seconds",
+    "simulated_seconds": "simulated",
+    "joules": "joules",
 }
-UNITS: dict[Axis, str] = {axis: "B" if axis.endswith("_bytes") else "rounds" for axis in AXES} | {"seconds": "s"}
+_OTHER_UNITS: dict[Axis, str] = {"seconds": "s", "simulated_seconds": "s", "joules": "J"}
+UNITS: dict[Axis, str] = {axis: "B" if axis.endswith("_bytes") else "rounds" for axis in AXES} | _OTHER_UNITS
 
 
 _LARGE = 1e4
@@ -75,10 +81,11 @@ def scale(axis: Axis, value: float) -> tuple[float, str]:
     """The unit that suits an amount of an axis, and how much of the axis it is."""
     if axis == "rounds":
         return 1.0, ""
-    if axis == "seconds":
+    if axis in ("seconds", "simulated_seconds"):
         return (3600.0, "h") if value >= 7200 else (60.0, "min") if value >= 600 else (1.0, "s")
-    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    return next((unit for unit in units if value >= unit[0]), (1.0, "B"))
+    base = "J" if axis == "joules" else "B"
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    return next(((factor, f"{prefix}{base}") for factor, prefix in units if value >= factor), (1.0, base))
 
 
 def _amount(budget: Budget) -> str:
@@ -112,6 +119,8 @@ def _ratio(found: Interval) -> str:
 
 
 def _cost(axis: Axis, found: Needed) -> str:
+    if not found.values:
+        return "-"
     if not found.not_reached:
         return quantity(axis, found.mean, found.std)
     if found.not_reached < len(found.values):
@@ -203,7 +212,7 @@ def _task(
     others = [method for method in task.methods if method is not baseline]
     ordered = [baseline, *others]
     budgets = budgets_of(task, asked)
-    axes = _axes(budgets)
+    axes = axes_of(ordered, budgets)
     yield from _runs(ordered)
     yield from ["", *_budget_table(ordered, final, budgets)]
     intervals: list[Interval] = []
@@ -226,11 +235,13 @@ def _task(
             "the last scored round, rounded down. For a report, fix them beforehand with --to."
         )
     if others and wanted:
-        lines, more = _ratio_table(baseline, others, [a for a in axes if a.endswith("_bytes")], wanted)
+        lines, more = _ratio_table(baseline, others, [a for a in axes if _as_ratio(a)], wanted)
         intervals += more
         yield from ["", *lines] if lines else []
     if len(ordered) > 1:
         yield from ["", *_fronts(task, axes)]
+    if lines := _chosen_table(ordered):
+        yield from ["", *lines]
     if lines := _figure_table(ordered):
         yield from ["", *lines]
     notes = [*cautions(task), *of_intervals(intervals)]
@@ -240,24 +251,24 @@ def _task(
             yield from _wrapped(note, "- ")
 
 
-def _axes(budgets: Iterable[Budget]) -> list[Axis]:
-    """The usual axes and those that were asked for."""
-    asked = {budget.axis for budget in budgets}
-    return [axis for axis in AXES if axis in COSTS or axis in asked]
+def _as_ratio(axis: Axis) -> bool:
+    """Whether costs on an axis are told as a ratio to the baseline's: those that no machine measures."""
+    return axis.endswith("_bytes") or axis in SIMULATED
 
 
 def _runs(methods: Sequence[Method]) -> list[str]:
     rows = []
+    columns = [axis for axis in axes_of(methods, ()) if axis != "rounds"]
     for method in methods:
         last = [run.rounds[-1]["round"] for run in method.runs]
         seeds = [f"{run.seed}{'' if run.status == 'finished' else f' ({run.status})'}" for run in method.runs]
         spent = []
-        for axis in COSTS[1:]:
+        for axis in columns:
             values = [float(run.spent(axis)[-1]) for run in method.runs]
-            spent.append(quantity(axis, float(np.mean(values)), spread(values)))
+            spent.append(quantity(axis, float(np.mean(values)), spread(values)) if method.has(axis) else "-")
         rounds = str(last[0]) if len(set(last)) == 1 else f"{min(last)} to {max(last)}"
         rows.append([method.label, ", ".join(seeds), rounds, *spent])
-    header = ["method", "seeds", "rounds", *(NAMES[axis] for axis in COSTS[1:])]
+    header = ["method", "seeds", "rounds", *(NAMES[axis] for axis in columns)]
     lines = ["Runs, and what they spent in all (mean ± sample standard deviation over seeds)", "", *grid(header, rows)]
     more = [f"{method.label} is {method.description}" for method in methods if method.label != method.description]
     return [*lines, "", *_wrapped(f"{'; '.join(more)}.")] if more else lines
@@ -267,7 +278,13 @@ def _budget_table(methods: Sequence[Method], final: Final, budgets: Sequence[Bud
     columns: list[Budget | Final] = [final, *budgets]
     found = [[reached(method, budget) for budget in columns] for method in methods]
     rows = [
-        [method.label, *(_accuracy(each, len(method.runs)) for each in line)]
+        [
+            method.label,
+            *(
+                _accuracy(each, len(method.runs)) if _told(method, column) else "-"
+                for column, each in zip(columns, line, strict=True)
+            ),
+        ]
         for method, line in zip(methods, found, strict=True)
     ]
     lines = ["Accuracy at equal budgets, mean ± sample standard deviation over seeds", ""]
@@ -292,12 +309,21 @@ def _budget_table(methods: Sequence[Method], final: Final, budgets: Sequence[Bud
     chosen = [f"{_amount(budget)} (set by {budget.set_by})" for budget in budgets if budget.set_by]
     if chosen:
         lines += _wrapped(f"Budgets that --at does not set are what every run has spent: {', '.join(chosen)}.")
-    if any(len(each.values) < len(method.runs) for method, line in zip(methods, found, strict=True) for each in line):
+    if any(
+        len(each.values) < len(method.runs) and _told(method, column)
+        for method, line in zip(methods, found, strict=True)
+        for column, each in zip(columns, line, strict=True)
+    ):
         lines += _wrapped(
             "(k of n): so many runs get there, and the mean is theirs; the others ended before, which is not "
             "extrapolated, or were not scored by then."
         )
     return lines
+
+
+def _told(method: Method, budget: Budget | Final) -> bool:
+    """Whether a method says what it cost on a budget's axis."""
+    return isinstance(budget, Final) or method.has(budget.axis)
 
 
 def _column(budget: Budget | Final) -> str:
@@ -350,10 +376,13 @@ def _ratio_table(
     if all(cell == "-" for row in rows for cell in row[2:]):
         return [], []
     header = ["method", "n", *(f"{NAMES[axis]}\nto {target:g}" for target in targets for axis in axes)]
-    lines = [f"Bytes to an accuracy as a ratio to {baseline.label}'s, geometric mean and 95 % interval", ""]
+    simulated = any(axis in SIMULATED for axis in axes)
+    what = "Bytes and simulated costs" if simulated else "Bytes"
+    lines = [f"{what} to an accuracy as a ratio to {baseline.label}'s, geometric mean and 95 % interval", ""]
     lines += [*grid(header, rows), ""]
     lines += _wrapped(
-        "-: not every common seed of both got there, or nothing is exchanged; *: the interval excludes 1."
+        f"-: not every common seed of both got there, or nothing is exchanged{' or simulated' if simulated else ''}; "
+        "*: the interval excludes 1."
     )
     return lines, intervals
 
@@ -370,6 +399,41 @@ def _fronts(task: Task, axes: Sequence[Axis]) -> list[str]:
         ]  # fmt: skip
         lines += _wrapped(", ".join(told) or "nothing is exchanged", f"  {NAMES[axis]}: ")
     return lines
+
+
+_CHOSEN = {
+    "least": "rounds", "median": "rounds", "most": "rounds", "never": "clients", "jain": "index",
+}  # fmt: skip
+"""What is told of how often clients were chosen, and its unit."""
+
+
+def _chosen_table(methods: Sequence[Method]) -> list[str]:
+    """No lines where every method calls all clients equally often, or none says."""
+    if not any(chooses(method) for method in methods):
+        return []
+    rows = [[method.label, *_chosen_cells(chosen(method))] for method in methods]
+    header = [
+        "method",
+        "least often\nrounds",
+        "median\nrounds",
+        "most often\nrounds",
+        "never\nclients",
+        "Jain's\nindex",
+    ]
+    lines = ["In how many rounds clients were chosen, mean over seeds", "", *grid(header, rows), ""]
+    return lines + _wrapped(
+        "Chosen: called in the round, but to score or by the selector. Jain's index is 1 where all clients are chosen "
+        "equally often and 1/N where it is always the same one. -: it is not known, or nobody is chosen."
+    )
+
+
+def _chosen_cells(found: Chosen | None) -> list[str]:
+    if found is None:
+        return ["-"] * len(_CHOSEN)
+    of = [list(getattr(found, name).values()) for name in _CHOSEN]
+    deviation = spread(of[-1])
+    jains = f"{np.mean(of[-1]):.3f} ± {'-' if math.isnan(deviation) else f'{deviation:.3f}'}"
+    return [*(f"{np.mean(values):.1f}" for values in of[:-1]), jains]
 
 
 def _figure_table(methods: Sequence[Method]) -> list[str]:
@@ -437,19 +501,23 @@ def rows_of(
     baseline = baseline_of(task, label)
     budgets = budgets_of(task, asked)
     columns: list[Budget | Final] = [final, *budgets]
-    axes = _axes(budgets)
+    axes = axes_of(task.methods, budgets)
     for method in task.methods:
         common = {"task": task.title, "method": method.label, "baseline": baseline.label}
         for column in columns:
-            yield common | _accuracy_row(method, baseline, column)
+            if _told(method, column):
+                yield common | _accuracy_row(method, baseline, column)
         for target in list(targets) or default_targets(baseline):
-            for axis in axes:
+            for axis in filter(method.has, axes):
                 found = needed(method, axis, target)
                 at = {"at": _exact(target)}
                 yield common | at | {"measure": f"{axis}_to_accuracy", "unit": UNITS[axis]} | _cost_row(found)
-                if method is not baseline and axis.endswith("_bytes"):
+                if method is not baseline and _as_ratio(axis) and baseline.has(axis):
                     told = _ratio_row(ratio(method, baseline, axis, target))
                     yield common | at | {"measure": f"{axis}_to_accuracy_ratio", "unit": "ratio"} | told
+        often = chosen(method)
+        for name, unit in _CHOSEN.items() if often is not None else ():
+            yield common | {"measure": f"chosen_{name}", "unit": unit} | _figure_row(Figure(getattr(often, name)))
         for name in figures_of([method]):
             yield common | {"measure": f"figure_{name}"} | _figure_row(figure(method, name))
 

@@ -45,10 +45,10 @@ class Trained:
     params: the trained model, in the layout of the model that was given; whole: all of it, what does not travel
     included; steps: optimizer steps made, T_i;
     lr: the mean learning rate of these steps, so that steps * lr is their sum; loss: mean training loss of the
-    last epoch; squares: sum over the first epoch's samples of their squared cross-entropy before their step
-    (0 unless the selector wants reports); outputs: what the model gave for each batch of the last epoch before its
-    step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without `eval.own`); progress:
-    to go on; architecture: of the model, where it is not the client's own.
+    last epoch; squares: sum over the samples of the first epoch, or of all epochs, of their squared cross-entropy
+    before their step (0 unless the selector wants reports); outputs: what the model gave for each batch of the last
+    epoch before its step, [b, C], and the labels [b] (under `eval.cumulative_train` of all epochs; none without
+    `eval.own`); progress: to go on; architecture: of the model, where it is not the client's own.
     """
 
     params: Params
@@ -88,11 +88,11 @@ class FirstEpoch(Exception):
 class ClientData:
     """One client's samples and services during one call.
 
-    sent: the weights that it was sent last; reports: whether `squares` of a training are wanted; own: whether the model
-    that it has trained is to be scored, and its outputs are wanted; clock: where durations come from that decide;
-    begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in `trained`; begun:
-    such a one, which the first training goes on with; pause: gets every epoch's length in passes over the samples, when
-    it is over (devices that are slower).
+    sent: the weights that it was sent last; reports: of which epochs `squares` of a training are wanted, if any; own:
+    whether the model that it has trained is to be scored, and its outputs are wanted; clock: where durations come from
+    that decide; begins: the first training stops after one epoch, by `FirstEpoch`, with what it has reached in
+    `trained`; begun: such a one, which the first training goes on with; pause: gets every epoch's length in passes over
+    the samples, when it is over (devices that are slower).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ClientData:
         streams: Streams,
         *,
         sent: Params | None = None,
-        reports: bool = False,
+        reports: Literal["first", "all"] | None = None,
         own: bool = False,
         clock: Clock | None = None,
         begins: bool = False,
@@ -368,7 +368,7 @@ class ClientData:
 
         def before_epoch(number: int) -> None:
             nonlocal lr
-            watched.sums = self._reports and number == 0
+            watched.sums = self._reports == "all" or (self._reports == "first" and number == 0)
             watched.keeps = self._own and (cumulative or number == epochs - 1)
             if not cumulative:
                 watched.kept.clear()
@@ -409,7 +409,7 @@ class ClientData:
 
         touched = bool(plan.proximal) or any(hook is not None for hook in (keep, plan.before_step))
         hooked = not constant or any(hook is not None for hook in (drift, keep, plan.after_step))
-        with watched.watching(network.module, self._reports or self._own):
+        with watched.watching(network.module, self._reports is not None or self._own):
             progress = train(
                 [network, *plan.beside],
                 step_loss,

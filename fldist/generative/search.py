@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fldist.generative.networks import Generator, State
+from fldist.generative.networks import Generator
 from fldist.generative.records import members, padded
 
 Ascent = Literal["iterated", "single"]
@@ -96,9 +96,10 @@ def decode_beam(
     """The `width` sequences of highest probability that a beam search finds for each of the embeddings.
 
     e: [B, T, H]; m: bool [B, T]; z: [B, H]. Returns tokens [B, width, length], padded with N from the end token on, and
-    their log-probabilities [B, width], descending; -inf where there are fewer sequences than beams. The end token has
-    probability 0 until `low` clients are out, and 1 when `high` are; with `forbid_repeats` a client that is out has 0.
-    The others share what these leave. ValueError for bounds that no sequence can keep.
+    their log-probabilities [B, width], descending; a beam for which there is no sequence is empty, at -inf.
+    The end token has probability 0 until `low` clients are out, and 1 when `high` are; with `forbid_repeats`, a client
+    that is out has 0. The other tokens share what these leave. Networks whose parameters are not finite give empty
+    beams. ValueError for bounds that no sequence can keep.
     """
     end, batch = net.num_clients, len(z)
     most = min(length, end) if forbid_repeats else length
@@ -135,7 +136,7 @@ def decode_beam(
             break
         if forbid_repeats:
             out.scatter_(2, last[:, :, None], True)
-    return tokens, scores
+    return tokens.masked_fill_(~scores.isfinite()[:, :, None], end), scores
 
 
 def _rows(values: Tensor, at: Tensor) -> Tensor:
@@ -143,20 +144,11 @@ def _rows(values: Tensor, at: Tensor) -> Tensor:
     return values.gather(1, at.expand(-1, -1, values.shape[2]))
 
 
-@torch.no_grad()
 def decode_official(net: Generator, e: Tensor, m: Tensor, z: Tensor, length: int) -> list[tuple[int, ...]]:
     """The sets as the published code decodes them: the likeliest token at each of exactly `length` steps, and of these
     every client that occurs anywhere, ascending: repeats make sets small, and what follows an end token counts."""
-    state: State = net.initial_state(z[:, None])
-    last = torch.full((len(z), 1), net.num_clients, device=z.device)
-    steps = []
-    for _ in range(length):
-        logits, state = net.step_logits(last, state, e, m)
-        last = logits.argmax(2)
-        steps.append(last)
-    if not steps:
-        return [()] * len(z)
-    return [tuple(sorted({*row} - {net.num_clients})) for row in torch.cat(steps, dim=1).tolist()]
+    tokens = net.run_freely(e, m, z, length).tolist()
+    return [tuple(sorted({*row} - {net.num_clients})) for row in tokens]
 
 
 # ---- both
@@ -181,7 +173,7 @@ def search(
     Starts are encoded once. `iterated`: `steps` steps of size `step`, each from where the last led; `single`: each
     from the start, of sizes `step`, 2 `step`, ... Every step is decoded: by `beam` (of `width`, all its sequences) or
     `greedy`, within the bounds `low` and `high` of a set's size, or as `official`. Empty sets, those in `known` and
-    repeats are left out; `wanted`: the search ends with so many (None: after the last step).
+    repeats are left out; `wanted`, from 1: the search ends with so many (None: after the last step).
     """
     found: dict[tuple[int, ...], None] = {}
     if not starts:
@@ -190,10 +182,10 @@ def search(
         e, m = net.encode(padded(starts, length, net.num_clients))
         for moved, masks, z in _path(net, e, m, ascent, steps, step, target):
             for ids in _sets(net, moved, masks, z, length, decode, width, low, high):
-                if len(found) == wanted:
-                    return list(found)
                 if ids and ids not in known:
                     found[ids] = None
+                    if len(found) == wanted:
+                        return list(found)
     return list(found)
 
 

@@ -25,6 +25,7 @@ from fldist.runtime.job import ClientMethod, Job, Probed
 from fldist.runtime.once import OnceValues, named
 from fldist.runtime.state import UNKEPT, ClientStates, ClientView, Watch, version_of
 from fldist.seeding import Streams, derive, forked, preserved, reseed
+from fldist.selection import UtilEpochs
 from fldist.wire.codec import (
     Expected,
     Frame,
@@ -237,7 +238,7 @@ class Host:
                 client,
                 streams,
                 sent=self._sent.get(client),
-                reports=job.selector.wants_reports and job.reports(method.of_algorithm),
+                reports=_squares(job, method),
                 own=round_number > 0 and job.scores_own(method.of_algorithm),  # the setup has no scores
                 clock=job.clock,
                 pause=_pause(job, client),
@@ -399,6 +400,12 @@ def _timed(job: Job, method: ClientMethod, client: int, work: Callable[[], T]) -
     if not measured or not (job.reports(method.name) or method.of == "probe"):
         return work(), float("nan")
     return job.clock.time(f"client {client}", work)
+
+
+def _squares(job: Job, method: ClientMethod) -> UtilEpochs | None:
+    """Of which epochs a client's training is to sum up squared losses, if any."""
+    wanted = job.selector.wants_reports and job.reports(method.of_algorithm)
+    return job.selector.util_epochs if wanted else None
 
 
 def _pause(job: Job, client: int) -> Callable[[float], None] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from fldist.algorithm import Clients, State, client_methods
 from fldist.data.task import Task
 from fldist.params import Params
 
+UtilEpochs = Literal["first", "all"]
+
 
 class ClientReport(NamedTuple):
     """What a client tells of its training, 40 bytes.
 
-    n: its training samples; squares: sum over the samples of their squared cross-entropy, taken in the first
-    epoch before each step; loss: mean training loss of the first epoch; seconds: of the client method, or of its
-    training where the section `devices` simulates it; joules: of the training, NaN where nobody simulates them.
-    squares and loss are NaN when the method did not train.
+    n: its training samples; squares: sum over the samples of their squared cross-entropy, taken in the first epoch (or
+    in all of them: `Selector.util_epochs`) before each step; loss: mean training loss of the first epoch; seconds: of
+    the client method, or of its training where the section `devices` simulates it; joules: of the training, NaN where
+    nobody simulates them. squares and loss are NaN when the method did not train.
     """
 
     n: float
@@ -115,6 +117,11 @@ class Selector:
     wants_accuracy: ClassVar[bool] = False
     wants_models: ClassVar[bool] = False
     probes: ClassVar[bool] = False
+
+    @property
+    def util_epochs(self) -> UtilEpochs:
+        """The local epochs that the `squares` of reports are of."""
+        return "first"
 
     def check(self, task: Task) -> None:
         """Refuse a task that cannot be done: ValueError with the key and the remedy."""

@@ -70,7 +70,7 @@ class Afl(Selector):
             return
         assert candidates.clients is not None
         try:
-            got = candidates.clients.all().call(self.initial_loss, x=candidates.model())
+            got = candidates.clients.only(candidates.ids).call(self.initial_loss, x=candidates.model())
         except TooFewReplies:
             return
         state.v = self._valued(state.v, candidates, got.loss)

@@ -18,11 +18,12 @@ tried (explored). u_i, T* and the pacer are in `fldist/scoring.py`.
     a client that was selected more than `blacklist` times is exploited no more
 
 Departures from both: what was tried and how often is learnt from the rounds, whoever chose their clients, so that
-proposals change nothing; a client that was selected f times in a row without a reply counts 2^-f of its u, or of its
-data size; the pacer of `oort` counts all clients that were tried before as exploited, those that filled a place too.
-From `repo`: where it fails, because too few untried ones are left to explore, places go to all others, those that are
-blacklisted last; where all utilities are 0 it skips the first client, here it does not; untried clients that it
-exploits at utility 0 are not drawn a second time. From `oort`: weights below 0 are 0.
+proposals change nothing; a client that was selected f times in a row without a reply counts 2^-f of its u, and where it
+was never tried is explored with probability 2^-f; the pacer of `oort` counts all clients that were tried before as
+exploited, those that filled a place too. From `repo`: where it fails, because too few untried ones are left to explore,
+places go to all others, those that are blacklisted last; where all utilities are 0 it skips the first client, here it
+does not; untried clients that it exploits at utility 0 are not drawn a second time. From `oort`: no statistical part is
+less than 0.
 
 Where the section `devices` simulates nothing, t is measured, and two runs choose differently, unless alpha is 0 or the
 section `clock` is scripted.
@@ -45,7 +46,7 @@ from fldist import scoring
 from fldist.algorithm import State
 from fldist.data.task import Task
 from fldist.scoring import NonNegative, Positive
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -68,6 +69,7 @@ class Oort(Selector):
     exploration: Share = 0.9  # share of the places that are explored, at first
     cut_off: Share | None = None  # null: 0.7 (oort), 0.95 (repo)
     alpha: NonNegative = 2.0  # exponent of the penalty of slow clients; 0: none
+    util_epochs: UtilEpochs = "first"  # local epochs whose losses U is made of; published for `repo`: all
     window: Annotated[int, Field(ge=1)] | None = None  # W, rounds of the pacer; null: 20 (oort), 2 (repo)
     # of `oort` alone
     decay: Share | None = None  # of the exploration in each round; null: 0.95
@@ -79,7 +81,7 @@ class Oort(Selector):
 
     def check(self, task: Task) -> None:
         """Refuse fields of the other variant, which nothing would look at."""
-        for name in _OF["oort"].keys() ^ _OF["repo"].keys():
+        for name in sorted(_OF["oort"].keys() ^ _OF["repo"].keys()):
             if getattr(self, name) is not None and name not in _OF[self.variant]:
                 other = "repo" if self.variant == "oort" else "oort"
                 raise ValueError(
@@ -125,6 +127,9 @@ class Oort(Selector):
         worths = u.tolist()
         tried = sorted((i for i, worth in enumerate(worths) if not math.isnan(worth)), key=lambda i: -worths[i])
         untried = [i for i, worth in enumerate(worths) if math.isnan(worth)]
+        # a dead one that is the last untried would be explored for ever
+        seem_alive = (torch.rand(len(ids), generator=rng, dtype=torch.float64) < trust).tolist()
+        untried = [i for i in untried if seem_alive[i]]
 
         explores = max(self.exploration * self._set("decay") ** candidates.round, self._set("exploration_min"))
         share = 1.0 - explores if untried else 1.0
@@ -132,18 +137,19 @@ class Oort(Selector):
         cut = self._set("cut_off") * worths[tried[num_exploited]] if num_exploited < len(tried) else 0.0
         pool = [i for i in tried if worths[i] >= cut]
         chosen = [pool[i] for i in scoring.draw(u[pool], num_exploited, rng)]
-
         num_explored = min(len(untried), count - num_exploited)
-        rewards = (sizes * scoring.penalty(seconds, duration, self.alpha) * trust)[untried]
+        rewards = (sizes * scoring.penalty(seconds, duration, self.alpha))[untried]
         among = scoring.largest(rewards, _EXPLORE_AMONG * num_explored, rng)
         chosen += [untried[among[i]] for i in scoring.draw(rewards[among], num_explored, rng)]
-        return chosen + _others(torch.ones(len(ids)), chosen, count, rng)
+        return chosen + _others(trust, chosen, count, rng)
 
     def _repo(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
         ids, count, known = list(candidates.ids), candidates.count, state.known
-        u = state.u[ids] * scoring.trust(known.silent[ids])
+        trust = scoring.trust(known.silent[ids])
+        u = state.u[ids] * trust
         times, worths = known.chosen[ids].tolist(), u.tolist()
-        listed = [n > self._set("blacklist") for n in times]
+        most = self._set("blacklist")
+        listed = [n > most for n in times]
         untried = [i for i, n in enumerate(times) if not n]
         chosen: list[int] = []
         num_exploited = max(math.ceil((1.0 - self.exploration) * count - 1e-9), count - len(untried))
@@ -156,7 +162,7 @@ class Oort(Selector):
             chosen += [i for i in below if not listed[i]][: num_exploited - len(chosen)]
         left = [i for i in untried if i not in chosen]
         chosen += [left[i] for i in scoring.draw(torch.ones(len(left)), count - len(chosen), rng)]
-        return chosen + _others(torch.tensor(listed).logical_not().double(), chosen, count, rng)
+        return chosen + _others(trust.masked_fill(torch.tensor(listed), 0.0), chosen, count, rng)
 
     def observe(self, state: State, candidates: Candidates, outcome: Outcome) -> None:
         """Take what the clients report, and pace."""
@@ -183,5 +189,7 @@ class Oort(Selector):
 
 def _others(weights: Tensor, chosen: list[int], count: int, rng: torch.Generator) -> list[int]:
     """For places that are left, others, drawn by weights [n]."""
+    if len(chosen) == count:
+        return []
     others = [i for i in range(len(weights)) if i not in chosen]
     return [others[i] for i in scoring.draw(weights[others], count - len(chosen), rng)]

@@ -151,7 +151,7 @@ class Tifl(Selector):
         if self.profile == "train":
             assert candidates.clients is not None
             for _ in range(self.profile_rounds):
-                got = candidates.clients.all().call(self.latency, x=candidates.model())
+                got = candidates.clients.only(candidates.ids).call(self.latency, x=candidates.model())
                 for client, latency in got.latency.items():
                     told[client].append(latency)
         seconds = {}

@@ -18,7 +18,7 @@ import torch
 from fldist import scoring
 from fldist.algorithm import State
 from fldist.scoring import NonNegative, Utility
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class TopK(Selector):
 
     utility: Utility = field(default_factory=Utility)
     noise: NonNegative = 0.5  # of proposals: normal, in standard deviations of u over the clients
+
+    @property
+    def util_epochs(self) -> UtilEpochs:
+        """As the utility says."""
+        return self.utility.epochs
 
     def init(self, candidates: Candidates) -> State:
         """Nothing is known."""

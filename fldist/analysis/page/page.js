@@ -163,6 +163,10 @@ function summary() {
     [{ text: "Uplink bytes", number: true }, (run) => exact(run.uplink_bytes, grouped(run.uplink_bytes))],
     [{ text: "Downlink bytes", number: true }, (run) => exact(run.downlink_bytes, grouped(run.downlink_bytes))],
     [{ text: "Seconds", number: true }, (run) => exact(run.seconds, fixed(run.seconds, 2))],
+    ...(report.axes.some((axis) => axis.key === "joules") ? [
+      [{ text: "Simulated seconds", number: true }, (run) => exact(run.simulated_seconds, fixed(run.simulated_seconds, 1))],
+      [{ text: "Joules (simulated)", number: true }, (run) => exact(run.joules, fixed(run.joules, 1))],
+    ] : []),
     [{ text: "state_hash" }, (run) => exact(run.state_hash, (run.state_hash || "").slice(0, 12))],
   ].filter(([head]) => head.text !== "Task" || report.tasks.length > 1);
   table("runs-table", columns.map(([head]) => head), runs.map((run) => columns.map(([, of]) => of(run))), true);
@@ -174,10 +178,12 @@ function exact(value, text) {
 }
 
 // ---- 2. accuracy or loss against cost
+const COST_TEXT = { B: bytesText, s: durationText, J: (joules) => `${grouped(joules)} J`, rounds: String };
+
 // of: a run's curve or a method's mean; name: whose it is
 function line(method, of, figure, axis, name) {
   const { colour, dash, marker } = look(method), deviation = of[`${figure}_sd`];
-  const cost = (i) => (axis.bytes ? bytesText(of[axis.key][i]) : durationText(of[axis.key][i]));
+  const cost = (i) => COST_TEXT[axis.unit](of[axis.key][i]);
   const hover = of.rounds.map((round, i) => `${plain(name)}<br>round ${round}: ${figure} ${fixed(of[figure][i], 4)}` +
     (deviation ? ` ± ${fixed(deviation[i], 4)}` : "") + (axis.key === "rounds" ? "" : `<br>${plain(axis.label)}: ${cost(i)}`));
   return { type: "scatter", mode: of.rounds.length > 1 ? "lines+markers" : "markers", x: of[axis.key], y: of[figure],
@@ -195,22 +201,25 @@ function band(method, figure, axis) {
 }
 
 function curves() {
-  const task = report.tasks[chosen("curves-task")], methods = ofTask(chosen("curves-task"));
+  const task = report.tasks[chosen("curves-task")], all = ofTask(chosen("curves-task"));
   const axis = report.axes.find((one) => one.key === $("curves-x").value), figure = $("curves-y").value;
   const every = $("curves-runs").value === "every", log = $("curves-log").checked;
+  const tells = (method) => !method.mean[axis.key].includes(null);  // else nothing is simulated in some of its runs
+  const methods = all.filter(tells), silent = all.filter((method) => !tells(method));
   const traces = methods.flatMap((method) => (every
     ? method.runs.map((index, i) => ({ ...line(method, runs[index].curve, figure, axis, runs[index].label), showlegend: !i }))
     : [...band(method, figure, axis),
       line(method, method.mean, figure, axis, `${method.label}, mean of ${count(method.averaged.length, "run")}`)]));
   const { room, entry } = legendSize(methods.map((method) => short(method.label)), widthOf("curves-plot") - 88);
   const scale = log ? { type: "log", dtick: 1, minor: { ticks: "outside" } } : { type: "linear", rangemode: "tozero" };
-  const units = axis.bytes ? { ticksuffix: "B", tickformat: "~s" } : {};
+  const units = ["B", "J"].includes(axis.unit) ? { ticksuffix: axis.unit, tickformat: "~s" } : {};
   draw("curves-plot", traces, {
     height: 430 + room, margin: { t: 16, r: 24, l: 64, b: 58 + room }, showlegend: true, legend: { entrywidth: entry },
     xaxis: { ...AXIS, ...scale, ...units, title: named(axis.label) }, yaxis: { ...AXIS, title: { text: figure } },
   }, `${figure} of ${count(methods.length, "method")} of ${task.label} against ${axis.label}${log ? ", logarithmic" : ""}; ` +
     "last values are in the summary");
-  list("curves-notes", [...methods.flatMap((method) => method.notes), ...task.notes]);
+  list("curves-notes", [...silent.map((method) => `${method.label}: not all of its runs have ${axis.label}`),
+    ...methods.flatMap((method) => method.notes), ...task.notes]);
 }
 
 // ---- 3. bytes
