@@ -732,6 +732,7 @@ def test_when_fedcor_asks_and_what_it_makes_of_the_answers() -> None:
     base = torch.arange(10.0, 16.0).double()
     close(state.changes, torch.stack([base, base, 6 * base, 9 * base]))
     assert state.of_round.tolist() == [2, 3, 6, 9]
+    assert factors[1].tolist() == [1.0] * 6, "not in the warm-up"
     assert sorted(factors[4].tolist(), reverse=True) != [1.0] * 6
     assert sorted(factors[5].tolist()) == [0.8] * 2 + [1.0] * 4, "1 again before the round is selected"
 
@@ -747,7 +748,7 @@ def test_observations_are_forgotten_and_weighted_by_age(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("fldist.selection.fedcor.fit", watched)
     clients = Answering({"loss": lambda k, x: (10 + k) * float(x.floats[0]), "trial": lambda k, x: x.scale(2.0)})
-    selector = cor(gamma=0.5, history=5)
+    selector = cor(gamma=0.5, history=6)
     state = selector.init(candidates())
     for number in range(1, 10):
         cor_round(selector, state, number, clients)
@@ -787,6 +788,31 @@ def test_a_loss_that_is_not_known_is_as_the_others() -> None:
     assert [name for name, _ in mute.calls[begun:]] == ["trial"] * 2, "a trial that fails is not tried again at once"
     assert "selection: fedcor's trial round has failed: no reply to trial was accepted" in told
     assert len(state.changes) == 3
+
+
+def test_a_change_over_several_rounds_is_no_observation() -> None:
+    """Another selector has chosen rounds 2 and 3."""
+    clients = Answering({"loss": lambda k, x: (10 + k) * float(x.floats[0])})
+    selector = cor()
+    state = selector.init(candidates())
+    for number, observed in ((1, 0), (4, 0), (5, 1)):
+        cor_round(selector, state, number, clients)
+        assert len(state.changes) == observed
+
+
+def test_a_dead_client_does_not_block_a_place_of_fedcor() -> None:
+    selector = cor(beta=1.0, interval=100)
+    at = candidates(n=5, sizes=[30, 50, 10, 40, 20], count=1)
+    state = selector.init(at)
+    state.fitted, state.x = True, torch.zeros_like(state.x)
+    chosen = []
+    for number in range(1, 6):
+        chosen += selector.select(state, dataclasses.replace(at, round=number))
+        selector.observe(state, at, Outcome(number, (chosen[-1],), ()))
+    assert len(set(chosen[:3])) > 1
+    assert int(state.missed.sum()) == 5
+    selector.observe(state, at, Outcome(6, (1,), (1,)))
+    assert int(state.missed[1]) == 0
 
 
 def test_fedcor_finds_groups_and_takes_one_of_each() -> None:
