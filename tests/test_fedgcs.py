@@ -320,7 +320,7 @@ def test_a_pool_that_proposes_nothing_that_can_be_chosen_is_told_of(
         chosen = trial.select(seed)
         assert len(chosen) == len(set(chosen)) == 3
         assert trial.warned == [
-            "selection.pool: no set of 3 to 3 clients has been proposed or found; clients are drawn at random"
+            "selection.pool: no set of 3 clients has been proposed or found; clients are drawn at random"
         ]
         drawn.add(tuple(chosen))
     assert len(drawn) > 2
@@ -1123,6 +1123,7 @@ def test_keys_and_values_that_cannot_be(fields: dict[str, Any], error: str) -> N
             {"selection__pool": ["random", {"name": "oort", "blacklist": 3}]},
             "selection.pool.1.blacklist: 3 is of the va",
         ),
+        ({"selection__pool": [{"name": "oort", "util_epochs": "all"}]}, "selection.pool.0: its utilities are of all"),
         ({"selection__pool": [{"name": "power_of_choice", "d": 2}]}, "selection.pool.0.d: 2 candidates, but 3 clients"),
         ({"selection__pool": "paper", "local__epochs": 1}, "^local.epochs: 1, but fedmarl stops clients"),
         ({"selection__score": "measured", "eval": {"every": 2}}, "eval.every: 2, but this selector goes by every rou"),
