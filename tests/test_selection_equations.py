@@ -17,22 +17,22 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from fldist.q_learning import Mlp, improved, learner
-from fldist.selection.favor import Favor, double_targets, project, sampled
-from fldist.selection.favor import fit as favor_fit
-from fldist.selection.favor import reward as favor_reward
-from fldist.selection.fedcor import Covariance, FedCor, columns, discounted_mean, likelihood
-from fldist.selection.fedcor import fit as fedcor_fit
-from fldist.selection.fedmarl import FedMarl, best_together, decided, filled, noted, team_reward, together
 from torch import Tensor
 
 import fldist.selection.fedgcs as module
 from fldist.algorithm import State
 from fldist.params import Layout, Params
+from fldist.q_learning import Mlp, improved, learner
 from fldist.scoring import Utility, pacer_oort, percentile_duration
 from fldist.selection import Candidates, ClientReport, Outcome, Probe, Selector
 from fldist.selection.afl import Afl
+from fldist.selection.favor import Favor, double_targets, project, sampled
+from fldist.selection.favor import fit as favor_fit
+from fldist.selection.favor import reward as favor_reward
+from fldist.selection.fedcor import Covariance, FedCor, columns, discounted_mean, likelihood
+from fldist.selection.fedcor import fit as fedcor_fit
 from fldist.selection.fedgcs import FedGCS, Fitting, Searching
+from fldist.selection.fedmarl import FedMarl, best_together, decided, filled, noted, team_reward, together
 from fldist.selection.oort import Oort
 from fldist.selection.power_of_choice import PowerOfChoice
 from fldist.selection.random import Random
