@@ -129,3 +129,16 @@ class Looks(Selector):
     def observe(self, state: State, candidates: Candidates, outcome: Outcome) -> None:
         assert outcome.accuracy is not None
         state.norms = [*state.norms, {str(c): float(m) for c, m in outcome.models.items()}]
+
+
+@dataclass(frozen=True)
+class Proposes(Selector):
+    """One of some sets, by lot; none where there are none."""
+
+    sets: tuple[tuple[int, ...], ...] = ()
+
+    def select(self, state: State, candidates: Candidates) -> list[int]:
+        return list(candidates.ids[: candidates.count])
+
+    def propose(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
+        return list(self.sets[int(torch.randint(len(self.sets), (1,), generator=rng))]) if self.sets else []

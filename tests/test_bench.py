@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -18,14 +20,18 @@ from torch.nn.functional import cross_entropy
 
 import fldist
 from fldist import cli
-from fldist.bench import autoflip, exchange, fedf2dg, fedktl, fedzge, measure, workload
+from fldist.bench import autoflip, exchange, fedf2dg, fedgcs, fedktl, fedzge, measure, workload
 from fldist.bench import round as of_round
 from fldist.bench.measure import Figure, Pair, Report, Target
 from fldist.bench.party import PartyFailed, stage
+from fldist.config import components, load
+from fldist.generative import networks as generative
 from fldist.inspection import find_mpirun
 from fldist.inversion import competition
 from fldist.models.train import warm_up
+from fldist.selection.fedgcs import FedGCS
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="parties are found through /proc")
 
 
@@ -129,6 +135,8 @@ def test_a_report_says_machine_targets_and_what_is_absent() -> None:
         (["fedzge", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["fedktl", "--repeats", "-1"], "--repeats: must be at least 1, got -1"),
         (["fedf2dg", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["fedgcs", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["fedgcs", "--instances", "-2"], "--instances: must be at least 1, got -2"),
         (["exchange", "--backend", "nccl"], "--backend: 'nccl' is none of all, gloo, mpi"),
         (["round", "--json", "/nowhere/at/all.json"], "--json: there is no directory /nowhere/at"),
         (["round", "--json", "/tmp"], "--json: /tmp is a directory; name a file"),
@@ -474,3 +482,118 @@ def test_fedf2dg(
         assert figures[f"{key}_unscored_ratio"] > figures[f"{key}_ratio"] * 0.8
         assert figures[f"{key}_difference"] <= fedf2dg.KD_SAME
     assert out.count("limit: ") == len(fedf2dg.QUICK) + 3
+
+
+# ---- selection
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """CPU seconds that go on when this is called, and not else."""
+    now = [0.0]
+
+    def go_on(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    return go_on
+
+
+def test_ours_is_the_small_configuration_and_the_default() -> None:
+    small = components(load(CONFIGS / "fedgcs" / "small-mnist.yaml")).selector
+    assert isinstance(small, FedGCS)
+    for ours, other in ((fedgcs.SMALL.selector("client_sum"), small), (fedgcs.LARGE.selector("client_sum"), FedGCS())):
+        for field in dataclasses.fields(FedGCS):
+            assert getattr(ours, field.name) == getattr(other, field.name), field.name
+
+
+def test_pauses_are_not_part_of_the_published_fit(clock: Callable[[float], None]) -> None:
+    paused: list[int] = []
+    called = 0
+
+    def loss(*_: Any) -> Any:
+        nonlocal called
+        called += 1
+        clock(2.0 if called > 2 else 1.0)
+
+    def pause() -> None:
+        paused.append(called)
+        clock(100.0)
+
+    interrupted = fedgcs.Interrupted(loss, 5, 2, pause)
+    for _ in range(5):
+        interrupted(*[None] * 4)  # type: ignore[arg-type]
+    interrupted.close()
+    assert paused == [0, 2]
+    assert interrupted.seconds == [5 * 1.0, 5 * 2.0]
+    assert interrupted.spent == 2 * 1.0 + 3 * 2.0
+
+
+def test_parts_of_a_selection_do_not_count_twice(
+    monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]
+) -> None:
+    def slow(seconds: float, of: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*given: Any) -> Any:
+            clock(seconds)
+            return of(*given)
+
+        return do
+
+    for name, seconds in (("records", 1.0), ("scores", 10.0), ("_fitted", 100.0), ("_new", 1e3), ("_yardsticks", 1e4)):
+        monkeypatch.setattr(FedGCS, name, slow(seconds, getattr(FedGCS, name)))
+    ours = fedgcs.Turns(fedgcs.Way.of(fedgcs.QUICK_SMALL, "group", 1))
+    ours.take()
+    parts = {name: values[0] for name, values in ours.parts.items()}
+    # scores of records, of the candidates, of the sorted set, of all sets
+    assert parts == {"records": 1.0, "scoring": 40.0, "fit": 100.0, "search": 1e3, "yardsticks": 1e4}
+    assert ours.seconds == [sum(parts.values())]
+
+
+def test_an_instance_follows_from_its_seed() -> None:
+    one, same, other = (fedgcs.Instance(fedgcs.QUICK_SMALL, seed) for seed in (1, 1, 2))
+    assert one.outcome(3, [0, 4]) == same.outcome(3, [0, 4])
+    assert one.outcome(3, [0, 4]).reports[4] == one.outcome(3, [4]).reports[4]
+    assert len({i.outcome(r, [0]).reports[0].loss for i in (one, other) for r in (3, 4)}) == 4
+    assert one.candidates(1).seconds != other.candidates(1).seconds
+
+
+def test_the_published_choice_is_scored_like_ours() -> None:
+    way = fedgcs.Way.of(fedgcs.QUICK_SMALL, "group", 2)
+    every = list(itertools.combinations(range(8), 2))
+    assert way.best == float(way.selector.scores(every, way.state, way.candidates).max())
+    called: list[int] = []
+    done = fedgcs.Published.select(way, generative.joint_loss, 2, lambda: called.append(1))
+    assert len(called) == len(done.fits) == 2
+    assert 0.0 < done.record <= 1.0
+    assert done.records == len(way.records(fedgcs.PROPOSALS)) <= len(every)
+    assert done == dataclasses.replace(
+        fedgcs.Published.select(way, generative.joint_loss), fits=done.fits, fit_s=done.fit_s, rest_s=done.rest_s
+    )
+
+
+def test_operations_of_the_published_fit() -> None:
+    """300 records of 26 rows of 100 tokens for 200 epochs, H = 64: about 9e13."""
+    assert 200 * fedgcs.flops(300, 25, 100, fedgcs.LARGE, looked_up=False) == pytest.approx(9e13, rel=0.05)
+    # 3 passes of 2 rows of 5 tokens: products of 16 + 6 H^2, attention to 5 positions, 21 outputs
+    by_hand = 3 * 2 * 5 * (22 * 32 * 32 + 4 * 5 * 32 + 2 * 32 * 21)
+    assert fedgcs.flops(1, 1, 5, fedgcs.SMALL, looked_up=True) == by_hand
+
+
+@pytest.mark.timeout(300)
+def test_fedgcs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    warm_up()
+    figures, out = measured(monkeypatch, capsys, tmp_path_factory, "fedgcs", "--instances", "2")
+    for case in (fedgcs.QUICK_SMALL, fedgcs.QUICK_LARGE):
+        key = case.key
+        assert figures[f"{key}_ratio"] == pytest.approx(figures[f"{key}_published_s"] / figures[f"{key}_s"], rel=0.5)
+        shares = [figures[f"{key}_{part}_share"] for part in fedgcs.PARTS]
+        assert 0.5 < sum(shares) <= 1.0 + 1e-9
+        assert figures[f"{key}_difference"] <= fedgcs.SAME
+        assert all(figures[f"{key}_{name}_ratio"] > 0.0 for name in ("batched", "short", "rows", "proposals", "search"))
+        assert figures[f"{key}_warm_ratio"] == case.epochs / case.fitting.later_epochs
+    for score in fedgcs.SCORES:
+        assert figures[f"{score}_record_ratio"] <= figures[f"{score}_ours_ratio"] <= 1.0 + 1e-9
+        assert figures[f"{score}_published_new"] >= 0.0
+        assert f"ours / published, {score}, round {fedgcs.QUICK_SMALL.rounds} of 2 instances" in out
+    assert "is extrapolated, not measured" in out
+    assert out.count("limit: ") == 2

@@ -512,6 +512,13 @@ def test_topk_avoids_slow_and_hungry_clients() -> None:
         assert selector.select(learnt(selector, 3, outcome(1, reports)), candidates(3, 1, 2)) == [best]
 
 
+def test_topk_begins_uniformly_whatever_is_known_of_devices() -> None:
+    who = {"seconds": {0: 100.0, 1: 1.0, 2: 1.0, 3: 1.0}}
+    state = TopK().init(candidates(4, **who))
+    drawn = [c for seed in range(400) for c in TopK().propose(state, candidates(4, 1, **who), rng(seed))]
+    assert all(drawn.count(c) == pytest.approx(100, abs=40) for c in range(4))
+
+
 def test_topk_tries_everybody_before_anyone_twice() -> None:
     selector, seen = TopK(), []
     state = selector.init(candidates(8))
@@ -550,21 +557,21 @@ def exploited(u: Sequence[float], **more: Any) -> tuple[Oort, State]:
 
 
 def test_oort_exploits_those_above_the_cut_in_proportion() -> None:
-    """Half of 2 places: x = 1; u is (U - lo) / range in round 1, cut at 0.7 of the second largest."""
-    selector, state = exploited([10.0, 9.0, 4.0, 1.0], cut_off=0.7)
+    """Half of 2 places: x = 1; u is (U - lo) / range in round 1, 1, 0.56, 0.54 and 0, cut at 0.7 of the second."""
+    selector, state = exploited([10.0, 6.0, 5.9, 1.0], cut_off=0.7)
     who = candidates(8, 2, 1, sizes=[1] * 8)
     u = scoring.oort_utilities(
         state.known.utility, torch.ones(8), state.known.last, 1, torch.full((8,), NAN), NAN, alpha=0.0
     ).tolist()
     pool = [c for c in range(4) if u[c] >= 0.7 * u[1]]
-    assert pool == [0, 1]
+    assert pool == [0, 1, 2]
     counts: Counter[int] = Counter()
     for seed in range(2000):
         chosen = selector.propose(state, who, rng(seed))
         assert len([c for c in chosen if c < 4]) == 1  # one is exploited, one explored
         counts.update(chosen)
-    assert set(counts) == {0, 1, 4, 5, 6, 7}
-    assert counts[0] / 2000 == pytest.approx(u[0] / (u[0] + u[1]), abs=0.04)
+    assert set(counts) == {0, 1, 2, 4, 5, 6, 7}
+    assert counts[0] / 2000 == pytest.approx(u[0] / (u[0] + u[1] + u[2]), abs=0.04)
 
 
 def test_oort_explores_no_more_when_everybody_was_tried() -> None:
@@ -706,9 +713,16 @@ def test_afl_may_ask_all_clients_first() -> None:
     selector.setup(state, who)
     assert state.v.tolist() == [2.0, -INF, -INF, 4.0]
     assert len(clients.asked) == 1
-    quiet = selector.init(who)
-    selector.setup(quiet, candidates(4, clients=Answers(loss={}), model=lambda: None))
-    assert quiet.v.tolist() == [-INF] * 4
+    with pytest.raises(TooFewReplies):  # the setup is done again
+        selector.setup(state, candidates(4, clients=Answers(loss={}), model=lambda: None))
+
+
+def test_afl_draws_a_client_that_does_not_answer_less() -> None:
+    selector = Afl(alpha1=0.0, alpha3=0.0, floor=0.0)
+    reports = dict.fromkeys(range(2), report(loss=2.0))
+    state = learnt(selector, 2, outcome(1, reports), *(outcome(r, {}, lost=[1]) for r in (2, 3)))
+    drawn = [selector.propose(state, candidates(2, 1, 4), rng(seed)) for seed in range(1000)]
+    assert drawn.count([1]) / 1000 == pytest.approx(0.25 / 1.25, abs=0.04)
 
 
 # ---- power of choice

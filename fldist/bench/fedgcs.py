@@ -14,12 +14,11 @@ not measured.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from fldist.generative.records import Records, augment, labels
 from fldist.generative.search import search
 from fldist.seeding import generator
 from fldist.selection import Candidates, ClientReport, Outcome
-from fldist.selection.fedgcs import ENUMERATED, FedGCS, Fitting, Searching
+from fldist.selection.fedgcs import FedGCS, Fitting, Searching
 
 T = TypeVar("T")
 Score = Literal["client_sum", "group"]
@@ -170,16 +169,14 @@ class Timed(FedGCS):
         """As ever."""
         return self._part("scoring", lambda: super(Timed, self).scores(sets, state, candidates))
 
-    def _fitted(
-        self, state: State, candidates: Candidates, records: Records, rng: torch.Generator
-    ) -> tuple[Generator, Tensor]:
+    def _fitted(self, state: State, candidates: Candidates, records: Records, rng: torch.Generator) -> Generator | None:
         return self._part("fit", lambda: super(Timed, self)._fitted(state, candidates, records, rng))
 
-    def _found(self, net: Generator, records: Records, candidates: Candidates) -> list[tuple[int, ...]]:
-        return self._part("search", lambda: super(Timed, self)._found(net, records, candidates))
+    def _new(self, net: Generator, candidates: Candidates, records: Records) -> list[tuple[int, ...]]:
+        return self._part("search", lambda: super(Timed, self)._new(net, candidates, records))
 
-    def _log(self, *given: Any) -> None:
-        return self._part("log", lambda: super(Timed, self)._log(*given))
+    def _yardsticks(self, state: State, candidates: Candidates) -> dict[str, float]:
+        return self._part("yardsticks", lambda: super(Timed, self)._yardsticks(state, candidates))
 
     def _part(self, name: str, do: Callable[[], T]) -> T:
         before, began = sum(self.spent.values()), time.process_time()
@@ -189,7 +186,13 @@ class Timed(FedGCS):
         return result
 
 
-PARTS = {"records": "records", "fit": "fit", "search": "search", "scoring": "scores of sets", "log": "lines in the log"}
+PARTS = {
+    "records": "records",
+    "fit": "fit",
+    "search": "search",
+    "scoring": "scores of sets",
+    "yardsticks": "what the log compares with",
+}
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,8 @@ class Way:
     """The rounds of an instance under our selector: its state before the last of them, and what they showed.
 
     seconds: of the selections from round 2 on; found: by what, its score in every round from 3 on, as a fraction of the
-    best set's: the choice (`ours`), the best of the records (`record`), the clients of largest utility (`sorted`).
+    best set's: the choice (`ours`), the best of the records (`record`), the clients that are best one by one
+    (`sorted`). best: the score of the last round's best set.
     """
 
     instance: Instance
@@ -205,6 +209,7 @@ class Way:
     state: State
     seconds: list[float]
     found: dict[str, list[float]]
+    best: float
 
     @classmethod
     def of(cls, case: Case, score: Score, seed: int) -> Way:
@@ -213,7 +218,7 @@ class Way:
         state = selector.init(instance.candidates(1))
         seconds: list[float] = []
         found: dict[str, list[float]] = {"ours": [], "record": [], "sorted": []}
-        before = state
+        before, best = state, math.nan
         for number in range(1, case.rounds + 1):
             told: dict[str, float] = {}
             candidates = instance.candidates(number, told.update)
@@ -223,11 +228,11 @@ class Way:
             if number > 1:
                 seconds.append(time.process_time() - began)
             if number > 2:
-                best = optimum(selector, before, candidates)
+                best = told["best_score"]
                 for name, key in (("ours", "set_score"), ("record", "record_score"), ("sorted", "sorted_score")):
                     found[name].append(told[key] / best)
             selector.observe(state, candidates, instance.outcome(number, chosen))
-        return cls(instance, selector, before, seconds, found)
+        return cls(instance, selector, before, seconds, found, best)
 
     @property
     def candidates(self) -> Candidates:
@@ -246,18 +251,6 @@ class Way:
         selector = FedGCS(score=self.selector.score, proposals=proposals, repeated="first")
         candidates = self.candidates
         return selector.records(self.state, candidates, candidates.rng)
-
-
-def optimum(selector: FedGCS, state: State, candidates: Candidates) -> float:
-    """The score of the best set of K clients; ValueError where it is only to be had by trying too many."""
-    ids, count = list(candidates.ids), candidates.count
-    if selector.score == "client_sum":
-        u = selector.utility.of(state.known, candidates)[ids]
-        return float(u.topk(count).values.sum())
-    if math.comb(len(ids), count) > ENUMERATED:
-        raise ValueError(f"there are more than {ENUMERATED} sets of {count} of {len(ids)} clients")
-    every = list(itertools.combinations(ids, count))
-    return float(selector.scores(every, state, candidates).max())
 
 
 # ---- the published formulation
@@ -328,7 +321,6 @@ class Published:
         chosen_from = found or records.best(1)
         scores = way.selector.scores(chosen_from, way.state, candidates)
         rest += time.process_time() - began
-        best = optimum(way.selector, way.state, candidates)
         return cls(
             interrupted.seconds,
             interrupted.spent,
@@ -336,8 +328,8 @@ class Published:
             len(sets),
             len(found),
             len(chosen_from[int(scores.argmax())]),
-            float(scores.max()) / best,
-            max(y for _, y in records.items()) / best,
+            float(scores.max()) / way.best,
+            max(y for _, y in records.items()) / way.best,
         )
 
 
@@ -400,8 +392,8 @@ def measure(
     finally:
         torch.set_num_threads(before)
     report.notes.append(
-        "one thread, CPU seconds; in the published formulation the pool is `cheap` and the networks are as large as ours; "
-        "Adam and the batches are its own"
+        "one thread, CPU seconds; in the published formulation the pool is `cheap`, and the networks are as large as "
+        "ours; Adam's steps and the batches are its own"
     )
     return report
 
@@ -415,7 +407,7 @@ def _measure_scores(report: Report, case: Case, instances: int, say: Say) -> dic
         for name, what in (
             ("ours", "the choice"),
             ("record", "  the best of its records"),
-            ("sorted", "  the clients of largest utility"),
+            ("sorted", "  the clients that are best one by one"),
         ):
             values = [value for way in ways[score] for value in way.found[name]]
             words = f"{what} / the best set" + (f", {score}, {rounds}" if name == "ours" else "")
@@ -707,6 +699,6 @@ def _measure_large(report: Report, case: Case, repeats: int, peak: float, say: S
     _report_limit(report, case, ours, peak)
     some = min(BATCH_SETS, records)
     report.notes.append(
-        f"{case.what}: the published fit is extrapolated, not measured: {repeats} batches of {some} of {records} records "
-        f"were timed, and count for {case.epochs} epochs; its search, scores and records are not counted"
+        f"{case.what}: the published fit is extrapolated, not measured: {repeats} batches of {some} of {records} "
+        f"records were timed, and count for {case.epochs} epochs; its search, scores and records are not counted"
     )

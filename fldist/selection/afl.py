@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fldist import scoring
-from fldist.algorithm import Me, State, TooFewReplies, on_client
+from fldist.algorithm import Me, State, on_client
 from fldist.data.client_data import ClientData
 from fldist.kinds import Scalar, Weights
 from fldist.scoring import NonNegative
@@ -69,10 +69,7 @@ class Afl(Selector):
         if self.initial == "none":
             return
         assert candidates.clients is not None
-        try:
-            got = candidates.clients.only(candidates.ids).call(self.initial_loss, x=candidates.model())
-        except TooFewReplies:
-            return
+        got = candidates.clients.only(candidates.ids).call(self.initial_loss, x=candidates.model())
         state.v = self._valued(state.v, candidates, got.loss)
 
     def select(self, state: State, candidates: Candidates) -> list[int]:

@@ -219,6 +219,11 @@ class FedGCS(Selector):
         for number, member in enumerate(self.pool):
             with _of_pool(number):
                 member.check(task)
+            if member.util_epochs == "all" != self.util_epochs:
+                raise ValueError(
+                    f"selection.pool.{number}: its utilities are of all local epochs, and selection.utility.epochs is "
+                    f"{self.util_epochs}; set them alike, since clients send one sum"
+                )
         if sum(member.wants_models for member in self.pool) > 1:
             raise ValueError("selection.pool: two of its selectors look at clients' models; leave one of them")
         if self.size != "range" and (self.k_min or self.k_max):
@@ -333,9 +338,9 @@ class FedGCS(Selector):
         known = [s for s in records.best(len(records)) if low <= len(s) <= high]
         sets = [*new, *known[: self.searching.starts]] if self.searching.with_records or not new else new
         if not sets:
+            size = f"{low}" if low == high else f"{low} to {high}"
             candidates.warn(
-                f"selection.pool: no set of {low} to {high} clients has been proposed or found; clients are drawn at "
-                "random"
+                f"selection.pool: no set of {size} clients has been proposed or found; clients are drawn at random"
             )
             return self._uniform(candidates, rng)
         values = self._values(sets, state, candidates, records, net)
