@@ -28,8 +28,8 @@ As a source of records: what it would do with M random clients, were their probe
 count as the mean. It learns from rounds that another has chosen as well: all clients that have ever reported are then
 agents, of which the selected went on, and an epoch's share of their seconds stands for a probe.
 
-How far this is certain: there is no public code. Weights w are from memory; V, units, one network for all agents (one
-each: `shared: false`), sizes, schedule of epsilon, target network and memory are of this project's making.
+How far this is certain: no code of its authors is known. Weights w are from memory; V, units, one network for all
+agents (one each: `shared: false`), sizes, schedule of epsilon, target network and memory are of this project's making.
 """
 
 from __future__ import annotations
