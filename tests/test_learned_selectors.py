@@ -1076,7 +1076,7 @@ def test_what_cannot_be_is_refused(name: str, changes: dict[str, Any], error: st
 
 
 def test_a_pool_of_all_three_proposes_for_fedgcs(tmp_path: Path) -> None:
-    """FAVOR's setup travels; probes and losses do not, and what clients report is learnt from."""
+    """FAVOR's setup and FedCor's warm-up travel; probes do not, and what clients report is learnt from."""
     settings = config("favor", rounds=4, devices=DEVICES)
     pool = [{"name": name, **FIELDS[name]} for name in NAMES]
     fitting = {"hidden": 8, "width": 8, "epochs": 2, "later_epochs": 1}
@@ -1084,10 +1084,11 @@ def test_a_pool_of_all_three_proposes_for_fedgcs(tmp_path: Path) -> None:
     result = fldist.run(settings, output=tmp_path / "run")
     size, phases = model_bytes(settings), result["bytes"]["by_phase"]
     assert phases["setup"] == {"down": N * size, "up": N * (size + 40)}
-    assert "select" not in phases
+    warm_up = FIELDS["fedcor"]["warmup"] + 1  # the losses of the initial model are the first
+    assert phases["select"] == {"down": warm_up * N * size, "up": warm_up * N * 8}
     assert phases["train"] == {"down": 4 * K * size, "up": 4 * K * (size + 8 + 40)}
     of_favor, of_fedmarl, of_fedcor = kept(tmp_path / "run").pool
     assert len(of_favor.memory) == 4
     assert of_fedmarl.pending is not None
     assert not of_fedmarl.loss.isnan().all()
-    assert not of_fedcor.fitted
+    assert of_fedcor.fitted

@@ -140,6 +140,12 @@ class Selector:
     def observe(self, state: State, candidates: Candidates, outcome: Outcome) -> None:
         """Learn from a round, whoever has chosen its clients: called after every round, also one without a reply."""
 
+    def warm_up(self, state: State, candidates: Candidates) -> None:
+        """What it asks of clients before it can propose, in the rounds that another selector chooses, before it does.
+
+        Calls made here are booked under the phase `select`; by default none are made.
+        """
+
     def propose(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
         """What it might choose, ascending; changes no state, calls no client, draws from `rng` alone."""
         raise TypeError(f"{type(self).__name__} does not define propose(self, state, candidates, rng)")

@@ -28,7 +28,7 @@ State: X, sigma_f, all observations that are younger than `history` rounds, and 
 
 As a source of records, each of the K is drawn with the probabilities softmax(gains / (tau times their deviation)) from
 the present covariance in place of the largest gain, and Sigma is conditioned on it as above; in the warm-up, uniformly.
-It learns only where it selects itself: others' rounds have no losses of all clients.
+Where another chooses it has its warm-up, and no trial rounds after it.
 
 How far this is certain: the authors' code was read. There the warm-up has one round more, the trial's models are
 averaged without weights, and N x N matrices are inverted; here all of it is of rank 15 and the same to rounding. A
@@ -238,13 +238,18 @@ class FedCor(Selector):
     def _listen(self, state: State, candidates: Candidates) -> None:
         """In the warm-up, and every Delta rounds after it: hear the losses, and fit X to how they change."""
         if not state.fitted:
-            self._hear_round(state, candidates)
-            if len(state.changes) >= self.warmup:
-                self._fit(state, candidates, self.first_steps)
+            self.warm_up(state, candidates)
         elif candidates.round - state.asked >= self.interval:
             state.asked = candidates.round
             if self._hear_trial(state, candidates):
                 self._fit(state, candidates, self.steps)
+
+    def warm_up(self, state: State, candidates: Candidates) -> None:
+        """While it lasts, hear how the losses have changed; fit X at its end."""
+        if not state.fitted:
+            self._hear_round(state, candidates)
+            if len(state.changes) >= self.warmup:
+                self._fit(state, candidates, self.first_steps)
 
     def _hear_round(self, state: State, candidates: Candidates) -> None:
         """The change of the last round, if the losses before it are known as well."""

@@ -16,8 +16,9 @@ algorithm's own messages and a report, and the generator's settings do not chang
 
     weights  down  |S| B_w,  up |S| B_w             (FedAvg; other algorithms: theirs)
     report   up    40 |S|
-    setup          what the pool's selectors send in theirs: none with `cheap`; with favor 2 N B_w; with tifl, afl and
-                   fedcor as their files say. Later the pool's selectors call nobody.
+    setup          what the pool's selectors send in theirs: none with `cheap`; with favor 2 N B_w; with tifl and afl as
+                   their files say. Later they call nobody, but for the warm-up of fedcor: N (B_w + 8) in each of its
+                   w + 1 rounds, phase `select`
 
 How it stands to what all systems share: the partition, what of a model travels and whether clients begin with a common
 model are the run's, whatever the algorithm; `clients.rounding` rounds K; `rounds` are training rounds, of which the
@@ -311,6 +312,8 @@ class FedGCS(Selector):
 
     def select(self, state: State, candidates: Candidates) -> list[int]:
         """Collect records, fit, search, and take the set of highest score."""
+        if any(type(member).warm_up is not Selector.warm_up for member in self.pool):
+            self._each(state, candidates, lambda member, own, its: member.warm_up(own, its))
         chosen = self._choose(state, self._now(state, candidates))
         if self.size == "published":
             state.count = len(chosen)
@@ -319,7 +322,7 @@ class FedGCS(Selector):
     def propose(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
         """What it would select, were these its draws."""
         quiet = dataclasses.replace(candidates, rng=rng, log=lambda **values: None, warn=lambda text: None)
-        return self.select(state.copy(), quiet)
+        return self._choose(state.copy(), self._now(state, quiet))
 
     def _choose(self, state: State, candidates: Candidates) -> list[int]:
         ids, rng = list(candidates.ids), candidates.rng
