@@ -31,15 +31,8 @@ def named(given: Any) -> Algorithm:
     """
     if isinstance(given, Algorithm):
         return given
-    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = fields.pop("name", None)
-    if not isinstance(name, str):
-        raise ValueError("it must be the name of an algorithm such as scaffold, or {name: fedprox, mu: 0.01}")
-    try:
-        kind = resolve.from_package("fldist.algorithms", name, Algorithm, "name")
-    except ValueError as error:
-        raise resolve.wrong("name", str(error).removeprefix("name: "), name) from None
-    return resolve.component(kind, fields, name)  # type: ignore[no-any-return]
+    wanted = "the name of an algorithm such as scaffold, or {name: fedprox, mu: 0.01}"
+    return resolve.component(*resolve.nested("fldist.algorithms", Algorithm, given, wanted))  # type: ignore[no-any-return]
 
 
 Base = Annotated[Algorithm, BeforeValidator(named)]

@@ -91,6 +91,21 @@ def from_package(package: str, name: str, base: type, field: str) -> type:
     return found[0]
 
 
+def nested(package: str, base: type, given: Any, wanted: str) -> tuple[type, dict[str, Any], str]:
+    """The class, the fields and the name that `scaffold`, or `{name: fedprox, mu: 0.01}`, means as a component's field.
+
+    For pydantic's BeforeValidators, as `component`. wanted: what is said of something else.
+    """
+    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"it must be {wanted}")
+    try:
+        return from_package(package, name, base, "name"), fields, name
+    except ValueError as error:
+        raise wrong("name", str(error).removeprefix("name: "), name) from None
+
+
 def component(kind: type, fields: Mapping[str, Any], name: str) -> Any:
     """A dataclass made of fields that a user wrote, for pydantic's BeforeValidators of keys that hold such a thing.
 

@@ -87,13 +87,9 @@ class Equal:
 
     def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
         """labels [n] -> K arrays of row numbers, each ascending."""
-        n, wanted = len(labels), num_clients * self.size
-        if wanted > n:
-            raise ValueError(
-                f"task.partition.size: {self.size} rows for each of {num_clients} clients are {wanted}, but "
-                f"there are {n}; lower size or clients.num_clients"
-            )
-        dealt = rng.permutation(n)[:wanted]
+        n = len(labels)
+        _refuse_larger_parts_than_rows(self.size, num_clients, n)
+        dealt = rng.permutation(n)[: num_clients * self.size]
         return [np.sort(dealt[client::num_clients]) for client in range(num_clients)]
 
 
@@ -325,12 +321,8 @@ class DirichletEqual:
 
     def split(self, labels: Rows, num_clients: int, rng: np.random.Generator) -> list[Rows]:
         """labels [n] -> K arrays of row numbers, each ascending."""
-        n, wanted = len(labels), num_clients * self.size
-        if wanted > n:
-            raise ValueError(
-                f"task.partition.size: {self.size} rows for each of {num_clients} clients are {wanted}, but "
-                f"there are {n}; lower size or clients.num_clients"
-            )
+        n = len(labels)
+        _refuse_larger_parts_than_rows(self.size, num_clients, n)
         classes = [rng.permutation(rows) for rows in rows_by_class(labels)]
         left = np.array([len(rows) for rows in classes])
         owner = np.full(n, -1)
@@ -623,6 +615,14 @@ def _parts(owner: Rows, num_clients: int) -> list[Rows]:
 
 
 # ---- refusals
+def _refuse_larger_parts_than_rows(size: int, num_clients: int, n: int) -> None:
+    if num_clients * size > n:
+        raise ValueError(
+            f"task.partition.size: {size} rows for each of {num_clients} clients are {num_clients * size}, but "
+            f"there are {n}; lower size or clients.num_clients"
+        )
+
+
 def _refuse_more_clients_than_rows(name: str, num_clients: int, n: int) -> None:
     if num_clients > n:
         raise ValueError(

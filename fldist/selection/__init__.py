@@ -103,6 +103,12 @@ class Candidates:
             object.__setattr__(self, "num_clients", max(self.ids, default=-1) + 1)
 
 
+def uniform(candidates: Candidates, count: int, rng: torch.Generator) -> list[int]:
+    """So many of the candidates, ascending; each set is equally likely."""
+    order = torch.randperm(len(candidates.ids), generator=rng)[:count]
+    return sorted(candidates.ids[i] for i in order.tolist())
+
+
 @dataclass(frozen=True)
 class Selector:
     """Base of all selectors; a subclass is a frozen dataclass whose fields are its configuration.

@@ -52,7 +52,7 @@ from fldist.data.task import Task
 from fldist.fold import Mean
 from fldist.kinds import Scalar, Weights
 from fldist.params import Params
-from fldist.selection import Candidates, Outcome, Selector
+from fldist.selection import Candidates, Outcome, Selector, uniform
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -262,7 +262,7 @@ class FedCor(Selector):
         """The change of a round of random clients that is not done; whether it could be had."""
         assert candidates.clients is not None
         x = candidates.model()
-        cohort = candidates.clients.only(self._random(candidates, candidates.rng))
+        cohort = candidates.clients.only(uniform(candidates, candidates.count, candidates.rng))
         try:
             y: Params = cohort.call(self.trial, x=x, fold={"y": Mean(by="n")}).y
         except TooFewReplies as error:
@@ -304,16 +304,16 @@ class FedCor(Selector):
         """The K of largest gain, one after the other; at random in the warm-up."""
         self._listen(state, candidates)
         if not state.fitted:
-            return self._random(candidates, candidates.rng)
+            return uniform(candidates, candidates.count, candidates.rng)
         return self._one_after_the_other(state, candidates, None)
 
     def propose(self, state: State, candidates: Candidates, rng: Generator) -> list[int]:
         """The same with each of the K drawn by its gain."""
-        return self._one_after_the_other(state, candidates, rng) if state.fitted else self._random(candidates, rng)
-
-    def _random(self, candidates: Candidates, rng: Generator) -> list[int]:
-        order = torch.randperm(len(candidates.ids), generator=rng)[: candidates.count]
-        return sorted(candidates.ids[i] for i in order.tolist())
+        return (
+            self._one_after_the_other(state, candidates, rng)
+            if state.fitted
+            else uniform(candidates, candidates.count, rng)
+        )
 
     def _one_after_the_other(self, state: State, candidates: Candidates, rng: Generator | None) -> list[int]:
         """K clients; without rng those of largest gain."""

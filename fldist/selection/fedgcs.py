@@ -39,7 +39,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -55,7 +55,7 @@ from fldist.generative.records import Records, labels, padded
 from fldist.generative.search import Ascent, Decode, Target, search
 from fldist.params import Params
 from fldist.scoring import Utility
-from fldist.selection import Candidates, Outcome, Selector, UtilEpochs
+from fldist.selection import Candidates, Outcome, Selector, UtilEpochs, uniform
 
 POOLS: dict[str, tuple[str, ...]] = {"cheap": ("random", "oort", "topk"), "paper": ("oort", "fedmarl", "favor")}
 """Pools by name: `cheap` sends nothing; `paper` is what the published main program calls (the figure has TiFL too)."""
@@ -83,14 +83,9 @@ def _member(given: Any) -> Selector:
     """The selector that `oort` or `{name: topk, noise: 0.2}` means; one that is made is returned."""
     if isinstance(given, Selector):
         return given
-    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = fields.pop("name", None)
-    if not isinstance(name, str):
-        raise ValueError("it must be a selector such as oort, or {name: topk, noise: 0.2}")
-    try:
-        kind: Any = resolve.from_package("fldist.selection", name, Selector, "name")
-    except ValueError as error:
-        raise resolve.wrong("name", str(error).removeprefix("name: "), name) from None
+    kind: Any
+    wanted = "a selector such as oort, or {name: topk, noise: 0.2}"
+    kind, fields, name = resolve.nested("fldist.selection", Selector, given, wanted)
     if issubclass(kind, FedGCS):
         raise resolve.wrong("name", "it cannot propose to itself; leave it out", name)
     if kind.propose is Selector.propose:
@@ -356,8 +351,7 @@ class FedGCS(Selector):
     def _uniform(self, candidates: Candidates, rng: torch.Generator) -> list[int]:
         """K clients, or as many as are allowed; each set is equally likely."""
         low, high = self.bounds(candidates.count, len(candidates.ids))
-        order = torch.randperm(len(candidates.ids), generator=self._draws(rng))
-        return sorted(candidates.ids[i] for i in order[: max(low, min(candidates.count, high))].tolist())
+        return uniform(candidates, max(low, min(candidates.count, high)), self._draws(rng))
 
     def _draws(self, rng: torch.Generator) -> torch.Generator:
         """A generator of its own for whoever draws next, so that how much one draws changes nothing for the others."""

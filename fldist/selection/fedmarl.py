@@ -47,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fldist.algorithm import State
 from fldist.data.task import Task
 from fldist.q_learning import Mlp, improved, learner
-from fldist.selection import Candidates, Outcome, Probe, Selector
+from fldist.selection import Candidates, Outcome, Probe, Selector, uniform
 
 LARGEST = 10.0
 """No figure of a state is larger: a loss, or a time in units of `unit_s`."""
@@ -215,8 +215,7 @@ class FedMarl(Selector):
         return self._drawn(candidates, candidates.rng)
 
     def _drawn(self, candidates: Candidates, rng: Generator) -> list[int]:
-        order = torch.randperm(len(candidates.ids), generator=rng)[: self._num_probed(candidates)]
-        return sorted(candidates.ids[i] for i in order.tolist())
+        return uniform(candidates, self._num_probed(candidates), rng)
 
     def keep(self, state: State, candidates: Candidates, probes: Mapping[int, Probe]) -> list[int]:
         """Those of the probed whose agents have them go on."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fldist.algorithm import State
-from fldist.selection import Candidates, Selector
+from fldist.selection import Candidates, Selector, uniform
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,4 @@ class Random(Selector):
 
     def propose(self, state: State, candidates: Candidates, rng: torch.Generator) -> list[int]:
         """The same, from `rng`."""
-        order = torch.randperm(len(candidates.ids), generator=rng)[: candidates.count]
-        return sorted(candidates.ids[i] for i in order.tolist())
+        return uniform(candidates, candidates.count, rng)
