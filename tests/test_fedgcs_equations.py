@@ -369,6 +369,10 @@ def test_parameters_are_drawn_as_torch_draws_them_and_from_the_generator_given()
     again, other = Generator(50, 40, 60, 2, True, rng=gen(1)), Generator(50, 40, 60, 2, True, rng=gen(2))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    rng = gen(1)
+    first, second = (Generator(50, 40, 60, 2, True, rng=rng) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), first.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(net.parameters(), second.parameters(), strict=True))
     drawn = [p.flatten()[:5].tolist() for p in net.parameters()]
     assert all(a[: len(b)] != b[: len(a)] for a, b in itertools.combinations(drawn, 2))
 
@@ -562,21 +566,25 @@ def test_pairwise_accuracy_is_a_count_over_all_pairs() -> None:
 
 @each_mask
 def test_the_hamming_distance_counts_the_positions_in_which_the_free_running_sequence_differs(mask: bool) -> None:
-    net = made(mask=mask)
-    ref = ByHand(net)
-    wrong = []
-    for row in ROWS:
-        e, m = ref.encode(row), ref.present(row)
-        state, token, out = ref.start(ref.pool(e, m)), 6, []
-        for _ in row:
-            logits, state = ref.step(token, state, e, m)
-            token = int(logits.argmax())
-            out.append(token)
-        if mask and 6 in out:  # what comes after the end token is not part of the sequence
-            first = out.index(6)
-            out[first:] = [6] * (len(out) - first)
-        wrong.append(sum(a != b for a, b in zip(out, row, strict=True)))
-    close(hamming(net, torch.tensor(ROWS)), float(np.mean(wrong)), 1e-6)
+    runs_on = False
+    for seed in range(40):
+        net = made(mask=mask, seed=seed)
+        ref = ByHand(net)
+        wrong = []
+        for row in ROWS:
+            e, m = ref.encode(row), ref.present(row)
+            state, token, out = ref.start(ref.pool(e, m)), 6, []
+            for _ in row:
+                logits, state = ref.step(token, state, e, m)
+                token = int(logits.argmax())
+                out.append(token)
+            if mask and 6 in out:  # what comes after the end token is not part of the sequence
+                first = out.index(6)
+                runs_on |= any(token != 6 == wanted for token, wanted in zip(out[first:], row[first:], strict=True))
+                out[first:] = [6] * (len(out) - first)
+            wrong.append(sum(a != b for a, b in zip(out, row, strict=True)))
+        close(hamming(net, torch.tensor(ROWS)), float(np.mean(wrong)), 1e-6)
+    assert runs_on == mask  # some case tells the two apart
 
 
 def adam(net: Generator, lr: float = 1e-3) -> torch.optim.Adam:
@@ -943,6 +951,18 @@ def test_every_client_also_the_last_can_be_decoded() -> None:
         assert (got[:, 0] == client).all()
 
 
+@pytest.mark.parametrize("decode", ["greedy", "beam", "official"])
+def test_networks_that_end_at_once_find_no_empty_set(decode: str) -> None:
+    net = made()
+    with torch.no_grad():
+        net.decoder.output.bias[6] = 100.0
+    got = search.search(
+        net, STARTS, set(), length=4, ascent="iterated", steps=2, step=1.0, target="logit",
+        decode=decode, width=1, low=0, high=3, wanted=None,
+    )  # fmt: skip
+    assert got == []
+
+
 @each_mask
 def test_official_decoding_takes_exactly_t_steps_of_argmax_and_goes_on_after_an_end_token(mask: bool) -> None:
     seen = {"after an end": False, "a repeat": False}
@@ -1184,7 +1204,12 @@ def test_a_clients_worth_has_both_penalties_and_who_was_never_tried_is_worth_the
     for number, who in ((1, (0, 1, 2)), (2, (3, 1))):
         known = of.learn(known, Outcome(number, who, who, {i: told[i] for i in who}))
     last = [1, 2, 1, 2]
-    candidates = Candidates(range(6), [10] * 6, 3, round=4, seconds=dict(enumerate(t)), joules=dict(enumerate(e)))
+    # what a client has told goes before what is known of its device
+    of_devices = [999.0, 1.0, 999.0, 1.0]
+    candidates = Candidates(
+        range(6), [10] * 6, 3, round=4,
+        seconds=dict(enumerate([*of_devices, *t[4:]])), joules=dict(enumerate([*of_devices, *e[4:]])),
+    )  # fmt: skip
     wanted_s, wanted_j = 1.2 * 23.0, 1.2 * 75.0
     assert of.preferred(known, candidates) == (pytest.approx(wanted_s), pytest.approx(wanted_j))
 

@@ -278,6 +278,7 @@ def test_repo_slow_clients_count_less_and_the_bonus_is_that_of_the_round_of_the_
     trial.tell({0: report(5.0)})
     trial.tell({i: report(x, seconds=t) for i, (x, t) in enumerate(zip(u, seconds, strict=True))})
     values = repo_utilities(u, 2, seconds)
+    close(trial.state.u, values, 1e-9)
     same_law(trial.proposed(TIMES), oort_repo(values, range(6), 2))
     assert oort_repo(values, range(6), 2) != oort_repo(repo_utilities(u, 1, seconds), range(6), 2)
 
@@ -415,6 +416,21 @@ def test_oort_explores_the_unexplored_by_data_size_and_speed() -> None:
         same_law(trial.proposed(TIMES), law)
 
 
+def test_oort_the_rate_of_exploration_falls_with_the_rounds() -> None:
+    """K = 4: a fraction of 0.9 0.95^r leaves no place to exploit in round 3 and one from round 4 on."""
+    u, sizes, seconds = {0: 9.0, 1: 8.0, 2: 7.0, 3: 8.5}, [10] * 8, [20.0] * 8
+    for r, exploited in ((3, 0), (4, 1), (8, 1), (9, 1), (10, 1), (30, 3)):
+        trial = published(8, 4, u, dict.fromkeys(u, 1), sizes, seconds, r)
+        got = {sum(i in u for i in s) for s in trial.proposed(40)}
+        assert got == {exploited}, r
+
+
+def test_oort_clients_of_just_the_cut_are_exploited() -> None:
+    trial = Trial(Oort(cut_off=1.0), 6, 2, seconds=dict.fromkeys(range(6), 20.0))
+    trial.tell({i: report(4.0) for i in range(6)})
+    same_law(trial.proposed(TIMES), uniform(range(6), 2))
+
+
 def test_oort_only_the_nearest_five_times_as_many_are_explored() -> None:
     sizes = [10, 80, 70, 60, 50, 40, 30, 20]
     trial = published(8, 1, {0: 5.0}, {0: 1}, sizes, [20.0] * 8, 2)
@@ -485,6 +501,7 @@ def test_afl_draws_by_valuation_and_some_uniformly() -> None:
             x / math.sqrt(n) if valuation == "mean" else n * x / 20 / math.sqrt(n)
             for x, n in zip(losses[:7], sizes[:7], strict=True)
         ]
+        close(trial.state.v[:7], values, 1e-9)
         law = afl_law([*values, -math.inf], 3)
         assert len(law) == 56
         same_law(trial.proposed(TIMES), law)
@@ -716,8 +733,7 @@ def test_fedgcs_chooses_no_worse_than_the_best_record_and_the_best_where_all_set
             close(trial.logged["set_score"], value[tuple(got)], 1e-9)
             close(trial.logged["record_score"], max(value[s] for s in sets), 1e-9)
             assert trial.logged["records"] == len(sets)
-            if score == "client_sum":
-                close(trial.logged["best_score"], max(value.values()), 1e-9)
+            close(trial.logged["sorted_score" if score == "client_sum" else "best_score"], max(value.values()), 1e-9)
             if len(sets) == 20:
                 assert value[tuple(got)] == max(value.values())
                 assert trial.logged["new_sets"] == 0
@@ -726,7 +742,24 @@ def test_fedgcs_chooses_no_worse_than_the_best_record_and_the_best_where_all_set
 def test_fedgcs_under_the_group_score_the_best_set_is_not_the_sort() -> None:
     """One slow client slows all down: 2 is among the three of largest u, and not in the best set."""
     assert told_all(TopK()).select() == told_all(given(*EVERY)).select() == [0, 2, 3]
-    assert told_all(given(*EVERY, score="group")).select() == list(max(EVERY, key=group_by_hand)) == [0, 1, 3]
+    trial = told_all(given(*EVERY, score="group"))
+    assert trial.select() == list(max(EVERY, key=group_by_hand)) == [0, 1, 3]
+    # what a sort could make of it: by U_i times the penalties of each alone
+    alone = [U[i] * min(1, 28.2 / T[i]) ** 2 * min(1, 78.0 / E[i]) for i in range(6)]
+    largest = sorted(range(6), key=lambda i: -alone[i])[:3]
+    assert sorted(largest) == [0, 2, 3]
+    close(trial.logged["sorted_score"], group_by_hand(largest), 1e-9)
+
+
+def test_fedgcs_whose_search_finds_nothing_takes_the_best_of_what_its_pool_proposes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "search", lambda *rest, **fields: [])
+    for seed in range(5):
+        trial = told_all(fedgcs(pool=(Random(),), proposals=4))
+        proposed = [s for s, _ in trial.selector.records(trial.state, trial.at(), gen(seed)).items()]
+        value = trial.selector.scores(proposed, trial.state, trial.at()).tolist()
+        assert trial.select(seed) == list(proposed[value.index(max(value))])
 
 
 def test_fedgcs_without_records_takes_the_best_of_the_new_sets_and_a_record_only_where_there_are_none() -> None:
@@ -892,6 +925,58 @@ def test_fedgcs_measured_scores_are_gains_of_real_rounds_under_the_penalties() -
     assert len(trial.select(4)) == 3
 
 
+@pytest.mark.parametrize("repeated", ["newest", "first"])
+def test_fedgcs_of_a_set_that_was_measured_twice_one_score_is_kept(repeated: str) -> None:
+    trial = Trial(fedgcs(score="measured", repeated=repeated, collect=9, pool=(Given(((0, 1),)),)), 4, 2)
+    for accuracy in (0.1, 0.5, 0.6):
+        trial.tell({0: report(1.0), 1: report(2.0)}, accuracy=accuracy)
+    ((members, score),) = trial.selector.records(trial.state, trial.at(), gen(0)).items()
+    assert members == (0, 1)
+    close(score, 0.1 if repeated == "newest" else 0.4, 1e-9)
+
+
+def test_fedgcs_measured_chooses_by_its_own_estimate_among_the_best_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"score": "measured", "collect": 4, "pool": (Given(((0, 1),)),)}
+    trial = Trial(fedgcs(searching=replace(SEARCHING, starts=2), **fields), 6, 2)
+    for members, accuracy in (((0, 1), 0.0), ((0, 1), 0.3), ((2, 3), 0.5), ((4, 5), 0.6)):  # gains 0.3, 0.2 and 0.1
+        trial.tell({i: report(1.0) for i in members}, accuracy=accuracy)
+    from_where: list[Any] = []
+    monkeypatch.setattr(module, "search", lambda net, starts, *rest, **more: from_where.extend(starts) or [])
+    estimates = {(0, 1): 0.2, (2, 3): 0.4, (4, 5): 0.9}
+    monkeypatch.setattr(
+        module, "_estimates",
+        lambda net, rows: torch.tensor([estimates[tuple(t for t in row if t < 6)] for row in rows.tolist()]),
+    )  # fmt: skip
+    assert trial.select() == [2, 3]
+    assert from_where == [(0, 1), (2, 3)]
+
+
+def test_fedgcs_searches_from_the_best_records_for_what_none_of_them_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        module, "search", lambda net, starts, known, **fields: seen.update(fields, starts=starts, known=known) or []
+    )
+    searching = Searching(starts=3, steps=7, step=0.5, ascent="single", target="sigmoid", decode="greedy", enough=9)
+    trial = told_all(given(*EVERY[:8], searching=searching))
+    trial.select()
+    value = dict(zip(EVERY, trial.selector.scores(EVERY, trial.state, trial.at()).tolist(), strict=True))
+    assert seen["starts"] == sorted(EVERY[:8], key=lambda s: -value[s])[:3]
+    assert set(seen["known"]) == set(EVERY[:8])
+    assert [seen[name] for name in ("steps", "step", "ascent", "target", "decode", "wanted")] == [
+        7, 0.5, "single", "sigmoid", "greedy", 9,
+    ]  # fmt: skip
+    assert (seen["low"], seen["high"], seen["length"]) == (3, 3, 4)
+
+
+def test_fedgcs_without_steps_is_the_best_of_what_was_proposed() -> None:
+    trial = told_all(fedgcs(pool=(Random(),), proposals=4, searching=replace(SEARCHING, steps=0)))
+    for seed in range(5):
+        proposed = [s for s, _ in trial.selector.records(trial.state, trial.at(), gen(seed)).items()]
+        value = trial.selector.scores(proposed, trial.state, trial.at()).tolist()
+        assert trial.select(seed) == list(proposed[value.index(max(value))])
+        assert "hamming" not in trial.logged
+
+
 def test_fedgcs_draws_are_its_own_in_each_round_and_repeat_only_as_published() -> None:
     """Trap: seeds that are set to 1 at each call let the pool's draws repeat in every round."""
     for reseed in (False, True):
@@ -913,7 +998,7 @@ def test_fedgcs_finds_new_sets_that_are_better_than_what_its_pool_knows() -> Non
         )
         trial.tell({i: report(1 + 9 * draw[i]) for i in range(20)})
         trial.select(seed)
-        assert trial.logged["record_score"] <= trial.logged["set_score"] <= trial.logged["best_score"] + 1e-9
+        assert trial.logged["record_score"] <= trial.logged["set_score"] <= trial.logged["sorted_score"] + 1e-9
         better.append(trial.logged["set_score"] > trial.logged["record_score"])
     assert any(better)
 
@@ -966,11 +1051,11 @@ def embedding(n: int, seed: int, d: int = 4) -> Tensor:
     return torch.randn(d, n, generator=gen(seed), dtype=torch.float64)
 
 
-def covariance(x: Tensor) -> list[list[float]]:
-    """X'X + 0.01^2 I."""
+def covariance(x: Tensor, noise: float = 0.01) -> list[list[float]]:
+    """X'X + s^2 I."""
     d, n = x.shape
     return [
-        [sum(float(x[r, i] * x[r, j]) for r in range(d)) + (0.0001 if i == j else 0.0) for j in range(n)]
+        [sum(float(x[r, i] * x[r, j]) for r in range(d)) + (noise**2 if i == j else 0.0) for j in range(n)]
         for i in range(n)
     ]
 
@@ -993,13 +1078,13 @@ def test_fedcor_chooses_by_correlation_and_then_conditions(seed: int) -> None:
     x = embedding(n, seed)
     sizes = torch.randint(5, 60, (n,), generator=gen(seed)).tolist()
     factors = (0.5 + 0.5 * torch.rand(n, generator=gen(seed + 50), dtype=torch.float64)).tolist()
-    for normalised in (False, True):
-        trial = Trial(FedCor(normalised=normalised), n, k, sizes=sizes)
+    for normalised, noise in itertools.product((False, True), (0.01, 1.5)):
+        trial = Trial(FedCor(normalised=normalised, noise=noise), n, k, sizes=sizes)
         trial.state.x, trial.state.fitted, trial.state.factors = x, 1, torch.tensor(factors, dtype=torch.float64)
         trial.round = 3
         scaled = 1.0 * x / x.norm(dim=0) if normalised else x
         weights = [size / sum(sizes) for size in sizes]
-        assert trial.select() == sorted(fedcor_by_hand(covariance(scaled), weights, factors, k))
+        assert trial.select() == sorted(fedcor_by_hand(covariance(scaled, noise), weights, factors, k))
 
 
 def test_fedcor_with_independent_clients_chooses_by_weight() -> None:
