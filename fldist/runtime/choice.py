@@ -74,7 +74,7 @@ class Choice:
         if self._chosen is None:
             selector = self._job.selector
             ids = self._do(selector.select, "select")
-            ids = self._checked(ids, self._able, "selects", most=None if selector.probes else self._job.per_round)
+            ids = self._checked(ids, self._able, "selects")
             self._chosen = Selected(self, self._caller, ids)
         return self._chosen
 
@@ -204,10 +204,10 @@ class Choice:
             **services,
         )
 
-    def _checked(self, ids: Any, among: Sequence[int], does: str, most: int | None = None) -> list[int]:
+    def _checked(self, ids: Any, among: Sequence[int], does: str) -> list[int]:
         """The clients that a selector names; ValueError where they are none, or are not to be had."""
         chosen = sorted(set(ids))
-        strange = [c for c in chosen if c not in set(among)]
+        strange = sorted(set(chosen).difference(among))
         who = type(self._job.selector).__name__
         if strange:
             raise ValueError(f"selection.name: {who} {does} client {strange[0]}, which it is not offered")
