@@ -207,7 +207,7 @@ class Choice:
     def _checked(self, ids: Any, among: Sequence[int], does: str) -> list[int]:
         """The clients that a selector names; ValueError where they are none, or are not to be had."""
         chosen = sorted(set(ids))
-        strange = [c for c in chosen if c not in set(among)]
+        strange = sorted(set(chosen).difference(among))
         who = type(self._job.selector).__name__
         if strange:
             raise ValueError(f"selection.name: {who} {does} client {strange[0]}, which it is not offered")
