@@ -79,8 +79,8 @@ class Candidates:
     reports); seconds, joules: what a full local training takes on every client's device, by client, where the section
     `devices` simulates them, else empty; rng: keyed by run seed and round, for `select`, `setup` and `observe`;
     clients: to call the selector's own client methods (not in `observe`, which is part of no round); model: gives the
-    global model; predicting: replies are made up (`--dry-run`), and what takes time and changes no message's size may be
-    left out.
+    global model; predicting: replies are made up (`--dry-run`), and what takes time and changes no message's size may
+    be left out.
     """
 
     ids: Sequence[int]
