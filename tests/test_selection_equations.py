@@ -68,6 +68,7 @@ class Clients:
 
     def __init__(self, ids: Sequence[int], answers: Mapping[str, Callable[[int], float]]) -> None:
         self.ids, self.answers = list(ids), answers
+        self.silent: set[int] = set()
         self.calls: list[tuple[str, list[int]]] = []
 
     def all(self) -> Clients:
@@ -76,15 +77,16 @@ class Clients:
     def only(self, ids: Sequence[int]) -> Clients:
         assert set(ids) <= set(self.ids)
         some = Clients(ids, self.answers)
-        some.calls = self.calls
+        some.calls, some.silent = self.calls, self.silent
         return some
 
     def call(self, method: Any, *, fold: Any = None, phase: Any = None, **arguments: Any) -> Any:
         name = method.__name__
         self.calls.append((name, sorted(self.ids)))
-        told = {field: {i: self.answers[field](i) for i in self.ids} for field in ("loss", "latency", "accuracy")}
-        models = {i: params(i) for i in self.ids}
-        return SimpleNamespace(**told, y=params(99) if name == "trial" else models, clients=self.ids)
+        ids = [i for i in self.ids if i not in self.silent]
+        told = {field: {i: self.answers[field](i) for i in ids} for field in ("loss", "latency", "accuracy")}
+        models = {i: params(i) for i in ids}
+        return SimpleNamespace(**told, y=params(99) if name == "trial" else models, clients=ids)
 
 
 ANSWERS: dict[str, Callable[[int], float]] = {
@@ -217,6 +219,16 @@ def test_topk_takes_those_of_the_largest_utility() -> None:
     assert trial.select() == [1, 3]
     trial.tell({1: report(4.0), 3: report(0.5)})
     assert trial.select() == [1, 4]
+
+
+def test_topk_proposes_the_largest_under_noise() -> None:
+    for noise in (0.0, 0.5):
+        trial = Trial(TopK(noise=noise), 6, 2)
+        trial.tell({i: report(u) for i, u in enumerate([3.0, 9.0, 1.0, 7.0, 5.0, 2.0])})
+        got = trial.proposed(100)
+        assert trial.select() == [1, 3]
+        assert (len(got) == 1) == (noise == 0)
+        assert got[frozenset({1, 3})] == max(got.values())
 
 
 # ---- Oort as in the repository
@@ -427,8 +439,8 @@ def test_oort_the_rate_of_exploration_falls_with_the_rounds() -> None:
 
 def test_oort_clients_of_just_the_cut_are_exploited() -> None:
     trial = Trial(Oort(cut_off=1.0), 6, 2, seconds=dict.fromkeys(range(6), 20.0))
-    trial.tell({i: report(4.0) for i in range(6)})
-    same_law(trial.proposed(TIMES), uniform(range(6), 2))
+    trial.tell({i: report(9.0 if i < 4 else 5.0) for i in range(6)})
+    same_law(trial.proposed(TIMES), uniform(range(4), 2))
 
 
 def test_oort_only_the_nearest_five_times_as_many_are_explored() -> None:
@@ -630,7 +642,9 @@ def test_exactly_k_of_the_candidates_are_chosen_each_round(name: str) -> None:
         trial.tell({i: report(1.0 + i) for i in got[: 3 - r % 2]}, selected=got)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if name not in ("power_of_choice", "favor", "fedcor")])
+@pytest.mark.parametrize(
+    "name", [name for name in SELECTORS if name not in ("power_of_choice", "favor", "fedcor", "group")]
+)
 def test_every_client_also_the_last_is_chosen_some_time(name: str) -> None:
     """Not of those that go by losses or models, which never change here."""
     trial = Trial(SELECTORS[name](), 6, 2)
@@ -650,7 +664,7 @@ def test_rounds_without_a_reply_end_nothing(name: str) -> None:
     assert 1 <= len(trial.select()) <= 3
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if name not in ("random", "tifl", "measured")])
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name not in ("random", "tifl", "measured", "group")])
 def test_a_client_that_never_replies_does_not_hold_a_place_for_ever(name: str) -> None:
     trial = Trial(SELECTORS[name](), 5, 2)
     chosen = [0] * 5
@@ -1373,3 +1387,18 @@ def test_power_of_choice_takes_the_largest_losses_of_clients_drawn_by_their_samp
     told.tell({i: report(1.0, loss=losses[i]) for i in range(5)})
     same_law(told.proposed(TIMES), law)
     assert not told.base.clients.calls
+
+
+def test_power_of_choice_asks_twice_as_many_as_take_part_and_takes_those_who_do_not_answer_last() -> None:
+    losses = [5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 8.0, 9.0]
+    trial = Trial(PowerOfChoice(), 9, 3, answers={**ANSWERS, "loss": lambda i: losses[i]})
+    for seed in range(10):
+        trial.base.clients.silent.clear()
+        got = trial.select(seed)
+        (_, asked) = trial.base.clients.calls[-1]
+        assert len(asked) == 6
+        assert got == sorted(sorted(asked, key=lambda i: -losses[i])[:3])
+        trial.base.clients.silent |= set(got)
+        assert not set(trial.select(seed)) & set(got)
+        trial.base.clients.silent |= set(range(1, 9))
+        assert len(trial.select(seed)) == 3
