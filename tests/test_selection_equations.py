@@ -189,11 +189,11 @@ def then(
     return out
 
 
-TIMES = 600
+TIMES = 500
 
 
 def same_law(got: Mapping[frozenset[int], float], want: Mapping[frozenset[int], float], times: int = TIMES) -> None:
-    """No set outside the law's support, and a chi-squared statistic within four deviations of its mean; rare sets are
+    """No set outside the law's support, and a chi-squared statistic within six deviations of its mean; rare sets are
     taken together. Seeds are fixed, so that chance has no part in it."""
     assert set(got) <= set(want), f"cannot be chosen: {[sorted(s) for s in set(got) - set(want)]}"
     assert sum(want.values()) == pytest.approx(1)
@@ -204,7 +204,7 @@ def same_law(got: Mapping[frozenset[int], float], want: Mapping[frozenset[int], 
         cells.append((1 - sum(f for f, _ in cells), rest))
     statistic = sum(times * (f - p) ** 2 / p for f, p in cells)
     degrees = max(1, len(cells) - 1)
-    assert statistic < degrees + 4 * math.sqrt(2 * degrees), {tuple(sorted(s)): (got.get(s, 0), want[s]) for s in often}
+    assert statistic < degrees + 6 * math.sqrt(2 * degrees), {tuple(sorted(s)): (got.get(s, 0), want[s]) for s in often}
 
 
 # ---- random, top-k
@@ -551,12 +551,12 @@ def learnt(selector: Selector, n: int = 6, k: int = 3, **more: Any) -> Trial:
     return trial
 
 
-FITTING = Fitting(hidden=8, width=8, epochs=3, later_epochs=1, lr=0.01)
-SEARCHING = Searching(starts=5, steps=2, beam_width=3)
+FITTING = Fitting(hidden=8, width=8, epochs=2, later_epochs=1, copies=1, lr=0.01)
+SEARCHING = Searching(starts=5, steps=1, beam_width=3)
 
 
 def fedgcs(**fields: Any) -> FedGCS:
-    return FedGCS(**{"fitting": FITTING, "searching": SEARCHING, "proposals": 5, **fields})
+    return FedGCS(**{"fitting": FITTING, "searching": SEARCHING, "proposals": 3, **fields})
 
 
 SELECTORS: dict[str, Callable[[], Selector]] = {
@@ -778,15 +778,15 @@ def test_fedgcs_whose_search_finds_nothing_takes_the_best_of_what_its_pool_propo
 
 def test_fedgcs_without_records_takes_the_best_of_the_new_sets_and_a_record_only_where_there_are_none() -> None:
     searching = replace(SEARCHING, with_records=False, steps=6)
-    best = (0, 2, 4)
+    best = (0, 2, 3)  # of all sets
     for seed in range(5):
-        trial = told_all(given(best, (1, 3, 5), searching=searching))
+        trial = told_all(given(best, (1, 4, 5), searching=searching))
         got = tuple(trial.select(seed))
         value = dict(zip(EVERY, trial.selector.scores(EVERY, trial.state, trial.at()).tolist(), strict=True))
         if trial.logged["new_sets"]:
-            assert got not in (best, (1, 3, 5))
+            assert got not in (best, (1, 4, 5))
         else:
-            assert value[got] == max(value[best], value[1, 3, 5])
+            assert value[got] == max(value[best], value[1, 4, 5])
     trial = told_all(given(*EVERY, searching=searching))
     assert len(trial.select()) == 3
 
@@ -824,7 +824,7 @@ def test_fedgcs_fits_as_often_as_configured_anew_or_from_where_it_was(
     for r in range(2, 8):
         trial.tell({i: report(2.0 + i) for i in trial.select(r)})
     assert [r for r, _, _ in done] == fits
-    assert [epochs for _, epochs, _ in done] == [3, *[1 if warm_start else 3] * (len(fits) - 1)]
+    assert [epochs for _, epochs, _ in done] == [2, *[1 if warm_start else 2] * (len(fits) - 1)]
     assert [moments > 0 for _, _, moments in done] == [False, *[warm_start] * (len(fits) - 1)]
     assert len(nets) == 6
     for r in range(3, 8):  # in a round without a fit the networks are those of the round before
@@ -1099,6 +1099,13 @@ def test_fedcor_chooses_by_correlation_and_then_conditions(seed: int) -> None:
         scaled = 1.0 * x / x.norm(dim=0) if normalised else x
         weights = [size / sum(sizes) for size in sizes]
         assert trial.select() == sorted(fedcor_by_hand(covariance(scaled, noise), weights, factors, k))
+
+
+def test_fedcor_in_the_normalised_variant_all_clients_have_one_variance() -> None:
+    x = embedding(5, 2)
+    got = columns(x, torch.tensor(1.7, dtype=torch.float64))
+    close(got.square().sum(dim=0), [1.7**2] * 5)
+    close(got, 1.7 * x / x.square().sum(dim=0).sqrt())
 
 
 def test_fedcor_with_independent_clients_chooses_by_weight() -> None:
