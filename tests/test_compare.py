@@ -635,6 +635,17 @@ def test_labels_are_the_algorithms_names_and_what_they_differ_in() -> None:
     assert "fedprox is fedprox mu=0.1." in text_of([run_of([0.5]), prox[0]])
 
 
+def test_fields_of_a_selector_are_no_news_where_others_have_none() -> None:
+    """A key that all methods of one selector share goes with its name; one in which they differ is told."""
+    topk = {"name": "topk", "noise": 0.1}
+    runs = [run_of([0.5], name="a", selection={"name": "random"}), run_of([0.5], name="b", selection=topk)]
+    text = text_of(runs)
+    assert "selection.name is random (a), topk (b)." in text
+    assert "selection.noise" not in text
+    text = text_of([*runs, run_of([0.5], name="c", selection={"name": "topk", "noise": 0.2})])
+    assert "selection.noise is" in text
+
+
 def test_labels_are_the_configurations_names_where_each_method_has_one_of_its_own() -> None:
     plain = [run_of([0.5], seed=seed, name="plain") for seed in (0, 1)]
     other = run_of([0.5], "fedprox", name="pulled", local__lr=0.1, algorithm__mu=0.1)

@@ -53,12 +53,22 @@ def _unlike_methods(task: Task) -> list[str]:
     """In what methods differ besides their algorithms, where their labels need not say so."""
     found = []
     for key in differing([method.facts for method in task.methods]):
-        if key.startswith(("algorithm.", "place.")):
+        if key.startswith(("algorithm.", "place.")) or _of_selectors_alone(task, key):
             continue
         values = _by_value(task.methods, partial(_fact, key=key))
         told = ", ".join(f"{value} ({few(labels)})" for value, labels in values.items())
         found.append(f"The methods differ in more than their algorithms: {key} is {told}.")
     return found
+
+
+def _of_selectors_alone(task: Task, key: str) -> bool:
+    """Whether a key is a field of selectors, and methods differ in it only as far as they have other selectors."""
+    if not key.startswith("selection.") or key == "selection.name":
+        return False
+    names: dict[str, set[str]] = {}
+    for method in task.methods:
+        names.setdefault(_fact(method, "selection.name"), set()).add(_fact(method, key))
+    return all(len(values) == 1 for values in names.values())
 
 
 def _fact(method: Method, key: str) -> str:
