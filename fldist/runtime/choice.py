@@ -72,9 +72,7 @@ class Choice:
     def selected(self) -> Selected:
         """The selector's choice for this round, the same whenever it is asked for."""
         if self._chosen is None:
-            selector = self._job.selector
-            ids = self._do(selector.select, "select")
-            ids = self._checked(ids, self._able, "selects")
+            ids = self._checked(self._do(self._job.selector.select, "select"), self._able, "selects")
             self._chosen = Selected(self, self._caller, ids)
         return self._chosen
 
@@ -137,6 +135,11 @@ class Choice:
     def probe_of(self, method: Callable[..., Any]) -> ClientMethod | None:
         """What begins a client half, where the selector probes and it is one that may train."""
         return self._job.methods.get(f"probe.{method.__name__}")
+
+    @property
+    def probes(self) -> bool:
+        """Whether the selector has clients begin their training before it chooses among them."""
+        return self._job.selector.probes
 
     @property
     def wants_models(self) -> bool:
@@ -227,7 +230,7 @@ class Selected(Cohort):
         self.members = list(ids)
         self.models: dict[int, Tensor] = {}
         self._choice = choice
-        self._open = choice._job.selector.probes
+        self._open = choice.probes
 
     @property
     def ids(self) -> list[int]:
